@@ -1,0 +1,64 @@
+"""The rollout workers and how they sample."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from paceline.configs.schema.base import Section
+from paceline.configs.vocabulary import SamplingParameters
+
+
+class SamplingConfig(Section):
+    """How completions are drawn in training; evaluation uses its own temperatures."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """Softmax temperature. Training needs randomness: 0 is refused."""
+
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus mass kept."""
+
+    top_k: int = Field(default=0, ge=0)
+    """Highest-probability tokens kept; 0 keeps all."""
+
+    max_tokens: int = Field(default=64, ge=1)
+    """Longest completion, the stop token included."""
+
+    def parameters(self, stop_token_ids: tuple[int, ...]) -> SamplingParameters:
+        """These settings as the plain record that requests carry."""
+        return SamplingParameters(
+            self.temperature, self.top_p, self.top_k, self.max_tokens, stop_token_ids
+        )
+
+
+class RolloutConfig(Section):
+    """One vLLM engine in each of `num_workers` Ray actors."""
+
+    num_workers: int = Field(default=1, ge=1)
+    """Rollout workers, each with an engine of its own."""
+
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Accelerators an engine is spread over."""
+
+    gpus_per_worker: float = Field(default=0, ge=0)
+    """GPUs Ray reserves for a worker; 0 runs it on the CPU."""
+
+    cpus_per_worker: float = Field(default=0, ge=0)
+    """CPUs Ray reserves for a worker; 0 lets workers share a small machine."""
+
+    max_num_seqs: int = Field(default=256, ge=1)
+    """Sequences an engine decodes together."""
+
+    kv_cache_mb: int = Field(default=128, ge=8)
+    """KV cache of a CPU engine, in MiB."""
+
+    gpu_memory_utilization: float = Field(default=0.85, gt=0, lt=1)
+    """Share of a GPU's memory that an engine may take."""
+
+    enforce_eager: bool = True
+    """Run without graph capture and compilation; the CPU always does."""
+
+    max_restarts: int = Field(default=1, ge=0)
+    """How often a dead worker is replaced before the run ends with its error."""
+
+    sampling: SamplingConfig = SamplingConfig()
+    """How training completions are drawn."""

@@ -1,0 +1,165 @@
+"""The whole run: one frozen ``RunConfig``."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from paceline.configs.schema.algorithm import AlgorithmConfig, GRPOConfig, WarmStartConfig
+from paceline.configs.schema.base import Section
+from paceline.configs.schema.data import DataConfig, ReasoningGymSource
+from paceline.configs.schema.learner import LearnerConfig
+from paceline.configs.schema.model import ModelConfig
+from paceline.configs.schema.reward import GraderConfig
+from paceline.configs.schema.rollout import RolloutConfig
+
+
+class LoopConfig(Section):
+    """The one training loop: how much it trains, and how far rollouts may lag behind."""
+
+    num_steps: int = Field(default=100, ge=1)
+    """Optimiser steps."""
+
+    groups_per_step: int = Field(default=32, ge=1)
+    """Prompts (groups) trained in one step: P."""
+
+    samples_per_group: int = Field(default=16, ge=1)
+    """Completions sampled for a prompt: n."""
+
+    max_lag: int = Field(default=1, ge=0)
+    """No trained token is older than this many weight versions: S. 0 is synchronous training."""
+
+    window_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """How far finished groups may overtake an unfinished older one, as a fraction of the in-flight
+    budget; 0 trains in strict order of admission. The budget shrinks so that `max_lag` still holds."""
+
+
+class EvaluationConfig(Section):
+    """Accuracy on the held-out prompts, greedy and at temperature 1."""
+
+    every_steps: int | None = Field(default=None, ge=1)
+    """Evaluate greedily this often during training; always before and after it."""
+
+    num_examples: int = Field(default=12, ge=0)
+    """Held-out generations kept for the report, before and after."""
+
+
+class CheckpointConfig(Section):
+    """What an interrupted run is resumed from."""
+
+    every_steps: int | None = Field(default=25, ge=1)
+    """Save this often; an interrupt and the end always save."""
+
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+
+
+class ObservabilityConfig(Section):
+    """What a run shows while it works and leaves behind."""
+
+    live: bool = True
+    """Live view on a terminal; plain lines where the output is not one."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+
+    samples_per_step: int = Field(default=2, ge=0)
+    """Rollouts a step that are written to `samples.jsonl`."""
+
+    self_check_steps: int = Field(default=2, ge=0)
+    """After this many first weight updates, greedy tokens of the engines are compared with the
+    learner's own forward pass."""
+
+
+class ClusterConfig(Section):
+    """Which Ray cluster the run uses."""
+
+    address: str | None = None
+    """`auto`, `host:port` or `ray://…` of a running cluster; absent: the one a submitted job runs
+    in, else a private local one."""
+
+    object_store_mb: int = Field(default=256, ge=80)
+    """Object store of a private local cluster, in MiB."""
+
+
+class RunConfig(Section):
+    """Everything that decides a run; saved whole with its results."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its folder is `output_dir/name`."""
+
+    output_dir: str = "runs"
+    """Where run folders live."""
+
+    seed: int = Field(default=0, ge=0)
+    """Seed of initial weights, sampling and problem order."""
+
+    model: ModelConfig
+    """The model."""
+
+    data: DataConfig
+    """The prompts."""
+
+    reward: GraderConfig
+    """The grader."""
+
+    rollout: RolloutConfig = RolloutConfig()
+    """The rollout workers."""
+
+    learner: LearnerConfig = LearnerConfig()
+    """The learner ranks."""
+
+    algorithm: AlgorithmConfig = GRPOConfig()
+    """The objective."""
+
+    loop: LoopConfig = LoopConfig()
+    """The loop."""
+
+    warm_start: WarmStartConfig | None = None
+    """Supervised start; null starts from the model as it is."""
+
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out evaluation."""
+
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+
+    observability: ObservabilityConfig = ObservabilityConfig()
+    """What is shown and written."""
+
+    cluster: ClusterConfig = ClusterConfig()
+    """The Ray cluster."""
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if self.rollout.sampling.max_tokens >= self.model.max_length:
+            raise ValueError(
+                f"rollout.sampling.max_tokens ({self.rollout.sampling.max_tokens}) leaves no room "
+                f"for a prompt in model.max_length ({self.model.max_length}): lower the former"
+            )
+        if self.loop.samples_per_group < 2 and self.algorithm.type == "grpo":
+            raise ValueError(
+                "loop.samples_per_group must be at least 2 for grpo: "
+                "a group of 1 has no advantage to compare with"
+            )
+        if self.reward.type == "reasoning_gym" and not isinstance(
+            self.data.source, ReasoningGymSource
+        ):
+            raise ValueError(
+                f"reward.type reasoning_gym needs data.source.type reasoning_gym, "
+                f"got {self.data.source.type}: use reward.type exact or math"
+            )
+        if self.learner.tokens_per_microbatch < self.model.max_length:
+            raise ValueError(
+                f"learner.tokens_per_microbatch ({self.learner.tokens_per_microbatch}) is less than "
+                f"model.max_length ({self.model.max_length}): a long sample would not fit"
+            )
+        if self.rollout.gpus_per_worker and self.rollout.tensor_parallel > max(
+            1, self.rollout.gpus_per_worker
+        ):
+            raise ValueError(
+                f"rollout.tensor_parallel ({self.rollout.tensor_parallel}) exceeds "
+                f"rollout.gpus_per_worker ({self.rollout.gpus_per_worker})"
+            )
+        return self

@@ -1,0 +1,194 @@
+"""The words every room shares: what flows from a prompt to a training step.
+
+``Prompt -> RolloutRequest -> Trajectory -> Group -> TrainBatch -> StepReport`` flows forward;
+only ``WeightVersion`` (and freed slots) flow back. Arrays are numpy: tensors exist only inside
+``learner/`` and ``kernels/``.
+
+A weight version is the number of optimiser steps that made it: version 0 is the initial model,
+and training step ``v`` consumes version ``v`` and produces version ``v + 1``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NewType
+
+import numpy as np
+from numpy.typing import NDArray
+
+WeightVersion = NewType("WeightVersion", int)
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem, tokenised once.
+
+    ``reference`` is the gold answer where the source has one (demonstrations and exact graders use
+    it); ``metadata`` is whatever the source's grader needs, and must pickle.
+    """
+
+    id: str
+    text: str
+    token_ids: tuple[int, ...]
+    reference: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SamplingParameters:
+    """How completions are drawn; ``temperature=0`` is greedy, ``top_k=0`` keeps every token."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 64
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """Ask an engine for ``num_samples`` completions of one prompt.
+
+    Sample ``i`` draws from its own random stream, seeded with ``seed + i``: what is sampled does
+    not depend on which other requests share the engine's batch.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParameters
+    num_samples: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class VersionSpan:
+    """Completion tokens ``[start, end)`` were sampled by weight version ``version``."""
+
+    version: WeightVersion
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled continuation as the engine returns it.
+
+    ``token_ids`` int32 [C] includes the stop token where there was one; ``logprobs`` float32 [C]
+    are natural-log probabilities under the *sampling* distribution (after temperature, top-k and
+    top-p); ``versions`` tile ``[0, C)`` without gaps.
+    """
+
+    token_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    versions: tuple[VersionSpan, ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Prompt and completion of one sample, ready to be trained on.
+
+    All arrays have length L = prompt + completion: ``token_ids`` int32, ``loss_mask`` bool (True
+    where the token was sampled by the policy), ``logprobs`` float32 (behaviour log-probabilities,
+    0 where ``loss_mask`` is False).
+    """
+
+    token_ids: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+    logprobs: NDArray[np.float32]
+    versions: tuple[VersionSpan, ...]
+    finish_reason: FinishReason
+    reward: float = 0.0
+    text: str = ""
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """How many tokens the policy sampled."""
+        return int(self.loss_mask.sum())
+
+    @property
+    def oldest_version(self) -> WeightVersion:
+        """The oldest weights that sampled any token of this trajectory."""
+        return min((span.version for span in self.versions), default=WeightVersion(0))
+
+    def graded(self, reward: float, text: str) -> Trajectory:
+        """The same trajectory with its reward and decoded completion filled in."""
+        return replace(self, reward=reward, text=text)
+
+    @classmethod
+    def from_completion(cls, prompt: Prompt, completion: Completion) -> Trajectory:
+        """Join a prompt and one completion; the reward is still to be given."""
+        num_prompt = len(prompt.token_ids)
+        zeros = np.zeros(num_prompt, dtype=np.float32)
+        mask = np.ones(num_prompt + len(completion.token_ids), dtype=np.bool_)
+        mask[:num_prompt] = False
+        prompt_ids = np.asarray(prompt.token_ids, dtype=np.int32)
+        return cls(
+            token_ids=np.concatenate([prompt_ids, completion.token_ids]),
+            loss_mask=mask,
+            logprobs=np.concatenate([zeros, completion.logprobs]),
+            versions=completion.versions,
+            finish_reason=completion.finish_reason,
+        )
+
+
+@dataclass(frozen=True)
+class Group:
+    """All samples of one prompt: the unit that is admitted, claimed, scored and trained."""
+
+    group_id: int
+    prompt: Prompt
+    trajectories: tuple[Trajectory, ...]
+
+    @property
+    def rewards(self) -> NDArray[np.float64]:
+        """Rewards of the samples, float64 [n]."""
+        return np.array([t.reward for t in self.trajectories], dtype=np.float64)
+
+    @property
+    def oldest_version(self) -> WeightVersion:
+        """The oldest weights that sampled any token of the group."""
+        return min(t.oldest_version for t in self.trajectories)
+
+
+@dataclass(frozen=True)
+class TrainSample:
+    """One trajectory with its per-token advantage; all arrays of length L."""
+
+    token_ids: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+    logprobs: NDArray[np.float32]
+    advantages: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """What one optimiser step trains on.
+
+    ``temperature`` is the sampling temperature: the learner divides its logits by it, so that its
+    log-probabilities are of the distribution that was sampled.
+    """
+
+    step: int
+    group_ids: tuple[int, ...]
+    samples: tuple[TrainSample, ...]
+    temperature: float = 1.0
+
+    @property
+    def num_trained_tokens(self) -> int:
+        """Tokens that carry loss: the denominator of token-mean losses, over all ranks."""
+        return int(sum(sample.loss_mask.sum() for sample in self.samples))
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimiser step did; ``metrics`` are means over trained tokens unless named otherwise."""
+
+    version: WeightVersion
+    num_tokens: int
+    num_trained_tokens: int
+    num_padding_tokens: int
+    seconds: float
+    metrics: Mapping[str, float]

@@ -1,0 +1,22 @@
+"""What a learner announces when it published weights, and what can be wrong with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from paceline.configs.vocabulary import WeightVersion
+from paceline.weights_sync.layout import Layout
+
+
+@dataclass(frozen=True)
+class WeightHandle:
+    """Where version ``version`` can be read, and the checksum its bytes must have (xxh3-64)."""
+
+    version: WeightVersion
+    path: str
+    checksum: int
+    layout: Layout
+
+
+class WeightSyncError(RuntimeError):
+    """Published weights are missing, torn or not those announced: they must not be served."""
