@@ -1,1 +1,5 @@
-"""weights_sync"""
+"""How weights travel from the learner to the engines: layouts, transports, versions, checksums.
+
+Must not know algorithms. It moves named tensors of a weight version and proves that they arrived
+whole.
+"""
