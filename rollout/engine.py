@@ -1,0 +1,40 @@
+"""What the rollout worker asks of an inference engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from paceline.configs.vocabulary import Completion, RolloutRequest, WeightVersion
+from paceline.weights_sync.handle import WeightHandle
+
+
+@dataclass(frozen=True)
+class RolloutResult:
+    """All completions of one request, in sample order."""
+
+    request_id: str
+    completions: tuple[Completion, ...]
+
+
+class Engine(Protocol):
+    """A continuous-batching engine that is stepped by its owner, on one thread.
+
+    Weights change only between two steps, so every sampled token has exactly one version.
+    """
+
+    @property
+    def version(self) -> WeightVersion | None:
+        """The version served now; None until the first update: such an engine must not serve."""
+
+    def add(self, request: RolloutRequest) -> None:
+        """Queue a request; a `UserError` says why one cannot be served."""
+
+    def step(self) -> list[RolloutResult]:
+        """Run one forward pass over the running batch; return the requests it finished."""
+
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+
+    def update_weights(self, handle: WeightHandle) -> None:
+        """Serve the published version from the next step on; running requests continue with it."""

@@ -1,0 +1,144 @@
+"""The thread that owns an engine and steps it, and the asyncio face in front of it."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass
+from typing import Any
+
+from paceline.configs.vocabulary import Completion, RolloutRequest, WeightVersion
+from paceline.rollout.engine import Engine
+from paceline.weights_sync.handle import WeightHandle
+
+
+@dataclass
+class EngineCounters:
+    """Running totals of one engine: steps, sampled tokens, and seconds spent stepping or updating."""
+
+    num_steps: int = 0
+    num_tokens: int = 0
+    busy_seconds: float = 0.0
+    update_seconds: float = 0.0
+
+
+class EngineThread:
+    """Builds an engine on a thread of its own and steps it for as long as it has work.
+
+    Consumes an inbox of actions (new requests, weight updates) and runs them between two steps:
+    that is what makes version spans exact. With no request left it blocks on the inbox. An
+    exception out of the engine ends the thread and fails every pending and later call with it.
+    """
+
+    def __init__(self, build_engine: Callable[[], Engine]) -> None:
+        self._inbox: queue.SimpleQueue[tuple[Callable[[], None], Future[Any]] | None]
+        self._inbox = queue.SimpleQueue()
+        self._pending: dict[str, Future[tuple[Completion, ...]]] = {}
+        self._failure: BaseException | None = None
+        self._ready: Future[None] = Future()
+        self.counters = EngineCounters()
+        self._thread = threading.Thread(
+            target=self._run, args=(build_engine,), name="engine", daemon=True
+        )
+        self._thread.start()
+
+    def wait_ready(self) -> None:
+        """Block until the engine is built; raises what its construction raised."""
+        self._ready.result()
+
+    def generate(self, request: RolloutRequest) -> Future[tuple[Completion, ...]]:
+        """Queue a request; the future holds its completions."""
+        future: Future[tuple[Completion, ...]] = Future()
+
+        def add() -> None:
+            try:
+                assert self._engine.version is not None, "the engine was never given weights"
+                self._engine.add(request)
+            except ValueError as error:  # a request that cannot be served hurts nobody else
+                future.set_exception(error)
+                return
+            self._pending[request.request_id] = future
+
+        self._submit(add, future)
+        return future
+
+    def update_weights(self, handle: WeightHandle) -> Future[WeightVersion]:
+        """Load a published version before the next step; the future holds what is then served."""
+        future: Future[WeightVersion] = Future()
+
+        def update() -> None:
+            started = time.perf_counter()
+            try:
+                self._engine.update_weights(handle)
+            except BaseException as error:
+                future.set_exception(error)
+                raise
+            self.counters.update_seconds += time.perf_counter() - started
+            future.set_result(handle.version)
+
+        self._submit(update, future)
+        return future
+
+    def close(self) -> None:
+        """Stop after the current step."""
+        self._inbox.put(None)
+        self._thread.join(timeout=30)
+
+    def _submit(self, action: Callable[[], None], future: Future[Any]) -> None:
+        self._inbox.put((action, future))
+        if self._failure is not None:
+            reject(future, self._failure)
+
+    def _run(self, build_engine: Callable[[], Engine]) -> None:
+        try:
+            self._engine = build_engine()
+        except BaseException as error:
+            self._failure = error
+            self._ready.set_exception(error)
+            return
+        self._ready.set_result(None)
+        try:
+            while self._drain_inbox():
+                self._step()
+        except BaseException as error:
+            self._fail(error)
+
+    def _drain_inbox(self) -> bool:
+        """Run every queued action, blocking while there is nothing to step; False when closed."""
+        while True:
+            idle = not self._engine.has_work()
+            try:
+                item = self._inbox.get(block=idle)
+            except queue.Empty:
+                return True
+            if item is None:
+                return False
+            action, _ = item
+            action()
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        for result in self._engine.step():
+            self.counters.num_tokens += sum(len(c.token_ids) for c in result.completions)
+            self._pending.pop(result.request_id).set_result(result.completions)
+        self.counters.num_steps += 1
+        self.counters.busy_seconds += time.perf_counter() - started
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = error
+        for future in self._pending.values():
+            reject(future, error)
+        self._pending.clear()
+        with contextlib.suppress(queue.Empty):
+            while item := self._inbox.get_nowait():
+                reject(item[1], error)
+
+
+def reject(future: Future[Any], error: BaseException) -> None:
+    """Fail a future unless it already has a result."""
+    with contextlib.suppress(InvalidStateError):
+        future.set_exception(error)

@@ -1,0 +1,34 @@
+"""vLLM worker extension: load published weights into the live model (runs in vLLM's worker)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from paceline.rollout.vllm_patches import repack_cpu_linears
+from paceline.weights_sync.handle import WeightHandle, WeightSyncError
+from paceline.weights_sync.shared_memory import read_weights
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class WeightReceiver:
+    """Named by ``worker_extension_cls``; vLLM gives its worker these methods."""
+
+    model_runner: Any
+
+    def load_published_weights(self, handle: WeightHandle) -> None:
+        """Copy every published tensor into the model.
+
+        Raises:
+            WeightSyncError: a parameter of the model was left as it was.
+        """
+        model: nn.Module = self.model_runner.get_model()
+        loaded = model.load_weights(read_weights(handle))
+        missing = {name for name, _ in model.named_parameters()} - loaded
+        if missing:
+            raise WeightSyncError(
+                f"version {handle.version} left {len(missing)} parameters of the engine unchanged, "
+                f"{sorted(missing)[0]} among them: published names do not match the architecture"
+            )
+        repack_cpu_linears(model)

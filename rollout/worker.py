@@ -1,0 +1,45 @@
+"""The rollout worker: an engine on its thread behind an asyncio interface (a Ray actor in a run)."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+from paceline.configs.vocabulary import Completion, RolloutRequest, WeightVersion
+from paceline.rollout.engine import Engine
+from paceline.rollout.engine_thread import EngineThread
+from paceline.weights_sync.handle import WeightHandle
+
+
+class RolloutWorker:
+    """Samples completions for whoever asks; many requests share the engine's batch.
+
+    It holds no queue of its own and decides nothing: which requests come here, and when weights
+    change, is the controller's business.
+    """
+
+    def __init__(self, build_engine: Callable[[], Engine]) -> None:
+        self._engine = EngineThread(build_engine)
+        self._engine.wait_ready()
+        self._started = time.perf_counter()
+
+    async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
+        """All completions of one request, once the last of them ended."""
+        return await asyncio.wrap_future(self._engine.generate(request))
+
+    async def update_weights(self, handle: WeightHandle) -> tuple[WeightVersion, int]:
+        """Serve a published version; acknowledges it with the checksum of the bytes it loaded."""
+        version = await asyncio.wrap_future(self._engine.update_weights(handle))
+        return version, handle.checksum
+
+    async def counters(self) -> dict[str, float]:
+        """Running totals of the engine, and the seconds the worker has been up."""
+        return asdict(self._engine.counters) | {
+            "up_seconds": time.perf_counter() - self._started
+        }
+
+    async def close(self) -> None:
+        """Stop the engine's thread."""
+        await asyncio.to_thread(self._engine.close)
