@@ -117,16 +117,15 @@ SuffixAutomaton::StateIndex SuffixAutomaton::clone(StateIndex parent, Token toke
 
 // Every suffix of the open sequence before `token` has now been followed by it once more, and every
 // suffix after it has occurred once more. The former lead to the latter, and only their favourites
-// can have changed.
+// can have changed. A favourite that `clone` redirected has just outgrown its own old target.
 void SuffixAutomaton::count_occurrence(StateIndex before, StateIndex after, Token token) {
   for (StateIndex state = after; state != kRoot; state = states_[state].link) ++states_[state].count;
   for (StateIndex index = before; index != kNone; index = states_[index].link) {
     State& state = states_[index];
     const StateIndex target = target_of(index, token);
-    const bool same = state.best_target != kNone && state.best_token == token;
     const std::int32_t count = states_[target].count;
     const std::int32_t best = state.best_target == kNone ? 0 : states_[state.best_target].count;
-    if (same || count > best || (count == best && token < state.best_token)) {
+    if (count > best || (count == best && token < state.best_token)) {
       state.best_token = token;
       state.best_target = target;
     }
