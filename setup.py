@@ -18,7 +18,7 @@ class BuildNative(build_ext):
     """Ends a failed build with what to install, instead of a bare compiler error."""
 
     def build_extensions(self) -> None:
-        """Compile every extension; raises ``CCompilerError`` if the compiler is missing or fails."""
+        """Compile; raises ``CCompilerError`` if the compiler is missing or fails."""
         try:
             super().build_extensions()
         except CCompilerError as error:

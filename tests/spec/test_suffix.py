@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from paceline.spec.suffix import SuffixDrafter
 
 INT32_LIMITS = (-(2**31), 2**31 - 1)
@@ -44,9 +45,7 @@ def favourite_continuation(sequences: list[list[int]], text: list[int]) -> int |
     return min(following, key=lambda token: (-following[token], token), default=None)
 
 
-def propose_by_search(
-    sequences: list[list[int]], context: list[int], max_tokens: int
-) -> list[int]:
+def propose_by_search(sequences: list[list[int]], context: list[int], max_tokens: int) -> list[int]:
     for suffix in suffixes(context):
         text = list(suffix)
         while len(text) - len(suffix) < max_tokens:

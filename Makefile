@@ -1,0 +1,32 @@
+# Everything runs from a fresh clone: each target first installs what is missing into .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: ## Set .venv up for this machine's CPU (seconds when nothing changed)
+	@$(PYTHON) scripts/install.py
+
+install-gpu: ## Set .venv up for CUDA
+	@$(PYTHON) scripts/install.py gpu
+
+quickstart: install ## Train a small model from scratch: install, then paceline train configs/quickstart.yaml
+	$(BIN)/paceline train configs/quickstart.yaml
+
+test: install ## Run the whole test suite
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+lint: install .ns/paceline ## Check style, formatting, types and the import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=.ns $(BIN)/lint-imports
+
+.ns/paceline:
+	@mkdir -p .ns && ln -sfn .. $@
+
+.PHONY: help install install-gpu quickstart test lint
