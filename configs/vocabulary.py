@@ -11,7 +11,7 @@ and training step ``v`` consumes version ``v`` and produces version ``v + 1``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, NewType
 
 import numpy as np
@@ -22,11 +22,24 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 @dataclass(frozen=True)
+class Record:
+    """One problem as its source holds it, before it becomes a prompt.
+
+    ``fields`` fill the prompt and answer templates and reach the grader as ``Prompt.metadata``;
+    ``reference`` is the gold answer where there is one.
+    """
+
+    id: str
+    fields: Mapping[str, Any]
+    reference: str | None = None
+
+
+@dataclass(frozen=True)
 class Prompt:
     """One problem, tokenised once.
 
-    ``reference`` is the gold answer where the source has one (demonstrations and exact graders use
-    it); ``metadata`` is whatever the source's grader needs, and must pickle.
+    ``reference`` is the gold answer where the source has one (exact graders compare with it);
+    ``metadata`` is the record's fields (graders and demonstrations use them), and must pickle.
     """
 
     id: str
@@ -109,13 +122,9 @@ class Trajectory:
         return int(self.loss_mask.sum())
 
     @property
-    def oldest_version(self) -> WeightVersion:
-        """The oldest weights that sampled any token of this trajectory."""
-        return min((span.version for span in self.versions), default=WeightVersion(0))
-
-    def graded(self, reward: float, text: str) -> Trajectory:
-        """The same trajectory with its reward and decoded completion filled in."""
-        return replace(self, reward=reward, text=text)
+    def oldest_version(self) -> WeightVersion | None:
+        """The oldest weights that sampled any token of it; None for a demonstration."""
+        return min((span.version for span in self.versions), default=None)
 
     @classmethod
     def from_completion(cls, prompt: Prompt, completion: Completion) -> Trajectory:
@@ -148,9 +157,10 @@ class Group:
         return np.array([t.reward for t in self.trajectories], dtype=np.float64)
 
     @property
-    def oldest_version(self) -> WeightVersion:
-        """The oldest weights that sampled any token of the group."""
-        return min(t.oldest_version for t in self.trajectories)
+    def oldest_version(self) -> WeightVersion | None:
+        """The oldest weights that sampled any token of the group; None for demonstrations."""
+        spans = (span for trajectory in self.trajectories for span in trajectory.versions)
+        return min((span.version for span in spans), default=None)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,88 @@
+"""What fills a claimed group: sampling and grading, or a demonstration."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from paceline.configs.vocabulary import (
+    Completion,
+    Group,
+    Prompt,
+    RolloutRequest,
+    SamplingParameters,
+    Trajectory,
+)
+from paceline.controller.buffer import Work
+
+Sample = Callable[[RolloutRequest], Awaitable[tuple[Completion, ...]]]
+Grade = Callable[[Prompt, Sequence[str]], Awaitable[list[float]]]
+Decode = Callable[[np.ndarray], str]
+
+
+def request_seed(run_seed: int, stream: int, index: int) -> int:
+    """A seed for one request's samples: independent streams for every (run, stream, index)."""
+    return int(np.random.SeedSequence([run_seed, stream, index]).generate_state(1)[0])
+
+
+@dataclass
+class Rollouts:
+    """Samples a group's prompt on the workers and grades what came back."""
+
+    sample: Sample
+    grade: Grade
+    decode: Decode
+    sampling: SamplingParameters
+    num_samples: int
+    seed: int
+    stream: int = 0
+    require_finish: bool = True
+    _attempts: itertools.count = field(default_factory=itertools.count)
+
+    async def __call__(self, work: Work) -> Group:
+        """The finished group; samples cut off by the token limit get reward 0 if so configured."""
+        request = RolloutRequest(
+            request_id=f"{self.stream}-{work.group_id}-{next(self._attempts)}",
+            prompt_token_ids=work.prompt.token_ids,
+            sampling=self.sampling,
+            num_samples=self.num_samples,
+            seed=request_seed(self.seed, self.stream, work.group_id),
+        )
+        completions = await self.sample(request)
+        texts = [self.decode(completion.token_ids) for completion in completions]
+        rewards = await self.grade(work.prompt, texts)
+        trajectories = tuple(
+            replace(
+                Trajectory.from_completion(work.prompt, completion),
+                reward=0.0 if self._is_cut_off(completion) else reward,
+                text=text,
+            )
+            for completion, text, reward in zip(completions, texts, rewards, strict=True)
+        )
+        return Group(work.group_id, work.prompt, trajectories)
+
+    def _is_cut_off(self, completion: Completion) -> bool:
+        return self.require_finish and completion.finish_reason != "stop"
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """Gold completions in place of samples: the supervised warm start of the same loop."""
+
+    completion_ids: Callable[[Prompt], np.ndarray]
+
+    async def __call__(self, work: Work) -> Group:
+        """A group of one demonstration; no version sampled it and it has no log-probabilities."""
+        token_ids = self.completion_ids(work.prompt)
+        completion = Completion(
+            token_ids=token_ids.astype(np.int32),
+            logprobs=np.zeros(len(token_ids), dtype=np.float32),
+            versions=(),
+            finish_reason="stop",
+        )
+        return Group(
+            work.group_id, work.prompt, (Trajectory.from_completion(work.prompt, completion),)
+        )

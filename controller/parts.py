@@ -1,0 +1,55 @@
+"""The parts the loop is made of, as protocols: what it may ask of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from paceline.configs.vocabulary import Group, StepReport, TrainBatch
+from paceline.controller.buffer import Work
+from paceline.weights_sync.handle import WeightHandle
+
+if TYPE_CHECKING:
+    from paceline.controller.assembly import AssembledBatch
+    from paceline.controller.loop import Loop
+
+Loss = Callable[[Any], Any]
+"""A learner loss, ``LossInputs -> LossOutputs``; the controller only carries it."""
+
+
+class WorkerLost(Exception):
+    """The worker that held a claim is gone; the claim can be given to another."""
+
+
+class Generate(Protocol):
+    """Fills a claimed group: sampling and grading, or looking up a demonstration."""
+
+    async def __call__(self, work: Work) -> Group:
+        """The finished group; raises `WorkerLost` where another attempt can succeed."""
+
+
+class Learner(Protocol):
+    """The learner ranks as one."""
+
+    async def forward_backward(self, batch: TrainBatch, loss: Loss) -> StepReport:
+        """Accumulate the gradients of a whole batch."""
+
+    async def optimizer_step(self, step: int, report: StepReport) -> StepReport:
+        """Apply them: version ``step`` becomes ``step + 1``; the report gains what that showed."""
+
+
+class WeightsPart(Protocol):
+    """Brings versions from the learner to whoever samples."""
+
+    async def publish(self, version: int) -> WeightHandle | None:
+        """Put a version where engines can read it; the learner may move on when this returns."""
+
+    async def push(self, handle: WeightHandle | None) -> None:
+        """Return once every engine serves the published version."""
+
+
+class StepObserver(Protocol):
+    """Sees every step: metrics, evaluation, checkpoints, and the wish to stop."""
+
+    async def after_step(self, batch: AssembledBatch, report: StepReport, loop: Loop) -> bool:
+        """Called when a step was applied and published; True ends the loop."""
