@@ -1,0 +1,115 @@
+"""The configuration schema as data: every section, every key, every default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from paceline.configs.schema import RunConfig
+from paceline.configs.schema.base import Section
+
+
+@dataclass(frozen=True)
+class SectionField:
+    """One key of the schema: where it stands, in which section, and what pydantic knows of it."""
+
+    path: tuple[str, ...]
+    section: type[Section]
+    info: FieldInfo
+
+
+def walk(section: type[Section] = RunConfig, path: tuple[str, ...] = ()) -> Iterator[SectionField]:
+    """Every key of ``section`` and of the sections in it, depth first, every variant of a union."""
+    for name, info in section.model_fields.items():
+        yield SectionField((*path, name), section, info)
+        for variant in variants(info.annotation).values():
+            yield from walk(variant, (*path, name))
+
+
+def variants(annotation: Any) -> dict[str, type[Section]]:
+    """The sections an annotation allows, by the value of their `type` (or their class name)."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return {type_value(annotation) or annotation.__name__: annotation}
+    if get_origin(annotation) in (Annotated, Union, UnionType):
+        found: dict[str, type[Section]] = {}
+        for argument in get_args(annotation):
+            found.update(variants(argument))
+        return found
+    return {}
+
+
+def type_value(section: type[Section]) -> str | None:
+    """The value of the section's `type` key, which tells the variants of a union apart."""
+    field = section.model_fields.get("type")
+    return str(get_args(field.annotation)[0]) if field else None
+
+
+def reference_markdown() -> str:
+    """The schema as Markdown: one table a section, one row a key."""
+    lines = [
+        "# Configuration reference",
+        "",
+        "Written by `paceline check --fields` from the schema. Every key can be set in the YAML "
+        "file or on the command line as `section.key=value`; unknown keys are refused.",
+    ]
+    for path, section in _sections():
+        lines += ["", f"## {_heading(path, section)}", "", (section.__doc__ or "").strip(), ""]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        lines += [_row(name, info) for name, info in section.model_fields.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _sections() -> list[tuple[tuple[str, ...], type[Section]]]:
+    found: list[tuple[tuple[str, ...], type[Section]]] = [((), RunConfig)]
+    for field in walk():
+        found += [(field.path, section) for section in variants(field.info.annotation).values()]
+    return found
+
+
+def _heading(path: tuple[str, ...], section: type[Section]) -> str:
+    if not path:
+        return "Top level"
+    name = type_value(section)
+    return f"`{'.'.join(path)}`" + (f" with `type: {name}`" if name else "")
+
+
+def _row(name: str, info: FieldInfo) -> str:
+    meaning = " ".join((info.description or "").split())
+    cells = (f"`{name}`", _type_name(info.annotation), _default(info), meaning)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _type_name(annotation: Any) -> str:
+    if variants(annotation):
+        optional = type(None) in get_args(annotation)
+        return "section or null" if optional else "section"
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{argument}`" for argument in arguments)
+    if origin in (Union, UnionType):
+        return " or ".join(_type_name(argument) for argument in arguments)
+    if annotation is type(None):
+        return "null"
+    if origin is tuple:
+        return f"list of {len(arguments)} {_type_name(arguments[0])}"
+    if origin is dict or annotation is dict:
+        return "mapping"
+    return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}.get(
+        annotation.__name__, annotation.__name__
+    )
+
+
+def _default(info: FieldInfo) -> str:
+    default = info.default
+    if default is PydanticUndefined:
+        return "required"
+    if isinstance(default, Section):
+        return "see below"
+    if default is None or isinstance(default, bool):
+        return f"`{str(default).lower() if default is not None else 'null'}`"
+    return f"`{list(default) if isinstance(default, tuple) else default}`"

@@ -1,0 +1,117 @@
+"""How large a decoder is, from its configuration alone: no torch, no weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paceline.configs.schema.model import ModelConfig
+
+CHARACTERS_VOCABULARY = 128
+"""Tokens of the `characters` tokenizer: one for each ASCII code."""
+
+# What transformers assumes where a configuration leaves a key out (a test compares them).
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 11008, "num_key_value_heads": None, "head_dim": None},
+    "qwen2": {"intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": None},
+    "qwen3": {"intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128},
+}
+_COMMON = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a Llama-like decoder (RMSNorm, rotary positions, gated MLP, grouped queries)."""
+
+    vocabulary: int
+    hidden: int
+    layers: int
+    query_heads: int
+    key_value_heads: int
+    head_dim: int
+    intermediate: int
+    tied_embeddings: bool
+    biases_per_layer: int
+    norms_per_layer: int
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters; tied embeddings count once."""
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied_embeddings else 2)
+        return embeddings + self.layers * self.parameters_per_layer + self.hidden
+
+    @property
+    def parameters_per_layer(self) -> int:
+        """Attention, gated MLP, norms and biases of one layer."""
+        attention = 2 * self.hidden * (self.query_heads + self.key_value_heads) * self.head_dim
+        mlp = 3 * self.hidden * self.intermediate
+        return attention + mlp + self.norms_per_layer + self.biases_per_layer
+
+    def kv_bytes_per_token(self, bytes_per_value: int) -> int:
+        """Bytes of keys and values that one token leaves in the cache, over all layers."""
+        return 2 * self.layers * self.key_value_heads * self.head_dim * bytes_per_value
+
+
+def model_shape(model: ModelConfig) -> ModelShape | None:
+    """The shape that ``model`` will have; None where it cannot be known without loading it.
+
+    Known are `architecture` with the `characters` tokenizer or a `vocab_size`, and a `path` whose
+    local folder holds a `config.json`, of the model types llama, qwen2 and qwen3.
+    """
+    if model.architecture is not None:
+        keys = dict(model.architecture)
+        if model.tokenizer == "characters":
+            keys["vocab_size"] = CHARACTERS_VOCABULARY
+    else:
+        keys = _read_config(Path(str(model.path)).expanduser())
+    if keys.get("model_type") not in _DEFAULTS or "vocab_size" not in keys:
+        return None
+    return _shape(keys)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        keys = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return keys if isinstance(keys, dict) else {}
+
+
+def _shape(keys: Mapping[str, Any]) -> ModelShape:
+    family = str(keys["model_type"])
+    given = {key: value for key, value in keys.items() if value is not None}
+    full = {**_COMMON, **_DEFAULTS[family], **given}
+    hidden, heads = int(full["hidden_size"]), int(full["num_attention_heads"])
+    kv_heads = int(full["num_key_value_heads"] or heads)
+    head_dim = int(full["head_dim"] or hidden // heads)
+    intermediate = int(full["intermediate_size"])
+    query_width, kv_width = heads * head_dim, kv_heads * head_dim
+    biases = 0
+    if family == "qwen2":
+        biases = query_width + 2 * kv_width
+    elif full["attention_bias"]:
+        biases = query_width + 2 * kv_width + hidden
+    if family == "llama" and full["mlp_bias"]:
+        biases += 2 * intermediate + hidden
+    return ModelShape(
+        vocabulary=int(full["vocab_size"]),
+        hidden=hidden,
+        layers=int(full["num_hidden_layers"]),
+        query_heads=heads,
+        key_value_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate=intermediate,
+        tied_embeddings=bool(full["tie_word_embeddings"]),
+        biases_per_layer=biases,
+        norms_per_layer=2 * hidden + (2 * head_dim if family == "qwen3" else 0),
+    )
