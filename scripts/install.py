@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -91,6 +92,11 @@ def read_stamp(path: Path) -> dict[str, str]:
         return {}
 
 
+def write_stamp(fingerprints: dict[str, str]) -> None:
+    """Leave fingerprints for the next run."""
+    STAMP.write_text(json.dumps(fingerprints, indent=1, sort_keys=True) + "\n")
+
+
 def choose_flavour(asked: str | None, installed: str | None) -> str:
     """The flavour to install; raises ``InstallError`` for an unknown one or a change of mind."""
     if asked is not None and asked not in FLAVOURS:
@@ -136,7 +142,8 @@ def drop_unloadable_companions() -> None:
         if outcome == "loads":
             say(f"{name} loads beside this torch: kept")
         elif name in broken:
-            say(f"{name} does not load beside this torch ({outcome[:80]}): uninstalled")
+            reason = textwrap.shorten(outcome, 70)
+            say(f"{name} does not load beside this torch ({reason}): uninstalled")
     if broken:
         pip("uninstall", "--yes", *broken)
 
@@ -192,15 +199,16 @@ def failure_lines(lines: list[str]) -> list[str]:
     return [line for line in lines[:-TAIL_LINES] if NOTABLE.match(line)] + lines[-TAIL_LINES:]
 
 
-def create_environment(installed: dict[str, str]) -> None:
-    """Make ``.venv`` unless a usable one is there; a moved checkout needs a new one."""
+def create_environment(installed: dict[str, str]) -> bool:
+    """Make ``.venv`` unless a usable one is there (a moved checkout needs a new one): made one?"""
     moved = installed.get("root", str(ROOT)) != str(ROOT)
     if PYTHON.exists() and not moved:
-        return
+        return False
     say(f"creating .venv with Python {sys.version.split()[0]}")
     done = subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=False)
     if done.returncode:
         raise InstallError("python3 -m venv failed: on Debian and Ubuntu, apt install python3-venv")
+    return True
 
 
 def install_torch(requirement: str, index: list[str]) -> None:
@@ -237,11 +245,14 @@ def install(flavour: str, installed: dict[str, str], wanted: dict[str, str]) -> 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     url = os.environ.get("PACELINE_TORCH_INDEX")
     index = ["--extra-index-url", url] if url and flavour == "cpu" else []
-    create_environment(installed)
-    STAMP.unlink(missing_ok=True)
+    if create_environment(installed):
+        installed = {}
+    # Until the end the stamp says only what stays true of an installation that breaks off.
+    kept = {"requirements"} if installed.get("requirements") == wanted["requirements"] else set()
+    write_stamp({key: wanted[key] for key in {"root", "flavour"} | kept})
     say("building Paceline and its native drafter")
     pip("install", "--no-deps", "--no-warn-conflicts", "--editable", str(ROOT))
-    if installed.get("requirements") != wanted["requirements"]:
+    if not kept:
         torch = torch_requirement(project, flavour, sys.platform)
         say(f"installing {torch}")
         install_torch(torch, index)
@@ -251,7 +262,7 @@ def install(flavour: str, installed: dict[str, str], wanted: dict[str, str]) -> 
         drop_unloadable_companions()
         say(f"checking that {ESSENTIAL_IMPORTS} import")
         check_imports()
-    STAMP.write_text(json.dumps(wanted, indent=1))
+    write_stamp(wanted)
 
 
 def main(arguments: list[str]) -> int:
