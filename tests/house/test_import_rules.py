@@ -1,0 +1,84 @@
+"""The import contracts in pyproject.toml catch what they are there for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sysconfig
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LINT_IMPORTS = Path(sysconfig.get_path("scripts")) / "lint-imports"
+
+
+@pytest.fixture
+def empty_rooms(tmp_path: Path) -> Path:
+    """The rooms without their code, under the real contracts."""
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    (tmp_path / "pyproject.toml").write_text(pyproject)
+    for package in tomllib.loads(pyproject)["tool"]["importlinter"]["root_packages"]:
+        folder = tmp_path.joinpath(*package.split("."))
+        folder.mkdir(parents=True)
+        (folder / "module.py").touch()
+        if package != "paceline.kernels":
+            (folder / "__init__.py").touch()
+    (tmp_path / "paceline" / "controller" / "bench").mkdir()
+    (tmp_path / "paceline" / "controller" / "bench" / "__init__.py").touch()
+    return tmp_path
+
+
+def broken_contracts(folder: Path) -> str:
+    """What lint-imports says of the folder; empty if every contract is kept."""
+    done = subprocess.run(
+        [LINT_IMPORTS, "--no-cache"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = done.stdout + done.stderr
+    assert "Contracts:" in said, said
+    return said if done.returncode else ""
+
+
+@pytest.mark.parametrize(
+    ("file", "imported", "contract"),
+    [
+        ("configs/module.py", "torch", "configs runs without"),
+        ("controller/module.py", "torch", "hold no tensors"),
+        ("controller/module.py", "paceline.rollout.module", "wiring.py alone"),
+        ("kernels/module.py", "paceline.spec.module", "Rooms import downwards"),
+        ("learner/module.py", "vllm", "Only rollout imports vLLM"),
+        ("learner/module.py", "paceline.rollout.module", "Rooms import downwards"),
+        ("learner/module.py", "paceline.spec.module", "how rollouts are drafted"),
+        ("reward/module.py", "paceline.weights_sync.module", "reward stands alone"),
+        ("rollout/module.py", "paceline.controller.module", "Rooms import downwards"),
+        ("rollout/module.py", "paceline.kernels.module", "Only spec and learner use kernels"),
+    ],
+)
+def test_a_forbidden_import_breaks_its_contract(
+    empty_rooms: Path, file: str, imported: str, contract: str
+) -> None:
+    (empty_rooms / "paceline" / file).write_text(f"import {imported}\n")
+    broken = [line for line in broken_contracts(empty_rooms).splitlines() if "BROKEN" in line]
+    assert any(contract in line for line in broken), broken
+
+
+@pytest.mark.parametrize(
+    ("file", "imported"),
+    [
+        ("controller/wiring.py", "paceline.learner.module"),
+        ("controller/bench/module.py", "torch"),
+        ("controller/bench/module.py", "paceline.rollout.module"),
+        ("learner/module.py", "paceline.kernels.module"),
+        ("rollout/module.py", "vllm"),
+        ("spec/module.py", "paceline.configs.module"),
+    ],
+)
+def test_an_allowed_import_breaks_nothing(empty_rooms: Path, file: str, imported: str) -> None:
+    (empty_rooms / "paceline" / file).write_text(f"import {imported}\n")
+    assert broken_contracts(empty_rooms) == ""

@@ -1,0 +1,138 @@
+"""What is on disk is what is packaged: the rooms, their subpackages, recipes and native code."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SETUPTOOLS: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"][
+    "setuptools"
+]
+ROOMS: list[str] = sorted(SETUPTOOLS["package-dir"].values())
+
+
+def packages_on_disk() -> set[str]:
+    """Every folder of a room that holds Python files, as the package it is imported as."""
+    files = (path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+    folders = {path.parent.relative_to(ROOT) for path in files}
+    return {".".join(["paceline", *folder.parts]) for folder in folders}
+
+
+def modules_on_disk() -> list[str]:
+    paths = (path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+    names = {".".join(["paceline", *path.with_suffix("").parts]) for path in paths}
+    return sorted(name.removesuffix(".__init__") for name in names)
+
+
+def test_every_folder_with_python_files_is_packaged_and_nothing_else() -> None:
+    assert set(SETUPTOOLS["packages"]) == packages_on_disk()
+
+
+def test_rooms_are_imported_under_their_own_names() -> None:
+    assert SETUPTOOLS["package-dir"] == {f"paceline.{room}": room for room in ROOMS}
+
+
+def test_every_package_but_kernels_says_in_its_init_what_it_is() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists(), "would shadow Hugging Face's kernels"
+    for package in sorted(packages_on_disk() - {"paceline.kernels"}):
+        init = ROOT.joinpath(*package.split(".")[1:], "__init__.py")
+        assert init.exists(), f"{package} has no __init__.py"
+        assert ast.get_docstring(ast.parse(init.read_text())), f"{init} has no docstring"
+
+
+def test_a_build_without_a_compiler_says_what_to_install(tmp_path: Path) -> None:
+    folders = ["--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp")]
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--force", *folders],
+        cwd=ROOT,
+        env={**os.environ, "CC": "/nonexistent", "CXX": "/nonexistent"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "needs a C++17 compiler" in done.stderr
+    assert "apt install g++ python3-dev" in done.stderr
+    assert "/nonexistent" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment that holds the wheel; dependencies come from this one."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for room in ROOMS:
+        skip = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(ROOT / room, source / room, ignore=skip)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*build, "--wheel-dir", str(folder), str(source)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "env")], check=True)
+    python = folder / "env" / "bin" / "python"
+    (wheel,) = folder.glob("*.whl")
+    into = [*pip, "--python", str(python), "install", "-q", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(into, check=True)
+    # A path line makes this environment's packages visible and leaves their .pth files, the
+    # editable installation of Paceline among them, unread.
+    (site_packages,) = (folder / "env" / "lib").glob("python*/site-packages")
+    (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return python
+
+
+IMPORT_ALL = """
+import importlib, json, sys
+failed, files = {}, []
+for name in json.loads(sys.argv[1]):
+    try:
+        files.append(importlib.import_module(name).__file__)
+    except BaseException as error:
+        failed[name] = repr(error)
+print(json.dumps([failed, files]))
+"""
+
+
+@pytest.mark.slow
+def test_every_module_imports_from_the_wheel(installed_wheel: Path) -> None:
+    names = json.dumps([*modules_on_disk(), "paceline.spec._native"])
+    done = subprocess.run(
+        [installed_wheel, "-I", "-c", IMPORT_ALL, names],
+        cwd=installed_wheel.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    failed, files = json.loads(done.stdout.splitlines()[-1])
+    assert failed == {}
+    environment = str(installed_wheel.parents[1])
+    outside = [file for file in files if file and not file.startswith(environment)]
+    assert outside == [], "imported from elsewhere than the wheel"
+
+
+@pytest.mark.slow
+def test_the_wheel_carries_the_recipes_and_the_type_stubs(installed_wheel: Path) -> None:
+    (packaged,) = installed_wheel.parents[1].glob("lib/python*/site-packages/paceline")
+    recipes = {path.name for path in (ROOT / "configs").glob("*.yaml")}
+    assert {path.name for path in (packaged / "configs").glob("*.yaml")} == recipes
+    assert (packaged / "spec" / "_native.pyi").exists()
+
+
+@pytest.mark.slow
+def test_the_command_line_of_the_wheel_starts(installed_wheel: Path) -> None:
+    command = installed_wheel.parent / "paceline"
+    done = subprocess.run([command, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout
