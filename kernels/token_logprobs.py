@@ -1,0 +1,189 @@
+"""Log-probability and entropy of chosen tokens, without ever holding all logits.
+
+``log p(y_t) = z_t[y_t] - logsumexp(z_t)`` and ``H_t = logsumexp(z_t) - sum_v p_t[v] z_t[v]`` with
+``z_t = (W h_t) / temperature``. Rows are worked on in chunks, and the backward pass computes each
+chunk's logits again, so at most one chunk of [rows, V] logits exists at a time. The projection runs
+in the precision of its inputs (as an engine's does); softmax and sums are float32.
+
+Shapes: T positions, V vocabulary entries, H hidden size.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+LOGITS_PER_CHUNK = 2**22
+"""Elements of a chunk of logits: 16 MiB in float32."""
+
+MIN_ROWS_PER_CHUNK = 512
+"""Fewer rows starve the matrix units; with very large vocabularies this outgrows the above."""
+
+
+class RowStatistics(NamedTuple):
+    """Of every row of logits, float32 [T]."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    logsumexp: Tensor
+
+
+def token_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of ``targets`` and entropies of their distributions, chunked over T.
+
+    Args:
+        hidden: final hidden states [T, H], float32 or bfloat16; T may be 0.
+        weight: output embedding [V, H], of the same dtype.
+        targets: chosen tokens, int64 [T].
+        temperature: logits are divided by it; positive.
+
+    Returns:
+        ``(logprobs, entropy)`` in nats, float32 [T]. Only ``logprobs`` carries a gradient.
+    """
+    logprobs, entropy = _TokenLogprobs.apply(hidden, weight, targets, temperature)
+    return logprobs, entropy
+
+
+def token_logprobs_reference(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The same by plain autograd over the whole [T, V] logits: what the op is tested against."""
+    logits_TV = (hidden @ weight.T).float() / temperature
+    all_logprobs_TV = logits_TV.log_softmax(dim=-1)
+    entropy = -(all_logprobs_TV.exp() * all_logprobs_TV).sum(dim=-1)
+    return all_logprobs_TV.gather(1, targets[:, None])[:, 0], entropy.detach()
+
+
+def row_statistics(logits_TV: Tensor, targets: Tensor, temperature: float) -> RowStatistics:
+    """Statistics of rows of logits: the Triton kernel on a GPU, else eager."""
+    if logits_TV.is_cuda and HAS_TRITON:
+        return row_statistics_triton(logits_TV, targets, temperature)
+    return row_statistics_eager(logits_TV, targets, temperature)
+
+
+def row_statistics_eager(logits_TV: Tensor, targets: Tensor, temperature: float) -> RowStatistics:
+    """Reference of the Triton kernel."""
+    scaled_TV = logits_TV.float() / temperature
+    logsumexp = scaled_TV.logsumexp(dim=-1)
+    all_logprobs_TV = scaled_TV.sub_(logsumexp[:, None])
+    chosen = all_logprobs_TV.gather(1, targets[:, None])[:, 0]
+    entropy = -all_logprobs_TV.exp().mul_(all_logprobs_TV).sum(dim=-1)
+    return RowStatistics(chosen, entropy, logsumexp)
+
+
+def row_chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
+    """Consecutive slices that cover ``num_rows`` rows of logits, bounded in size."""
+    step = max(MIN_ROWS_PER_CHUNK, LOGITS_PER_CHUNK // vocab_size)
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        output = torch.empty(3, len(hidden), dtype=torch.float32, device=hidden.device)
+        for rows in row_chunks(len(hidden), len(weight)):
+            logits_TV = hidden[rows] @ weight.T
+            for row, values in zip(
+                output, row_statistics(logits_TV, targets[rows], temperature), strict=True
+            ):
+                row[rows] = values
+        logprobs, entropy, logsumexp = output.unbind()
+        ctx.save_for_backward(hidden, weight, targets, logsumexp)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden, weight, targets, logsumexp = ctx.saved_tensors
+        scale = grad_outputs[0].float() / ctx.temperature
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for rows in row_chunks(len(hidden), len(weight)):
+            scaled_TV = (hidden[rows] @ weight.T).float() / ctx.temperature
+            # d logprob / d logits = onehot(target) - softmax
+            grad_logits_TV = (scaled_TV - logsumexp[rows, None]).exp_()
+            grad_logits_TV.mul_(-scale[rows, None])
+            grad_logits_TV.scatter_add_(1, targets[rows, None], scale[rows, None])
+            grad_logits_TV = grad_logits_TV.to(weight.dtype)
+            grad_hidden[rows] = grad_logits_TV @ weight
+            grad_weight += grad_logits_TV.T @ hidden[rows]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+
+# Triton comes with CUDA builds of torch and is absent from CPU ones.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def row_statistics_kernel(
+        logits_ptr: tl.tensor,
+        targets_ptr: tl.tensor,
+        logprobs_ptr: tl.tensor,
+        entropy_ptr: tl.tensor,
+        logsumexp_ptr: tl.tensor,
+        row_stride: int,
+        vocab_size: int,
+        inverse_temperature: float,
+        BLOCK: tl.constexpr,
+    ) -> None:
+        """One program a row: an online softmax that also carries the sum of p times logit."""
+        row = tl.program_id(0).to(tl.int64)
+        row_ptr = logits_ptr + row * row_stride
+        maximum = -3e38  # finite: -inf times a total of 0 would be nan below
+        total = 0.0
+        weighted = 0.0  # sum of exp(z - maximum) * (z - maximum)
+        for start in range(0, vocab_size, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < vocab_size
+            logits = tl.load(row_ptr + columns, mask=inside, other=-3e38)
+            logits = logits.to(tl.float32) * inverse_temperature
+            new_maximum = tl.maximum(maximum, tl.max(logits, axis=0))
+            rescale = tl.exp(maximum - new_maximum)
+            shifted = tl.where(inside, logits - new_maximum, 0.0)
+            exponentials = tl.where(inside, tl.exp(shifted), 0.0)
+            weighted = (weighted + total * (maximum - new_maximum)) * rescale
+            weighted += tl.sum(exponentials * shifted, axis=0)
+            total = total * rescale + tl.sum(exponentials, axis=0)
+            maximum = new_maximum
+        log_total = tl.log(total)
+        logsumexp = maximum + log_total
+        target = tl.load(targets_ptr + row)
+        chosen = tl.load(row_ptr + target).to(tl.float32) * inverse_temperature
+        tl.store(logprobs_ptr + row, chosen - logsumexp)
+        tl.store(entropy_ptr + row, log_total - weighted / total)
+        tl.store(logsumexp_ptr + row, logsumexp)
+
+    def row_statistics_triton(
+        logits_TV: Tensor, targets: Tensor, temperature: float
+    ) -> RowStatistics:
+        """One pass over contiguous rows of logits; float32 or bfloat16 in, float32 out."""
+        num_rows, vocab_size = logits_TV.shape
+        assert logits_TV.stride(1) == 1, "rows of logits must be contiguous"
+        output = torch.empty(3, num_rows, dtype=torch.float32, device=logits_TV.device)
+        if num_rows:
+            block = min(8192, 2 ** math.ceil(math.log2(max(vocab_size, 2))))
+            row_statistics_kernel[(num_rows,)](
+                logits_TV,
+                targets,
+                *output.unbind(),
+                logits_TV.stride(0),
+                vocab_size,
+                1.0 / temperature,
+                BLOCK=block,
+                num_warps=min(8, max(1, block // 256)),
+            )
+        return RowStatistics(*output.unbind())

@@ -1,0 +1,204 @@
+"""The policy: a Hugging Face causal language model run on packed rows, and where its weights begin.
+
+One folder in Hugging Face format is the origin of the initial weights: the engines serve it and
+the learner trains it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from paceline.configs.errors import ModelError
+from paceline.configs.schema.model import ModelConfig
+from paceline.learner.attention import (
+    ATTENTION_NAME,
+    PackedSequences,
+    register_packed_attention,
+)
+
+Head = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""From hidden states [N, H] and output embedding [V, H] to what is wanted of each position."""
+
+UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Configuration keys of models whose logits are more than output embedding times hidden state."""
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """A microbatch for the model: T tokens of S sequences, N of whose positions are looked at.
+
+    ``token_ids`` and ``positions`` int64 [1, T]; ``predictors`` int64 [N], the places in the row
+    whose hidden states predict a trained token.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    sequences: PackedSequences
+    predictors: Tensor
+
+
+class PolicyModel(nn.Module):
+    """A causal language model whose vocabulary logits exist only inside the ``head`` it is handed.
+
+    The head runs within ``forward`` because the output embedding, sharded over ranks, is whole
+    only there.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+
+    def forward(self, row: PackedRow, head: Head) -> tuple[Tensor, ...]:
+        """Apply ``head`` to the hidden states at ``row.predictors``."""
+        output = self.causal_lm.base_model(
+            input_ids=row.token_ids,
+            position_ids=row.positions,
+            packed_sequences=row.sequences,
+            use_cache=False,
+        )
+        hidden = output.last_hidden_state[0].index_select(0, row.predictors)
+        return head(hidden, self.causal_lm.get_output_embeddings().weight)
+
+    @property
+    def decoder_layers(self) -> nn.ModuleList:
+        """The transformer blocks, in order."""
+        layers = self.causal_lm.base_model.layers
+        assert isinstance(layers, nn.ModuleList)
+        return layers
+
+    def quadratic_cost(self) -> float:
+        """Cost of attention next to the rest: ``length + c * length ** 2`` for a sequence.
+
+        Causal attention spends ``2 * query_width`` operations a layer and a pair of tokens (half of
+        all pairs), everything else 2 a parameter and a token.
+        """
+        config = self.causal_lm.config
+        head_dim = getattr(config, "head_dim", None)
+        width = config.num_attention_heads * (
+            head_dim or config.hidden_size // config.num_attention_heads
+        )
+        num_parameters = sum(parameter.numel() for parameter in self.causal_lm.parameters())
+        return config.num_hidden_layers * width / num_parameters
+
+
+def write_initial_model(
+    config: ModelConfig, vocab_size: int, eos_token_id: int, seed: int, folder: str
+) -> str:
+    """Give the folder (or hub name) that engines and learner both start from.
+
+    With ``config.architecture`` a randomly initialised float32 model is written to ``folder``; with
+    ``config.path`` nothing is written and the path itself is returned, once it was found to be
+    readable and to fit the tokenizer and ``config.max_length``.
+
+    Raises:
+        ModelError: the model cannot be read or built, or does not fit.
+    """
+    transformers_logging.disable_progress_bar()
+    if config.architecture is None:
+        assert config.path is not None
+        _check_fits(_read_config(config.path), config, vocab_size)
+        return config.path
+    _check_architecture_keys(config.architecture)
+    ids = {"vocab_size": vocab_size, "eos_token_id": eos_token_id, "bos_token_id": None}
+    settings = {"max_position_embeddings": config.max_length} | config.architecture | ids
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model_config = AutoConfig.for_model(**settings)
+            causal_lm = AutoModelForCausalLM.from_config(model_config, dtype=torch.float32)
+        except (
+            StrictDataclassError,
+            ValueError,
+            TypeError,
+            ArithmeticError,
+            RuntimeError,
+        ) as error:
+            raise ModelError(
+                f"model.architecture cannot be built: {_one_line(error)}; check its numbers"
+            ) from error
+    _check_fits(model_config, config, vocab_size)
+    causal_lm.save_pretrained(folder)
+    return folder
+
+
+def load_policy(folder: str, *, activation_checkpointing: bool = False) -> PolicyModel:
+    """Load a folder in Hugging Face format as float32 master weights on the CPU.
+
+    Raises:
+        ModelError: it cannot be read, or its attention or logits are not plain.
+    """
+    transformers_logging.disable_progress_bar()
+    register_packed_attention()
+    config = _read_config(folder)
+    for name in UNSUPPORTED:
+        if getattr(config, name, None) is not None:
+            raise ModelError(
+                f"{config.model_type} transforms its logits ({name}), which the learner does not: "
+                "use a model with plain logits"
+            )
+    try:
+        causal_lm = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=ATTENTION_NAME
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"the weights in {folder} cannot be loaded: {_one_line(error)}") from error
+    if causal_lm.get_output_embeddings().bias is not None:
+        raise ModelError(f"{config.model_type} has a bias on its output embedding: not supported")
+    if activation_checkpointing:
+        causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+    return PolicyModel(causal_lm.train())
+
+
+def _read_config(path: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        found = "has no readable config.json" if Path(path).is_dir() else "is no folder here"
+        raise ModelError(
+            f"model {path} {found} and cannot be fetched by that name: "
+            "give a folder in Hugging Face format"
+        ) from error
+
+
+def _check_fits(model_config: PreTrainedConfig, config: ModelConfig, vocab_size: int) -> None:
+    if vocab_size > model_config.vocab_size:
+        raise ModelError(
+            f"the tokenizer has {vocab_size} tokens but the model embeds {model_config.vocab_size}:"
+            " use the model's own tokenizer"
+        )
+    longest = getattr(model_config, "max_position_embeddings", None)
+    if longest is not None and config.max_length > longest:
+        raise ModelError(
+            f"model.max_length ({config.max_length}) exceeds the {longest} positions of the model: "
+            "lower it"
+        )
+
+
+def _check_architecture_keys(architecture: Mapping[str, Any]) -> None:
+    """Transformers keeps unknown keys without a word, so a misspelt size would go unnoticed."""
+    model_type = architecture["model_type"]
+    try:
+        known = AutoConfig.for_model(model_type)
+    except (ValueError, KeyError) as error:
+        raise ModelError(
+            f"model.architecture.model_type {model_type!r} is not a transformers architecture: "
+            "use for example qwen3 or llama"
+        ) from error
+    if unknown := sorted(key for key in architecture if not hasattr(known, key)):
+        raise ModelError(
+            f"model.architecture has keys that {model_type} does not know: {', '.join(unknown)}"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    cause = error.__cause__ if isinstance(error, StrictDataclassError) else error
+    return str(cause).strip().split("\n")[0] or type(error).__name__

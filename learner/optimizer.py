@@ -1,0 +1,95 @@
+"""AdamW, its learning-rate schedule and global gradient clipping, for plain and sharded tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from paceline.configs.schema.learner import OptimizerConfig
+from paceline.learner.losses import NonFiniteError
+
+
+def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
+    """Learning rate of ``step`` (from 0) of ``num_steps``.
+
+    Rises linearly over ``warmup_steps`` and reaches the peak at the last of them, then decays to
+    ``final_fraction`` of the peak at step ``num_steps - 1`` and stays there. Warm-up takes
+    precedence where it is longer than the run.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = min(1.0, (step - config.warmup_steps) / max(1, num_steps - 1 - config.warmup_steps))
+    height = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return config.learning_rate * (config.final_fraction + (1 - config.final_fraction) * height)
+
+
+def build_optimizer(parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
+    """AdamW over float32 master weights, with its whole state allocated at once.
+
+    State that exists from the start makes saving, loading and resetting the same at every step.
+    Hyperparameters are set by ``take_step``.
+    """
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "decays": True},
+        {"params": [p for p in parameters if p.ndim < 2], "decays": False},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def reset_state(optimizer: torch.optim.AdamW) -> None:
+    """Forget both moments and the step count."""
+    for state in optimizer.state.values():
+        for tensor in state.values():
+            tensor.zero_()
+
+
+def take_step(
+    optimizer: torch.optim.AdamW, config: OptimizerConfig, step: int, num_steps: int
+) -> dict[str, float]:
+    """Clip the gradients to a global 2-norm, write the weights, drop the gradients.
+
+    Returns:
+        ``grad_norm`` before clipping, and ``learning_rate``.
+
+    Raises:
+        NonFiniteError: on every rank, before anything is written, if the norm is not finite.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    assert gradients, "an optimiser step needs a forward_backward before it"
+    norm = global_norm(gradients)
+    if not torch.isfinite(norm):
+        optimizer.zero_grad()
+        raise NonFiniteError(
+            f"the gradient norm of step {step} is {norm.item()}: no weight was changed; lower "
+            "the learning rate or look at the batch's samples"
+        )
+    nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
+    rate = learning_rate(step, config, num_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        group["betas"] = config.betas
+        group["eps"] = config.epsilon
+        group["weight_decay"] = config.weight_decay if group["decays"] else 0.0
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"grad_norm": norm.item(), "learning_rate": rate}
+
+
+def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """2-norm over all gradients and, where they are sharded, over all ranks; a plain scalar."""
+    norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

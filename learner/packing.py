@@ -1,0 +1,100 @@
+"""Which rank trains which samples, and in which microbatches (pure, numpy only).
+
+Samples go to ranks by cost (longest processing time first), and on a rank into microbatches by
+first fit decreasing. Every rank runs the same number of microbatches, because each is a collective
+operation: a rank with fewer splits its own, and only a rank with fewer samples than microbatches is
+left with empty ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paceline.configs.errors import ConfigError
+
+Microbatch = tuple[int, ...]
+"""Indices into the batch's samples, longest first; empty where a rank has nothing to do."""
+
+
+@dataclass(frozen=True)
+class PackingPlan:
+    """``microbatches[rank]``: as many on every rank; together they hold every sample once."""
+
+    microbatches: tuple[tuple[Microbatch, ...], ...]
+
+    @property
+    def num_empty(self) -> int:
+        """Microbatches over all ranks that hold no sample."""
+        return sum(not microbatch for rank in self.microbatches for microbatch in rank)
+
+
+def plan_packing(
+    lengths: Sequence[int], num_ranks: int, capacity: int, quadratic_cost: float = 0.0
+) -> PackingPlan:
+    """Divide samples over ranks and microbatches.
+
+    Args:
+        lengths: tokens of each sample, all positive.
+        num_ranks: data-parallel ranks.
+        capacity: most tokens of a microbatch (``learner.tokens_per_microbatch``).
+        quadratic_cost: cost of attention, for ``cost = length + quadratic_cost * length ** 2``.
+
+    Raises:
+        ConfigError: a sample is longer than ``capacity``.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    if len(sizes) and sizes.max() > capacity:
+        raise ConfigError(
+            f"a sample of {sizes.max()} tokens does not fit learner.tokens_per_microbatch "
+            f"({capacity}): raise it to model.max_length"
+        )
+    shares = _balance(sizes + quadratic_cost * sizes.astype(np.float64) ** 2, num_ranks)
+    ranks = [_first_fit(share, sizes, capacity) for share in shares]
+    num_microbatches = max(1, *(len(microbatches) for microbatches in ranks))
+    return PackingPlan(
+        tuple(tuple(_split_up_to(microbatches, num_microbatches)) for microbatches in ranks)
+    )
+
+
+def _balance(costs: NDArray[np.float64], num_ranks: int) -> list[list[int]]:
+    """Indices for each rank, costliest first, each given to the rank with the least cost so far."""
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    totals = np.zeros(num_ranks)
+    for index in np.argsort(-costs, kind="stable"):
+        rank = int(totals.argmin())
+        shares[rank].append(int(index))
+        totals[rank] += costs[index]
+    return shares
+
+
+def _first_fit(indices: Sequence[int], sizes: NDArray[np.int64], capacity: int) -> list[Microbatch]:
+    """Put indices, longest first, into the first microbatch with room."""
+    microbatches: list[list[int]] = []
+    room = np.zeros(len(indices), dtype=np.int64)
+    for index in indices:
+        fits = room[: len(microbatches)] >= sizes[index]
+        place = int(fits.argmax()) if fits.any() else len(microbatches)
+        if place == len(microbatches):
+            microbatches.append([])
+            room[place] = capacity
+        microbatches[place].append(index)
+        room[place] -= sizes[index]
+    return [tuple(microbatch) for microbatch in microbatches]
+
+
+def _split_up_to(microbatches: list[Microbatch], number: int) -> list[Microbatch]:
+    """Halve the most numerous microbatch until there are ``number``; then add empty ones."""
+    parts = list(microbatches)
+    while len(parts) < number:
+        largest = max(range(len(parts)), key=lambda i: len(parts[i]), default=None)
+        if largest is None or len(parts[largest]) < 2:
+            parts.append(())
+            continue
+        whole = parts.pop(largest)
+        # every second one, so that both halves keep the mixture of lengths and stay sorted
+        parts += [whole[0::2], whole[1::2]]
+    return parts

@@ -1,0 +1,120 @@
+"""The chunked op, the Triton kernel and the plain reference agree."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+
+from paceline.kernels import token_logprobs as op
+
+
+def inputs(num_rows, vocab_size, hidden_size=16, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_rows, hidden_size, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(vocab_size, hidden_size, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(vocab_size, (num_rows,), generator=generator)
+    return hidden, weight, targets
+
+
+def outputs_and_gradients(function, hidden, weight, targets, temperature):
+    logprobs, entropy = function(hidden, weight, targets, temperature)
+    upstream = torch.linspace(-1, 2, len(targets))
+    return logprobs, entropy, *torch.autograd.grad((logprobs * upstream).sum(), (hidden, weight))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("num_rows", "vocab_size"), [(1, 2), (37, 128), (600, 50)])
+def test_chunked_op_equals_the_reference_with_gradients(
+    num_rows, vocab_size, temperature, monkeypatch
+):
+    monkeypatch.setattr(op, "MIN_ROWS_PER_CHUNK", 7)
+    monkeypatch.setattr(op, "LOGITS_PER_CHUNK", 64)
+    tensors = inputs(num_rows, vocab_size)
+    got = outputs_and_gradients(op.token_logprobs, *tensors, temperature)
+    expected = outputs_and_gradients(op.token_logprobs_reference, *tensors, temperature)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+def test_log_probability_and_entropy_of_a_hand_computed_distribution():
+    hidden = torch.tensor([[1.0]])
+    weight = torch.log(torch.tensor([[0.5], [0.25], [0.25]]))
+    logprobs, entropy = op.token_logprobs(hidden, weight, torch.tensor([1]))
+    assert logprobs.exp().item() == pytest.approx(0.25)
+    assert (entropy / torch.log(torch.tensor(2.0))).item() == pytest.approx(1.5)
+
+
+def test_bfloat16_inputs_keep_float32_statistics_and_bfloat16_gradients():
+    hidden, weight, targets = inputs(300, 1000, dtype=torch.bfloat16)
+    got = outputs_and_gradients(op.token_logprobs, hidden, weight, targets, 1.0)
+    expected = outputs_and_gradients(op.token_logprobs_reference, hidden, weight, targets, 1.0)
+    assert [t.dtype for t in got] == [torch.float32] * 2 + [torch.bfloat16] * 2
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours.float(), theirs.float(), atol=0.05, rtol=0.02)
+
+
+def test_no_positions_give_no_values_and_zero_gradients():
+    logprobs, _, *gradients = outputs_and_gradients(op.token_logprobs, *inputs(0, 10), 1.0)
+    assert logprobs.shape == (0,)
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_entropy_carries_no_gradient():
+    _, entropy = op.token_logprobs(*inputs(5, 10))
+    assert not entropy.requires_grad
+
+
+def test_chunks_cover_every_row_once_and_stay_bounded():
+    chunks = list(op.row_chunks(1_000_000, 1024))
+    assert (chunks[0].start, chunks[-1].stop) == (0, 1_000_000)
+    assert all(a.stop == b.start for a, b in pairwise(chunks))
+    assert all((c.stop - c.start) * 1024 <= op.LOGITS_PER_CHUNK for c in chunks)
+
+
+INTERPRETED = """
+import torch
+from paceline.kernels.token_logprobs import row_statistics_eager, row_statistics_triton
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-5)):
+    for rows, vocab in ((1, 2), (3, 100), (5, 8192), (2, 9000)):
+        logits = (4 * torch.randn(rows, vocab)).to(dtype)
+        targets = torch.randint(vocab, (rows,))
+        for ours, theirs in zip(row_statistics_triton(logits, targets, 0.8),
+                                row_statistics_eager(logits, targets, 0.8)):
+            torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+"""
+
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from paceline.kernels.token_logprobs import row_statistics_kernel
+pointers = dict.fromkeys(["targets_ptr"], "*i64") | dict.fromkeys(
+    ["logprobs_ptr", "entropy_ptr", "logsumexp_ptr"], "*fp32")
+scalars = {"row_stride": "i32", "vocab_size": "i32", "inverse_temperature": "fp32",
+           "BLOCK": "constexpr"}
+for logits in ("*fp32", "*bf16"):
+    for capability in (80, 90):
+        source = ASTSource(row_statistics_kernel, {"logits_ptr": logits} | pointers | scalars,
+                           {"BLOCK": 8192})
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32),
+                                  options={"num_warps": 8})
+        assert compiled.asm["cubin"]
+"""
+
+
+@pytest.mark.skipif(not op.HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize(("script", "interpret"), [(INTERPRETED, "1"), (COMPILED, "0")])
+def test_triton_kernel_equals_eager_when_interpreted_and_compiles_for_sm80_and_sm90(
+    script, interpret
+):
+    """In processes of their own: the interpreter is chosen when triton is first imported."""
+    environment = os.environ | {"TRITON_INTERPRET": interpret}
+    finished = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert finished.returncode == 0, finished.stderr
