@@ -130,15 +130,13 @@ class RunFolder:
         write_atomically(self.config, text)
 
     def write_versions(self, versions: Mapping[str, Any]) -> None:
-        """Save what the run runs on; a resumed run keeps the first and lists what differs later."""
+        """Save what the run runs on; a resumed run keeps the first and adds to ``resumed_with``."""
         first = read_json(self.versions)
         if not isinstance(first, dict):
             write_json(self.versions, dict(versions))
             return
         later = first.get("resumed_with", [])
-        latest = later[-1] if later else {k: v for k, v in first.items() if k != "resumed_with"}
-        if latest != versions:
-            write_json(self.versions, {**first, "resumed_with": [*later, dict(versions)]})
+        write_json(self.versions, {**first, "resumed_with": [*later, dict(versions)]})
 
     def write_examples(self, examples: Sequence[ExampleRecord]) -> None:
         """Save the held-out examples; call again when there are answers of after training."""

@@ -17,6 +17,7 @@ from paceline.controller.observe.text import (
     number,
     one_line,
     percent,
+    reward_mark,
     sparkline,
 )
 
@@ -193,7 +194,8 @@ def _workers(workers: Mapping[str, str]) -> Text:
 
 
 def _sample(sample: SampleRecord, width: int) -> Text:
-    mark, style = ("✓", "green") if sample.reward > 0 else ("✗", "red")
+    mark = reward_mark(sample.reward)
+    style = {"✓": "green", "✗": "red"}.get(mark, "yellow")
     share = max(8, (width - 8) // 2)
     return Text.assemble(
         (f"{mark} ", style),

@@ -51,6 +51,12 @@ def percent(value: float | None, missing: str = "-") -> str:
     return number(value, ".1%", missing)
 
 
+def reward_mark(reward: float | None) -> str:
+    """``✓`` for a reward of 1, ``✗`` for 0, the number for any other."""
+    marks = {1.0: "✓", 0.0: "✗"}
+    return marks[reward] if reward in marks else number(reward, ".2f", "?")
+
+
 def count(value: float | None, missing: str = "-") -> str:
     """A count in at most four characters and a unit: ``1234567`` is ``1.23M``."""
     if value is None or not math.isfinite(value):

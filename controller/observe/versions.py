@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def collect_versions(seed: int, arguments: Sequence[str] | None = None) -> dict[
     installed are left out.
     """
     return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command_line(sys.argv if arguments is None else arguments),
         "seed": seed,
         "python": platform.python_version(),

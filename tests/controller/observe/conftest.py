@@ -65,7 +65,7 @@ def write_synthetic_run(
     warm_steps: int = WARM_STEPS,
     finished: bool = True,
 ) -> RunFolder:
-    """A whole run; unfinished, one that was killed after ``train_steps``: no summary, no results."""
+    """A whole run, or one that was killed after ``train_steps`` and left no summary."""
     random = Random(seed)
     folder = RunFolder.create(root)
     folder.write_config(CONFIG)
@@ -76,7 +76,9 @@ def write_synthetic_run(
     evaluations = _evaluations(start, warm_steps, train_steps, finished, random)
     records = sorted([*warm, *steps, *evaluations], key=lambda record: record.seconds)
     write_json_lines(folder.metrics, [record.as_dict() for record in records])
-    write_json_lines(folder.samples, [_sample(step, random).as_dict() for step in range(train_steps)])
+    write_json_lines(
+        folder.samples, [_sample(step, random).as_dict() for step in range(train_steps)]
+    )
     folder.write_examples([_example(word, finished, random) for word in WORDS])
     if finished:
         _summary(steps, warm, evaluations).write(folder)
@@ -156,14 +158,20 @@ def _train_step(step: int, start: float, random: Random) -> StepRecord:
             "generate": random.gauss(0.52, 0.03),
         },
         dropped={"zero_signal": int(2 + 26 * skill**4 + random.randrange(6))},
-        buffer={"waiting": 4, "inflight": 28 + random.randrange(5), "finished": random.randrange(32)},
+        buffer={
+            "waiting": 4,
+            "inflight": 28 + random.randrange(5),
+            "finished": random.randrange(32),
+        },
     )
 
 
 def _evaluations(
     start: float, warm_steps: int, train_steps: int, finished: bool, random: Random
 ) -> list[EvaluationRecord]:
-    def measure(label: str, step: int, seconds: float, greedy: float, both: bool) -> EvaluationRecord:
+    def measure(
+        label: str, step: int, seconds: float, greedy: float, both: bool
+    ) -> EvaluationRecord:
         right = round(NUM_HELD_OUT * greedy) / NUM_HELD_OUT
         sampled = round(NUM_HELD_OUT * (greedy - 0.15 - 0.12 * (1 - greedy))) / NUM_HELD_OUT
         return EvaluationRecord.measured(
