@@ -145,11 +145,15 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Group:
-    """All samples of one prompt: the unit that is admitted, claimed, scored and trained."""
+    """All samples of one prompt: the unit that is admitted, claimed, scored and trained.
+
+    ``fault`` says in a word why it must not be trained on, whatever its rewards.
+    """
 
     group_id: int
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]
+    fault: str | None = None
 
     @property
     def rewards(self) -> NDArray[np.float64]:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable
+import functools
+import importlib
+import inspect
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,6 +30,114 @@ from paceline.controller.parts import Loss, WorkerLost
 from paceline.weights_sync.handle import WeightHandle
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LateClass:
+    """A class by its import path, imported where it is called: in the process that needs it."""
+
+    path: str
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """Import the class and construct it."""
+        module, _, name = self.path.partition(":")
+        return getattr(importlib.import_module(module), name)(*arguments, **keywords)
+
+
+class ActorHost:
+    """The actor class of every actor: holds one object in its process and carries calls to it.
+
+    The object is built by a call, not by the actor's constructor: Ray would turn an error of the
+    latter into text, and a user's mistake must arrive as the error it is.
+    """
+
+    def build(self, factory: Callable[[], Any]) -> None:
+        """Build the object this process is for."""
+        self._object = factory()
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the object; coroutines of several calls run side by side."""
+        result = getattr(self._object, method)(*arguments)
+        return await result if inspect.isawaitable(result) else result
+
+    def address(self) -> tuple[str, int]:
+        """This node's address and a port that was free a moment ago."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+
+def start_actor(cpus: float, gpus: float, environment: Mapping[str, str], **options: Any) -> Any:
+    """Start an empty host with its resources reserved; returns Ray's handle."""
+    return (
+        ray.remote(ActorHost)
+        .options(
+            num_cpus=cpus, num_gpus=gpus, runtime_env={"env_vars": dict(environment)}, **options
+        )
+        .remote()
+    )
+
+
+async def start_rollout_worker(
+    index: int,
+    factory: Callable[[], Any],
+    *,
+    cpus: float,
+    gpus: float,
+    environment: Mapping[str, str],
+) -> RolloutActor:
+    """Start a rollout worker; returns once its engine is up.
+
+    Raises:
+        UserError: the engine cannot be built as configured.
+        ClusterError: its process died.
+    """
+    actor = start_actor(cpus, gpus, environment)
+    try:
+        await result_of(actor.build.remote(factory), ClusterError, f"rollout worker {index}")
+    except BaseException:
+        kill(actor)
+        raise
+    return RolloutActor(actor, index)
+
+
+async def start_learner_ranks(
+    factory: Callable[..., Any],
+    num_ranks: int,
+    *,
+    cpus: float,
+    gpus: float,
+    environment: Mapping[str, str],
+) -> LearnerRanks:
+    """Start the learner's ranks, joined in one process group; returns once all hold the model.
+
+    ``factory`` takes ``rank`` and ``rendezvous`` (``tcp://host:port`` of rank 0's node, or None for a
+    single rank).
+
+    Raises:
+        UserError: the model cannot be built as configured.
+        ClusterError: a rank's process died.
+    """
+    actors = [start_actor(cpus, gpus, environment) for _ in range(num_ranks)]
+    try:
+        rendezvous = None
+        if num_ranks > 1:
+            host, port = await result_of(actors[0].address.remote(), ClusterError, "learner rank 0")
+            rendezvous = f"tcp://{host}:{port}"
+        builds = (
+            result_of(
+                actor.build.remote(functools.partial(factory, rank=rank, rendezvous=rendezvous)),
+                ClusterError,
+                f"learner rank {rank}",
+            )
+            for rank, actor in enumerate(actors)
+        )
+        await asyncio.gather(*builds)
+    except BaseException:
+        for actor in actors:
+            kill(actor)
+        raise
+    return LearnerRanks(actors)
 
 
 async def result_of(reference: Awaitable[T], dead: type[Exception], who: str) -> T:
@@ -49,15 +162,15 @@ class RolloutActor:
 
     async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
         """All completions of a request."""
-        return await self._call(self._actor.generate.remote(request))
+        return await self._call(self._actor.call.remote("generate", request))
 
     async def update_weights(self, handle: WeightHandle) -> tuple[WeightVersion, int]:
         """Load a version; answers what is then served."""
-        return await self._call(self._actor.update_weights.remote(handle))
+        return await self._call(self._actor.call.remote("update_weights", handle))
 
     async def counters(self) -> dict[str, float]:
         """Running totals of its engine."""
-        return await self._call(self._actor.counters.remote())
+        return await self._call(self._actor.call.remote("counters"))
 
     async def close(self) -> None:
         """Stop the actor; one that is already dead is fine."""
@@ -74,41 +187,32 @@ class LearnerRanks:
     rank ends the run with `ClusterError`: the others cannot go on without it.
     """
 
-    def __init__(
-        self, actors: list[ActorHandle], optimizer: OptimizerConfig, num_steps: int
-    ) -> None:
+    def __init__(self, actors: Sequence[ActorHandle]) -> None:
         self._actors = actors
-        self.optimizer = optimizer
-        self.num_steps = num_steps
+        self._plan: tuple[OptimizerConfig, int] | None = None
 
-    def planned(self, optimizer: OptimizerConfig, num_steps: int) -> LearnerRanks:
-        """The same ranks under another optimiser plan."""
-        return LearnerRanks(self._actors, optimizer, num_steps)
+    async def begin(self, optimizer: OptimizerConfig, num_steps: int) -> None:
+        """Start a phase of ``num_steps`` steps with its own optimiser settings and fresh moments."""
+        self._plan = (optimizer, num_steps)
+        await self._call("reset_optimizer")
 
     async def forward_backward(self, batch: TrainBatch, loss: Loss) -> StepReport:
         """Accumulate the gradients of a whole batch over all ranks."""
-        reference = ray.put(batch)
-        return await self._call("forward_backward", reference, loss)
+        # Put once: every rank reads the same copy. (A reference is resolved as an argument of `call`.)
+        return await self._call("forward_backward", ray.put(batch), loss)
 
     async def optimizer_step(self, step: int, report: StepReport) -> StepReport:
         """Apply the gradients: version ``step`` becomes ``step + 1``."""
-        metrics = await self._call("optimizer_step", step + 1, self.optimizer, step, self.num_steps)
-        return StepReport(
-            version=WeightVersion(step + 1),
-            num_tokens=report.num_tokens,
-            num_trained_tokens=report.num_trained_tokens,
-            num_padding_tokens=report.num_padding_tokens,
-            seconds=report.seconds,
-            metrics={**report.metrics, **metrics},
+        assert self._plan is not None, "begin() comes before the first step"
+        optimizer, num_steps = self._plan
+        metrics = await self._call("optimizer_step", step + 1, optimizer, step, num_steps)
+        return replace(
+            report, version=WeightVersion(step + 1), metrics={**report.metrics, **metrics}
         )
 
     async def publish(self, version: int) -> WeightHandle:
         """Write a version where engines can read it."""
         return await self._call("publish", version)
-
-    async def reset_optimizer(self) -> None:
-        """Forget moments: between the warm start and reinforcement learning."""
-        await self._call("reset_optimizer")
 
     async def save(self, folder: str) -> None:
         """Write model and optimiser, sharded, for `load`."""
@@ -140,7 +244,7 @@ class LearnerRanks:
         calls = [
             asyncio.ensure_future(
                 result_of(
-                    getattr(actor, method).remote(*arguments), ClusterError, f"learner rank {rank}"
+                    actor.call.remote(method, *arguments), ClusterError, f"learner rank {rank}"
                 )
             )
             for rank, actor in enumerate(self._actors)

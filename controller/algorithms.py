@@ -1,4 +1,4 @@
-"""Algorithms: what a finished group is worth, and which loss its tokens get."""
+"""Algorithms: what a finished group and its samples are worth."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paceline.configs.vocabulary import Group
-from paceline.controller.parts import Loss
 
 
 class Algorithm(Protocol):
-    """Advantages of a group's samples, and the loss they are trained with."""
+    """Advantages of a group's samples."""
 
-    loss: Loss
-    max_draws: int
-    """A step looks at this many times its groups before it trains on fewer."""
+    @property
+    def max_draws(self) -> int:
+        """A step looks at this many times its groups before it trains on fewer."""
 
     def drop_reason(self, group: Group) -> str | None:
         """Why a group is not worth training on, in a word for the ledger; None to train it."""
@@ -45,7 +44,6 @@ def group_relative_advantages(
 class GRPO:
     """Group-relative policy optimisation; groups of equal rewards carry no gradient."""
 
-    loss: Loss
     normalize_std: bool = True
     drop_zero_signal: bool = True
     max_draws: int = 8
@@ -65,7 +63,6 @@ class GRPO:
 class Supervised:
     """Imitation: every demonstration token counts the same."""
 
-    loss: Loss
     max_draws: int = 1
 
     def drop_reason(self, group: Group) -> str | None:

@@ -85,7 +85,7 @@ class Collector:
             group = await self._buffer.take()
             assert group is not None, "the buffer was closed under the loop"
             rewards.append(float(group.rewards.mean()))
-            if (reason := self._algorithm.drop_reason(group)) is None:
+            if (reason := group.fault or self._algorithm.drop_reason(group)) is None:
                 kept.append(group)
             else:
                 dropped[reason] += 1

@@ -31,7 +31,7 @@ class State(Enum):
 
 @dataclass
 class Work:
-    """One prompt to be sampled: ``group_id`` counts admissions and gives the order of training."""
+    """One prompt to be sampled; ``group_id`` is its position in the feed and orders training."""
 
     group_id: int
     prompt: Prompt
@@ -52,27 +52,25 @@ class WorkBuffer:
         buffer.release((0,))                               # its weights are served: 3 / 4
     """
 
-    def __init__(self, budget: FreshnessBudget, first_group_id: int = 0) -> None:
+    def __init__(self, budget: FreshnessBudget) -> None:
         self._budget = budget
         self._entries: OrderedDict[int, Work] = OrderedDict()
-        self._slots: dict[int, Prompt] = {}
-        self._next_group_id = first_group_id
+        self._slots: set[int] = set()
         self._changed = asyncio.Condition()
         self._closed = False
 
-    async def admit(self, next_prompt: Callable[[], Prompt]) -> Work | None:
-        """Wait for a free slot, then draw a prompt and let it in.
+    async def admit(self, draw: Callable[[], tuple[int, Prompt]]) -> Work | None:
+        """Wait for a free slot, then draw a (position, prompt) and let it in.
 
-        The prompt is drawn only once it can be admitted, so that a checkpoint's cursor never counts
-        a prompt nobody holds.
+        Drawn only once it can be admitted, so that a checkpoint's cursor never counts a prompt nobody
+        holds. Positions must grow: they are the order of training.
         """
         async with self._changed:
             await self._wait_for(lambda: len(self._slots) < self._budget.capacity)
             if self._closed:
                 return None
-            work = Work(self._next_group_id, next_prompt())
-            self._next_group_id += 1
-            self._slots[work.group_id] = work.prompt
+            work = Work(*draw())
+            self._slots.add(work.group_id)
             self._entries[work.group_id] = work
             self._changed.notify_all()
             return work
@@ -121,7 +119,7 @@ class WorkBuffer:
         """Free the slots of groups that were dropped, or whose weights the engines now serve."""
         async with self._changed:
             for group_id in group_ids:
-                del self._slots[group_id]
+                self._slots.remove(group_id)
             self._changed.notify_all()
 
     async def close(self) -> None:
@@ -130,14 +128,9 @@ class WorkBuffer:
             self._closed = True
             self._changed.notify_all()
 
-    def unreleased(self) -> dict[int, Prompt]:
-        """Admitted prompts by group id whose slot is still held: what a resumed run must redo."""
-        return dict(self._slots)
-
-    @property
-    def next_group_id(self) -> int:
-        """The id the next admission gets."""
-        return self._next_group_id
+    def unreleased(self) -> tuple[int, ...]:
+        """Ids of groups whose slot is held, ascending: what a resumed run must do again."""
+        return tuple(sorted(self._slots))
 
     def occupancy(self) -> dict[str, int]:
         """Entries by state, and slots held."""

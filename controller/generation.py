@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from paceline.configs.errors import GraderError
 from paceline.configs.vocabulary import (
     Completion,
     Group,
@@ -17,6 +19,8 @@ from paceline.configs.vocabulary import (
     Trajectory,
 )
 from paceline.controller.buffer import Work
+
+logger = logging.getLogger(__name__)
 
 Sample = Callable[[RolloutRequest], Awaitable[tuple[Completion, ...]]]
 Grade = Callable[[Prompt, Sequence[str]], Awaitable[list[float]]]
@@ -40,10 +44,16 @@ class Rollouts:
     seed: int
     stream: int = 0
     require_finish: bool = True
+    drop_on_error: bool = False
     _attempts: itertools.count = field(default_factory=itertools.count)
 
     async def __call__(self, work: Work) -> Group:
-        """The finished group; samples cut off by the token limit get reward 0 if so configured."""
+        """The finished group; samples cut off by the token limit get reward 0 if so configured.
+
+        Raises:
+            WorkerLost: the worker died; another attempt can succeed.
+            GraderError: the grader raised or hung, and such groups are not to be dropped.
+        """
         request = RolloutRequest(
             request_id=f"{self.stream}-{work.group_id}-{next(self._attempts)}",
             prompt_token_ids=work.prompt.token_ids,
@@ -53,7 +63,14 @@ class Rollouts:
         )
         completions = await self.sample(request)
         texts = [self.decode(completion.token_ids) for completion in completions]
-        rewards = await self.grade(work.prompt, texts)
+        fault = None
+        try:
+            rewards = await self.grade(work.prompt, texts)
+        except GraderError as error:
+            if not self.drop_on_error:
+                raise
+            logger.warning("dropping group %d: %s", work.group_id, error)
+            rewards, fault = [0.0] * len(texts), "grader_error"
         trajectories = tuple(
             replace(
                 Trajectory.from_completion(work.prompt, completion),
@@ -62,7 +79,7 @@ class Rollouts:
             )
             for completion, text, reward in zip(completions, texts, rewards, strict=True)
         )
-        return Group(work.group_id, work.prompt, trajectories)
+        return Group(work.group_id, work.prompt, trajectories, fault)
 
     def _is_cut_off(self, completion: Completion) -> bool:
         return self.require_finish and completion.finish_reason != "stop"

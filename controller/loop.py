@@ -32,7 +32,7 @@ from paceline.weights_sync.handle import WeightHandle
 class Loop:
     """Runs steps ``first_step`` to ``num_steps``; see each task for what it waits for."""
 
-    prompts: Iterator[Prompt]
+    prompts: Iterator[tuple[int, Prompt]]
     generate: Generate
     collector: Collector
     loss: Loss
@@ -46,6 +46,7 @@ class Loop:
     clock: StepClock = field(default_factory=StepClock)
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     exhausted: NoSignalError | None = None
+    steps_done: int = 0
 
     async def run(self) -> None:
         """Run every task until ``train`` has done its steps, or one of them fails."""
@@ -111,6 +112,7 @@ class Loop:
             with self.clock.measure("publish"):
                 handle = await self.weights.publish(step + 1)
             self._published.put_nowait((handle, batch))
+            self.steps_done += 1
             if await self.observer.after_step(batch, report, self):
                 break
         await self._published.join()

@@ -91,9 +91,7 @@ def decode_completion(
     ids = [int(token) for token in token_ids]
     if ids and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
-    return str(
-        tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    )
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _token_of(code: int) -> str:
@@ -116,7 +114,9 @@ def _load_pretrained(source: str) -> Any:
 
     folder = Path(source).expanduser()
     if source.startswith(("/", "./", "../", "~")) and not folder.is_dir():
-        raise ModelError(f"tokenizer {source}: no such folder; correct model.tokenizer or model.path")
+        raise ModelError(
+            f"tokenizer {source}: no such folder; correct the path in the model section"
+        )
     try:
         return AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else source)
     except Exception as error:

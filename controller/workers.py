@@ -85,6 +85,13 @@ class WorkerPool:
             if seat.worker is worker:
                 seat.outstanding -= request.num_samples
 
+    async def generate_everywhere(
+        self, request: RolloutRequest
+    ) -> list[tuple[Completion, ...]]:
+        """The same request on every serving worker: for checks, not for training."""
+        serving = [seat for seat in self._seats if seat.serving]
+        return list(await asyncio.gather(*(seat.worker.generate(request) for seat in serving)))
+
     async def update_weights(self, handle: WeightHandle) -> None:
         """Return once every live worker serves ``handle``; replacements catch up on their own."""
         self._current = handle

@@ -1,0 +1,89 @@
+"""Run checkpoints: what an interrupted run is resumed from.
+
+``checkpoints/step-000050/`` holds the learner's shards (``learner/``) and ``state.json``: the step,
+where the prompt feed stood, which prompts had been admitted and not trained, and the totals so far.
+A checkpoint is written under another name and renamed, so a folder of that name is always whole.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from paceline.configs.errors import CheckpointError
+from paceline.controller.observe.jsonl import read_json, write_json
+
+SCHEMA = 1
+PATTERN = re.compile(r"step-(\d{6,})$")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The controller's part of a checkpoint, at a step boundary.
+
+    ``feed`` is the prompt feed's own state; ``pending`` are the positions before it whose prompts
+    were admitted and neither trained nor dropped: they are fed again first. ``seconds`` are spent so
+    far, by part of the run; ``before`` is what the held-out evaluation before training found.
+    """
+
+    step: int
+    feed: dict[str, Any]
+    pending: tuple[int, ...]
+    totals: dict[str, Any]
+    seconds: dict[str, float]
+    warm_start: dict[str, float] | None
+    before: dict[str, Any]
+
+
+class CheckpointFolder:
+    """The checkpoints of one run, newest ``keep`` of them."""
+
+    def __init__(self, root: Path, keep: int) -> None:
+        self._root = root
+        self._keep = keep
+
+    async def save(self, state: RunState, save_learner: Callable[[str], Awaitable[None]]) -> Path:
+        """Write a checkpoint, then remove the oldest beyond those kept."""
+        self._root.mkdir(parents=True, exist_ok=True)
+        target = self._root / f"step-{state.step:06d}"
+        unfinished = self._root / f"unfinished-{state.step:06d}"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        await save_learner(str(unfinished / "learner"))
+        write_json(unfinished / "state.json", {"schema": SCHEMA, **asdict(state)})
+        if target.exists():
+            shutil.rmtree(target)
+        unfinished.rename(target)
+        for old in self._complete()[: -self._keep]:
+            shutil.rmtree(old)
+        return target
+
+    def latest(self) -> tuple[RunState, Path] | None:
+        """The newest checkpoint's state and the folder of the learner's shards; None without any.
+
+        Raises:
+            CheckpointError: it is unreadable, or was written by another version of Paceline.
+        """
+        complete = self._complete()
+        if not complete:
+            return None
+        folder = complete[-1]
+        content = read_json(folder / "state.json")
+        if not isinstance(content, dict) or content.pop("schema", None) != SCHEMA:
+            raise CheckpointError(
+                f"{folder / 'state.json'} is unreadable or not of schema {SCHEMA}: resume with the "
+                "version of Paceline that wrote it, or remove this checkpoint to use an older one"
+            )
+        try:
+            state = RunState(**{**content, "pending": tuple(content["pending"])})
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder / 'state.json'} is incomplete: {error}") from error
+        return state, folder / "learner"
+
+    def _complete(self) -> list[Path]:
+        found = [path for path in self._root.glob("step-*") if PATTERN.search(path.name)]
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))

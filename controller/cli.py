@@ -1,0 +1,141 @@
+"""The command line: ``paceline train | check | eval | report | bench``.
+
+Heavy libraries are imported inside the commands: ``paceline check`` needs neither torch, Ray nor
+vLLM, and ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from paceline.configs.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_FAILURE = 1
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Reinforcement-learning post-training for language models: asynchronous, never stale.\n\n"
+    "Begin with: paceline check quickstart, then: paceline train quickstart",
+)
+
+Recipe = Annotated[
+    str, typer.Argument(help="YAML file, or the name of a packaged recipe such as `quickstart`.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY.PATH=VALUE]...",
+        help="Settings laid over the file, for example `loop.num_steps=50 seed=3`.",
+    ),
+]
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue the interrupted run of this name."),
+    ] = False,
+) -> None:
+    """Train a model: warm start, rollouts, learner and report, into `output_dir/name`.
+
+    Ctrl-C stops after the current step and saves; `--resume` continues. Exit codes: 0 finished,
+    2 a mistake in the settings or data, 130 interrupted, 1 anything else.
+
+    Example: paceline train quickstart seed=1 name=quickstart-1
+    """
+    from paceline.configs.load import load_config
+    from paceline.controller.observe.summary import print_summary
+    from paceline.controller.run import run_training
+
+    config = load_config(recipe, overrides or ())
+    outcome = run_training(config, resume=resume)
+    print_summary(outcome.summary, outcome.report)
+    if outcome.summary.status == "interrupted":
+        raise typer.Exit(EXIT_INTERRUPTED)
+    if outcome.error is not None:
+        raise outcome.error
+
+
+@app.command()
+def check(
+    recipe: Recipe,
+    overrides: Overrides = None,
+) -> None:
+    """Validate a configuration and show what it would do: placement, freshness, memory.
+
+    Starts nothing and imports neither torch, Ray nor vLLM.
+
+    Example: paceline check quickstart loop.max_lag=2
+    """
+    from paceline.configs.load import load_config
+    from paceline.controller.plan import print_plan
+
+    print_plan(load_config(recipe, overrides or ()))
+
+
+@app.command("eval")
+def evaluate(
+    recipe: Recipe,
+    model: Annotated[
+        Path, typer.Option(help="Folder of the weights in Hugging Face format, e.g. RUN/final.")
+    ],
+    overrides: Overrides = None,
+) -> None:
+    """Greedy and T=1 accuracy of a model on a recipe's held-out prompts, by the real engine.
+
+    Example: paceline eval quickstart --model runs/quickstart/final
+    """
+    from paceline.configs.load import load_config
+    from paceline.controller.standalone_evaluation import evaluate_model
+
+    evaluate_model(load_config(recipe, overrides or ()), model)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run's folder, for example runs/quickstart.")],
+) -> None:
+    """Write a run's `report.html` anew from the files in its folder, finished or not."""
+    from paceline.controller.observe.folder import RunFolder
+    from paceline.controller.observe.report import write_report
+
+    Console().print(str(write_report(RunFolder.open(run))), soft_wrap=True, highlight=False)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="Which measurement, for example `e2e`.")],
+    quick: Annotated[bool, typer.Option("--quick", help="A rough answer within a minute.")] = False,
+    output: Annotated[Path, typer.Option(help="Folder for what it runs and caches.")] = Path(
+        "runs/bench"
+    ),
+) -> None:
+    """Measure Paceline side by side with others; prints a table and, last, one JSON line."""
+    from paceline.controller.bench.registry import run_bench
+
+    raise typer.Exit(run_bench(name, quick, output))
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on standard error and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        print(f"paceline: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(EXIT_FAILURE)

@@ -1,0 +1,87 @@
+"""Starting, joining and leaving a Ray cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+
+import ray
+
+from paceline.configs.errors import ClusterError
+from paceline.configs.schema.run import ClusterConfig, RunConfig
+
+PROBE_SECONDS = 5.0
+
+
+@contextlib.contextmanager
+def ray_cluster(config: ClusterConfig) -> Iterator[None]:
+    """Join the configured cluster, or the one a submitted job runs in, or start a private local one.
+
+    Only a cluster that was started here is stopped at the end.
+
+    Raises:
+        ClusterError: there is no cluster at the address.
+    """
+    # Ray tells GPU-less processes to hide GPUs by itself; the warning about it is noise here.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    try:
+        if address:
+            probe(address)
+            ray.init(address=address, **quiet)
+        else:
+            ray.init(
+                include_dashboard=False,
+                object_store_memory=config.object_store_mb << 20,
+                **quiet,
+            )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        where = f"no Ray cluster at {address}" if address else "a local Ray cluster did not start"
+        raise ClusterError(
+            f"{where} ({type(error).__name__}: {reason}): start one with `ray start --head`, correct "
+            "cluster.address, or leave it out to run locally"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def probe(address: str) -> None:
+    """Fail at once where nothing listens: Ray itself retries a dead address for minutes.
+
+    Raises:
+        OSError: nothing accepts connections there.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        with socket.create_connection((host, int(port)), timeout=PROBE_SECONDS):
+            pass
+
+
+def require_resources(config: RunConfig) -> None:
+    """Check that the cluster could ever hold the run's actors.
+
+    Raises:
+        ClusterError: it has fewer CPUs or GPUs than the run reserves.
+    """
+    rollout, learner = config.rollout, config.learner
+    wanted = {
+        "GPU": rollout.num_workers * rollout.gpus_per_worker
+        + learner.num_ranks * learner.gpus_per_rank,
+        "CPU": rollout.num_workers * rollout.cpus_per_worker
+        + learner.num_ranks * learner.cpus_per_rank,
+    }
+    available = ray.cluster_resources()
+    for kind, count in wanted.items():
+        if count > available.get(kind, 0):
+            raise ClusterError(
+                f"the run reserves {count:g} {kind}s for {rollout.num_workers} rollout workers and "
+                f"{learner.num_ranks} learner ranks, the cluster has "
+                f"{available.get(kind, 0):g}: lower them or join a larger cluster"
+            )

@@ -1,0 +1,129 @@
+"""From what a step consumed to the numbers that are recorded of it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from paceline.configs.vocabulary import StepReport
+from paceline.controller.assembly import AssembledBatch
+from paceline.controller.loop import Loop
+from paceline.controller.observe.records import Phase, SampleRecord, StepRecord
+
+
+@dataclass
+class RunTotals:
+    """Running totals of a run, kept in its checkpoints."""
+
+    groups_trained: int = 0
+    groups_dropped: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    trained_tokens: int = 0
+    max_age: int = 0
+
+    def add(self, batch: AssembledBatch, report: StepReport) -> None:
+        """Count one step. Tokens are those of trained groups."""
+        self.groups_trained += len(batch.groups)
+        self.groups_dropped += batch.dropped
+        self.max_age = max(self.max_age, batch.max_age)
+        completion = sum(t.num_completion_tokens for g in batch.groups for t in g.trajectories)
+        self.completion_tokens += completion
+        self.prompt_tokens += sum(
+            len(g.prompt.token_ids) * len(g.trajectories) for g in batch.groups
+        )
+        self.trained_tokens += report.num_trained_tokens
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunTotals:
+        """What `as_dict` wrote."""
+        return cls(**{**values, "groups_dropped": Counter(values["groups_dropped"])})
+
+
+class StepMeter:
+    """Builds the record of each step of a phase from differences since the step before."""
+
+    def __init__(self, phase: Phase, run_started: float) -> None:
+        self._phase = phase
+        self._run_started = run_started
+        self._last_time = time.perf_counter()
+        self._last_engine: Counter[str] = Counter()
+
+    def measure(
+        self,
+        batch: AssembledBatch,
+        report: StepReport,
+        loop: Loop,
+        engines: Sequence[Mapping[str, float]],
+    ) -> StepRecord:
+        """The record of a step; ``engines`` are the rollout workers' running totals."""
+        now = time.perf_counter()
+        elapsed, self._last_time = now - self._last_time, now
+        totals: Counter[str] = Counter()
+        for counters in engines:
+            totals.update(counters)
+        engine = totals.copy()
+        engine.subtract(self._last_engine)
+        self._last_engine = totals
+        clock = loop.clock.read_and_reset()
+        if engines:
+            clock["generate"] = max(0.0, engine["busy_seconds"]) / len(engines)
+        clock["step"] = elapsed
+        sampled = self._phase == "train"
+        rewards = np.concatenate([group.rewards for group in batch.groups])
+        lengths = [t.num_completion_tokens for g in batch.groups for t in g.trajectories]
+        metrics = dict(report.metrics)
+        metrics["padding_fraction"] = report.num_padding_tokens / max(
+            1, report.num_tokens + report.num_padding_tokens
+        )
+        return StepRecord(
+            phase=self._phase,
+            step=batch.batch.step + 1,
+            seconds=now - self._run_started,
+            reward=float(rewards.mean()) if sampled else None,
+            reward_std=float(rewards.std()) if sampled else None,
+            length_p50=float(np.percentile(lengths, 50)),
+            length_p99=float(np.percentile(lengths, 99)),
+            rollout_tokens_per_second=max(0, engine["num_tokens"]) / elapsed if engines else None,
+            learner_tokens_per_second=report.num_tokens / max(1e-9, clock.get("train", 0.0)),
+            samples_per_second=len(lengths) / elapsed,
+            age_mean=float(np.mean(batch.ages)) if batch.ages else None,
+            age_max=float(batch.max_age) if batch.ages else None,
+            loss=metrics.pop("loss", None),
+            metrics=metrics,
+            time=clock,
+            dropped=dict(batch.dropped),
+            buffer=loop.buffer.occupancy(),
+        )
+
+
+def sample_records(batch: AssembledBatch, count: int) -> list[SampleRecord]:
+    """The first sample of each of ``count`` groups of a batch, spread over it."""
+    chosen = np.linspace(0, len(batch.groups) - 1, min(count, len(batch.groups))).astype(int)
+    step = batch.batch.step
+    records = []
+    for group in (batch.groups[index] for index in chosen):
+        trajectory = group.trajectories[0]
+        oldest = trajectory.oldest_version
+        records.append(
+            SampleRecord(
+                step=step + 1,
+                prompt=group.prompt.text,
+                completion=trajectory.text,
+                reward=trajectory.reward,
+                reference=group.prompt.reference,
+                versions=tuple(span.version for span in trajectory.versions),
+                age=None if oldest is None else step - oldest,
+                finish_reason=trajectory.finish_reason,
+            )
+        )
+    return records

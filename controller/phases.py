@@ -1,0 +1,77 @@
+"""What happens around the loop's steps: records, validation, checkpoints, self-checks, stopping."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from paceline.configs.vocabulary import StepReport
+from paceline.controller.assembly import AssembledBatch
+from paceline.controller.loop import Loop
+from paceline.controller.metering import RunTotals, StepMeter, sample_records
+from paceline.controller.observe.recorder import Recorder
+from paceline.controller.workers import WorkerPool
+
+StepHook = Callable[[int], Awaitable[None]]
+"""Called with the number of finished steps, while the engines serve exactly that version."""
+
+
+@dataclass
+class TrainingObserver:
+    """Observes reinforcement learning: every step is recorded; hooks run when they are due."""
+
+    recorder: Recorder
+    meter: StepMeter
+    totals: RunTotals
+    pool: WorkerPool
+    samples_per_step: int
+    evaluate: StepHook
+    evaluate_every: int | None
+    checkpoint: StepHook
+    checkpoint_every: int | None
+    self_check: StepHook
+    self_check_steps: int
+
+    async def after_step(self, batch: AssembledBatch, report: StepReport, loop: Loop) -> bool:
+        """Record the step, then run what is due; never ends the loop by itself."""
+        finished = batch.batch.step + 1
+        self.totals.add(batch, report)
+        counters = await self.pool.counters()
+        self.recorder.step(self.meter.measure(batch, report, loop, counters))
+        self.recorder.samples(sample_records(batch, self.samples_per_step))
+        last = finished == loop.num_steps
+        hooks = [
+            (self.self_check, finished <= self.self_check_steps),
+            (self.evaluate, is_due(finished, self.evaluate_every) and not last),
+            (self.checkpoint, is_due(finished, self.checkpoint_every) and not last),
+        ]
+        for hook, due in hooks:
+            if due:
+                await loop.settled()
+                await hook(finished)
+        return False
+
+
+@dataclass
+class WarmStartObserver:
+    """Observes the supervised warm start and ends it once the model is good enough."""
+
+    recorder: Recorder
+    meter: StepMeter
+    validate: Callable[[int], Awaitable[float]]
+    evaluate_every: int
+    target_accuracy: float
+    reached: float = 0.0
+
+    async def after_step(self, batch: AssembledBatch, report: StepReport, loop: Loop) -> bool:
+        """Record the step; True once a validation reaches the target."""
+        finished = batch.batch.step + 1
+        self.recorder.step(self.meter.measure(batch, report, loop, []))
+        if is_due(finished, self.evaluate_every) or finished == loop.num_steps:
+            self.reached = await self.validate(finished)
+        return self.reached >= self.target_accuracy
+
+
+def is_due(finished: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps happens after this one."""
+    return every is not None and finished % every == 0

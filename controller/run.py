@@ -1,0 +1,184 @@
+"""A run as the command line starts it: folder, cluster, session, summary, report."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from paceline.configs.errors import RunInterrupted, UserError
+from paceline.configs.load import dump_config
+from paceline.configs.schema import RunConfig
+from paceline.controller.checkpoints import CheckpointFolder, RunState
+from paceline.controller.cluster import ray_cluster, require_resources
+from paceline.controller.metering import RunTotals
+from paceline.controller.observe.folder import RunFolder
+from paceline.controller.observe.recorder import RunRecorder
+from paceline.controller.observe.records import standard_error
+from paceline.controller.observe.report import write_report
+from paceline.controller.observe.summary import RunStatus, RunSummary
+from paceline.controller.observe.progress import RunPlan
+from paceline.controller.observe.versions import collect_versions, command_line
+from paceline.controller.observe.view import open_view
+from paceline.controller.session import Progress, Session
+from paceline.controller.wiring import started_parts
+
+RESUME_STEP_OF_NOTHING = -1
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """How a run ended: its summary, its report, and the error if it failed."""
+
+    summary: RunSummary
+    report: Path
+    error: BaseException | None = None
+
+
+def run_training(config: RunConfig, *, resume: bool) -> RunOutcome:
+    """Run a configuration to its end, or continue the interrupted run of its name.
+
+    Whatever ends it, the folder is left whole, with a summary and a report of what was done.
+
+    Raises:
+        UserError: the folder cannot be used; nothing was written then.
+    """
+    root = Path(config.output_dir) / config.name
+    folder = RunFolder.open(root) if resume else RunFolder.create(root)
+    checkpoint = CheckpointFolder(folder.checkpoints, config.checkpoint.keep).latest()
+    progress = Progress()
+    if resume:
+        progress = restored_progress(folder, checkpoint[0] if checkpoint else None)
+    folder.write_config(dump_config(config))
+    versions = collect_versions(config.seed)
+    folder.write_versions(versions)
+    view = open_view(RunPlan.from_config(config), config.observability.live, folder.log)
+    status: RunStatus = "failed"
+    error: BaseException | None = None
+    with RunRecorder(folder, view, config.observability.tensorboard) as recorder:
+        try:
+            with ray_cluster(config.cluster):
+                require_resources(config)
+                asyncio.run(conduct(config, folder, recorder, progress, checkpoint))
+            status = "solved" if progress.solved else "finished"
+        except (RunInterrupted, KeyboardInterrupt) as interruption:
+            status, error = "interrupted", interruption
+        except Exception as failure:
+            error = failure
+            recorder.message(f"failed: {one_line(failure)}")
+    summary = summarise(config, progress, status, versions, error)
+    summary.write(folder)
+    return RunOutcome(summary, write_report(folder), error)
+
+
+async def conduct(
+    config: RunConfig,
+    folder: RunFolder,
+    recorder: RunRecorder,
+    progress: Progress,
+    checkpoint: tuple[RunState, Path] | None,
+) -> None:
+    """Start the parts and run the session; Ctrl-C and SIGTERM end it after the step."""
+    began = time.perf_counter()
+    spent_before = sum(progress.seconds.values())
+    stop = asyncio.Event()
+    me = asyncio.current_task()
+    assert me is not None
+
+    def request_stop() -> None:
+        if stop.is_set():
+            me.cancel()  # asked twice: do not even finish the step
+            return
+        recorder.message("stopping after this step; once more to stop at once")
+        stop.set()
+
+    event_loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        event_loop.add_signal_handler(number, request_stop)
+    recorder.message("starting: model, grader, learner, rollout workers")
+    try:
+        async with started_parts(config, folder.root / "initial") as parts:
+            progress.spend("startup", time.perf_counter() - began)
+            if stop.is_set():
+                raise RunInterrupted
+            session = Session(parts, folder, recorder, progress, stop, began - spent_before)
+            resume_from = (checkpoint[0], str(checkpoint[1])) if checkpoint else None
+            await session.run(resume_from)
+    except asyncio.CancelledError:
+        raise RunInterrupted from None
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            event_loop.remove_signal_handler(number)
+
+
+def restored_progress(folder: RunFolder, state: RunState | None) -> Progress:
+    """What a resumed run knows, with its records cut back to the checkpoint."""
+    if state is None:
+        folder.rewind("warm_start", RESUME_STEP_OF_NOTHING)
+        return Progress()
+    folder.rewind("train", state.step)
+    return Progress(
+        totals=RunTotals.from_dict(state.totals),
+        seconds=dict(state.seconds),
+        before=state.before,
+        warm_start=state.warm_start,
+        step=state.step,
+    )
+
+
+def summarise(
+    config: RunConfig,
+    progress: Progress,
+    status: RunStatus,
+    versions: dict,
+    error: BaseException | None,
+) -> RunSummary:
+    """The outcome on one page."""
+    totals, before, after = progress.totals, progress.before, progress.after
+    accuracies = {
+        f"{kind}_{when}": found.get(kind)
+        for kind in ("greedy", "sampled")
+        for when, found in (("before", before), ("after", after))
+    }
+    num_held_out = config.data.num_held_out
+    seconds = {name: round(value, 2) for name, value in progress.seconds.items()}
+    dropped = dict(totals.groups_dropped)
+    return RunSummary(
+        name=config.name,
+        status=status,
+        seeds={"run": config.seed, "data": config.data.seed},
+        steps=progress.step,
+        num_held_out=num_held_out,
+        max_lag=config.loop.max_lag,
+        max_age=totals.max_age,
+        **accuracies,
+        standard_errors={
+            name: standard_error(value, num_held_out)
+            for name, value in accuracies.items()
+            if value is not None
+        },
+        wall_seconds={"total": round(sum(progress.seconds.values()), 2), **seconds},
+        tokens={
+            "prompt": totals.prompt_tokens,
+            "completion": totals.completion_tokens,
+            "trained": totals.trained_tokens,
+        },
+        groups={
+            "generated": totals.groups_trained + sum(dropped.values()),
+            "trained": totals.groups_trained,
+            "dropped": dropped,
+        },
+        warm_start=progress.warm_start,
+        versions=versions,
+        command=command_line(sys.argv),
+        error=one_line(error) if status == "failed" and error is not None else None,
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """An error as one line: a user's by its message, any other with its type."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"

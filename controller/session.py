@@ -1,0 +1,311 @@
+"""One run from start to summary: warm start, evaluation, training, evaluation, export."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from paceline.configs.errors import RunInterrupted, UserError
+from paceline.configs.schema import RunConfig
+from paceline.configs.schema.algorithm import WarmStartConfig
+from paceline.configs.schema.learner import OptimizerConfig
+from paceline.controller import wiring
+from paceline.controller.assembly import Collector
+from paceline.controller.buffer import WorkBuffer
+from paceline.controller.checkpoints import CheckpointFolder, RunState
+from paceline.controller.evaluation import accuracy
+from paceline.controller.freshness import FreshnessBudget, freshness_budget
+from paceline.controller.loop import Loop
+from paceline.controller.metering import RunTotals, StepMeter
+from paceline.controller.observe.folder import RunFolder
+from paceline.controller.observe.records import (
+    EvaluationLabel,
+    EvaluationRecord,
+    ExampleRecord,
+    Generation,
+)
+from paceline.controller.observe.recorder import Recorder
+from paceline.controller.phases import TrainingObserver, WarmStartObserver
+from paceline.controller.self_check import check_greedy_tokens
+
+NUM_SELF_CHECK_PROMPTS = 8
+SOLVED_REWARD = 0.99
+"""Mean reward from which a run without learning signal counts as solved rather than stuck."""
+
+
+@dataclass
+class Progress:
+    """What is known of a run so far; part of it travels in checkpoints."""
+
+    totals: RunTotals = field(default_factory=RunTotals)
+    seconds: dict[str, float] = field(default_factory=dict)
+    before: dict[str, Any] = field(default_factory=dict)
+    after: dict[str, Any] = field(default_factory=dict)
+    warm_start: dict[str, float] | None = None
+    step: int = 0
+    solved: bool = False
+
+    def spend(self, part: str, seconds: float) -> None:
+        """Add wall time to a part of the run."""
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+
+
+class Session:
+    """A run with its parts started. ``stop`` may be set at any time to end it after the step."""
+
+    def __init__(
+        self,
+        parts: wiring.Parts,
+        folder: RunFolder,
+        recorder: Recorder,
+        progress: Progress,
+        stop: asyncio.Event,
+        started: float,
+    ) -> None:
+        self._parts = parts
+        self._config: RunConfig = parts.config
+        self._folder = folder
+        self._recorder = recorder
+        self._progress = progress
+        self._stop = stop
+        self._started = started
+        self._feed = parts.prompts.feed()
+        self._checkpoints = CheckpointFolder(folder.checkpoints, self._config.checkpoint.keep)
+        self._held_out = parts.prompts.held_out
+        self._buffer: WorkBuffer | None = None
+
+    async def run(self, resume_from: tuple[RunState, str] | None) -> None:
+        """Everything between started parts and a finished run.
+
+        Raises:
+            RunInterrupted: a stop was asked for; the run was saved as far as it got.
+        """
+        if resume_from is not None:
+            await self._restore(*resume_from)
+        else:
+            if self._config.warm_start is not None:
+                await self._warm_start(self._config.warm_start)
+            await self._begin_training()
+            await self._serve(0)
+            await self._evaluate_whole("before", 0)
+        await self._train()
+        await self._evaluate_whole("after", self._progress.step)
+        self._recorder.message("writing the final model")
+        await self._parts.learner.export(str(self._folder.final))
+        self._parts.tokenizer.save_pretrained(str(self._folder.final))
+
+    async def _warm_start(self, config: WarmStartConfig) -> None:
+        """Supervised steps of the same loop, until validation is good enough."""
+        began = time.perf_counter()
+        self._recorder.message(
+            f"warm start: supervised until greedy accuracy reaches {config.target_accuracy:.0%}"
+        )
+        optimizer = OptimizerConfig(
+            learning_rate=config.learning_rate,
+            warmup_steps=config.warmup_steps,
+            final_fraction=0.0,
+        )
+        await self._parts.learner.begin(optimizer, config.max_steps)
+        algorithm, loss = wiring.imitation()
+        budget = FreshnessBudget(2 * config.batch_size, 1, config.batch_size)
+        buffer = WorkBuffer(budget)
+        observer = WarmStartObserver(
+            recorder=self._recorder,
+            meter=StepMeter("warm_start", self._started),
+            validate=self._validate,
+            evaluate_every=config.evaluate_every,
+            target_accuracy=config.target_accuracy,
+        )
+        loop = Loop(
+            prompts=self._feed,
+            generate=self._parts.demonstrations(),
+            collector=Collector(buffer, algorithm, config.batch_size),
+            loss=loss,
+            learner=self._parts.learner,
+            weights=wiring.NoEngines(),
+            observer=observer,
+            budget=budget,
+            buffer=buffer,
+            num_steps=config.max_steps,
+            stop=self._stop,
+        )
+        await loop.run()
+        self._raise_if_stopped()
+        seconds = time.perf_counter() - began
+        self._progress.spend("warm_start", seconds)
+        self._progress.warm_start = {"steps": loop.steps_done, "seconds": seconds}
+        if observer.reached < config.target_accuracy:
+            raise UserError(
+                f"the warm start reached greedy accuracy {observer.reached:.2f} after "
+                f"{config.max_steps} steps, expected warm_start.target_accuracy "
+                f"{config.target_accuracy}: raise warm_start.max_steps or lower the target"
+            )
+
+    async def _train(self) -> None:
+        """Reinforcement learning: the loop with everything in its place."""
+        config, parts, progress = self._config, self._parts, self._progress
+        if progress.step >= config.loop.num_steps:
+            return
+        began = time.perf_counter()
+        loop_config = config.loop
+        budget = freshness_budget(
+            loop_config.groups_per_step, loop_config.max_lag, loop_config.window_fraction
+        )
+        self._buffer = WorkBuffer(budget)
+        algorithm, loss = wiring.algorithm(config.algorithm)
+        temperature = config.rollout.sampling.temperature
+        observer = TrainingObserver(
+            recorder=self._recorder,
+            meter=StepMeter("train", self._started),
+            totals=progress.totals,
+            pool=parts.pool,
+            samples_per_step=config.observability.samples_per_step,
+            evaluate=self._evaluate_during,
+            evaluate_every=config.evaluation.every_steps,
+            checkpoint=self._save,
+            checkpoint_every=config.checkpoint.every_steps,
+            self_check=self._self_check,
+            self_check_steps=config.observability.self_check_steps,
+        )
+        loop = Loop(
+            prompts=self._feed,
+            generate=parts.training_rollouts(),
+            collector=Collector(
+                self._buffer, algorithm, loop_config.groups_per_step, temperature
+            ),
+            loss=loss,
+            learner=parts.learner,
+            weights=parts.weights,
+            observer=observer,
+            budget=budget,
+            buffer=self._buffer,
+            num_steps=loop_config.num_steps,
+            first_step=progress.step,
+            stop=self._stop,
+        )
+        self._recorder.message(
+            f"training: {loop_config.num_steps - progress.step} steps, "
+            f"policy age at most {budget.max_age}"
+        )
+        evaluation_before = progress.seconds.get("evaluation", 0.0)
+        await loop.run()
+        evaluated = progress.seconds.get("evaluation", 0.0) - evaluation_before
+        progress.spend("train", time.perf_counter() - began - evaluated)
+        progress.step = loop.first_step + loop.steps_done
+        await self._save(progress.step)
+        self._raise_if_stopped()
+        if loop.exhausted is not None:
+            if loop.exhausted.mean_reward < SOLVED_REWARD:
+                raise loop.exhausted
+            progress.solved = True
+
+    async def _restore(self, state: RunState, learner_folder: str) -> None:
+        """Continue from a checkpoint, with the prompts that were in flight first."""
+        self._recorder.message(f"resuming after step {state.step}")
+        await self._begin_training()
+        await self._parts.learner.load(learner_folder)
+        await self._serve(state.step)
+        self._feed.restore(state.feed, again=state.pending)
+
+    async def _begin_training(self) -> None:
+        optimizer, num_steps = self._config.learner.optimizer, self._config.loop.num_steps
+        await self._parts.learner.begin(optimizer, num_steps)
+
+    async def _serve(self, version: int) -> None:
+        """Bring the learner's weights to every engine as ``version``."""
+        await self._parts.weights.push(await self._parts.weights.publish(version))
+
+    async def _save(self, step: int) -> None:
+        """Write a checkpoint; called with every trained group's slot released."""
+        assert self._buffer is not None
+        state = RunState(
+            step=step,
+            feed=self._feed.state(),
+            pending=self._buffer.unreleased(),
+            totals=self._progress.totals.as_dict(),
+            seconds=dict(self._progress.seconds),
+            warm_start=self._progress.warm_start,
+            before=self._progress.before,
+        )
+        await self._checkpoints.save(state, self._parts.learner.save)
+
+    async def _validate(self, step: int) -> float:
+        """Greedy accuracy on the warm start's validation prompts."""
+        await self._serve(step)
+        prompts = self._parts.prompts.validation
+        found = accuracy(await self._parts.evaluator().greedy(prompts))
+        self._recorder.message(f"warm start step {step}: validation greedy {found:.1%}")
+        return found
+
+    async def _evaluate_during(self, step: int) -> None:
+        began = time.perf_counter()
+        greedy = accuracy(await self._parts.evaluator().greedy(self._held_out))
+        self._record_evaluation("during", step, greedy, None)
+        self._progress.spend("evaluation", time.perf_counter() - began)
+
+    async def _evaluate_whole(self, label: EvaluationLabel, step: int) -> None:
+        """Greedy and T=1 accuracy, and example generations for the report."""
+        self._recorder.message(f"evaluating {len(self._held_out)} held-out prompts")
+        began = time.perf_counter()
+        greedy = await self._parts.evaluator().greedy(self._held_out)
+        sampled = await self._parts.evaluator().sampled(self._held_out)
+        self._record_evaluation(label, step, accuracy(greedy), accuracy(sampled))
+        found = {
+            "greedy": accuracy(greedy),
+            "sampled": accuracy(sampled),
+            "examples": [[t.text, t.reward] for t in greedy[: self._num_examples]],
+        }
+        if label == "before":
+            self._progress.before = found
+        else:
+            self._progress.after = found
+        self._folder.write_examples(self._examples())
+        self._progress.spend("evaluation", time.perf_counter() - began)
+        self._raise_if_stopped()
+
+    @property
+    def _num_examples(self) -> int:
+        return self._config.evaluation.num_examples
+
+    def _examples(self) -> list[ExampleRecord]:
+        def generation(found: dict[str, Any], index: int) -> Generation | None:
+            return Generation(*found["examples"][index]) if found else None
+
+        return [
+            ExampleRecord(
+                prompt.text,
+                prompt.reference,
+                generation(self._progress.before, index),
+                generation(self._progress.after, index),
+            )
+            for index, prompt in enumerate(self._held_out[: self._num_examples])
+        ]
+
+    def _record_evaluation(
+        self, label: EvaluationLabel, step: int, greedy: float, sampled: float | None
+    ) -> None:
+        seconds = time.perf_counter() - self._started
+        record = EvaluationRecord.measured(
+            label, step, seconds, greedy, sampled, len(self._held_out)
+        )
+        self._recorder.evaluation(record)
+
+    async def _self_check(self, step: int) -> None:
+        checked = await check_greedy_tokens(
+            self._parts.pool,
+            self._parts.learner,
+            self._held_out[:NUM_SELF_CHECK_PROMPTS],
+            max_tokens=self._config.rollout.sampling.max_tokens,
+            stop_token_ids=self._parts.stop_token_ids,
+            precision=self._config.model.precision,
+            label=f"version {step}",
+        )
+        self._recorder.message(
+            f"self-check of version {step}: {checked} greedy tokens equal the learner's"
+        )
+
+    def _raise_if_stopped(self) -> None:
+        if self._stop.is_set():
+            raise RunInterrupted

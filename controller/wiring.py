@@ -1,0 +1,275 @@
+"""From a configuration to the parts of a run: the only module that names concrete classes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from paceline.configs.schema import RunConfig
+from paceline.configs.schema.algorithm import GRPOConfig
+from paceline.configs.schema.data import DatasetSource, ReasoningGymSource
+from paceline.configs.schema.reward import ExactGrader, MathGrader, ReasoningGymGrader
+from paceline.configs.vocabulary import SamplingParameters
+from paceline.controller.actors import (
+    LateClass,
+    LearnerRanks,
+    RolloutActor,
+    start_learner_ranks,
+    start_rollout_worker,
+)
+from paceline.controller.algorithms import GRPO, Algorithm, Supervised
+from paceline.controller.concurrency import gather_or_cancel
+from paceline.controller.evaluation import Evaluator
+from paceline.controller.generation import Demonstrations, Rollouts
+from paceline.controller.parts import Loss
+from paceline.controller.prompt_sources import (
+    DatasetPromptSource,
+    PromptSource,
+    load_imported_source,
+)
+from paceline.controller.prompts import PromptRenderer, PromptSet
+from paceline.controller.tokenizer import decode_completion, load_tokenizer
+from paceline.controller.workers import WorkerPool
+from paceline.learner.losses import ClippedPolicyLoss, negative_log_likelihood
+from paceline.learner.model import write_initial_model
+from paceline.reward.exact import ExactAnswerGrader
+from paceline.reward.imported import build_imported_grader
+from paceline.reward.math_answer import MathAnswerGrader
+from paceline.reward.pool import GraderPool
+from paceline.reward.reasoning_gym_task import ReasoningGymTaskGrader, ReasoningGymTaskSource
+from paceline.rollout.process_environment import engine_environment
+from paceline.weights_sync.handle import WeightHandle
+
+LEARNER_WORKER = LateClass("paceline.learner.worker:LearnerWorker")
+ROLLOUT_WORKER = LateClass("paceline.rollout.worker:RolloutWorker")
+VLLM_ENGINE = LateClass("paceline.rollout.vllm_engine:VLLMEngine")
+
+
+@dataclass(frozen=True)
+class EngineWeights:
+    """Weights go from the learner's memory to every engine."""
+
+    learner: LearnerRanks
+    pool: WorkerPool
+
+    async def publish(self, version: int) -> WeightHandle | None:
+        """Write a version where engines can read it."""
+        return await self.learner.publish(version)
+
+    async def push(self, handle: WeightHandle | None) -> None:
+        """Return once every engine serves it."""
+        assert handle is not None
+        await self.pool.update_weights(handle)
+
+
+class NoEngines:
+    """Nobody samples: demonstrations need no weights."""
+
+    async def publish(self, version: int) -> WeightHandle | None:
+        """Nothing to write."""
+        return None
+
+    async def push(self, handle: WeightHandle | None) -> None:
+        """Nobody to serve."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a run is made of, started and ready."""
+
+    config: RunConfig
+    tokenizer: PreTrainedTokenizerBase
+    prompts: PromptSet
+    grader: GraderPool
+    learner: LearnerRanks
+    pool: WorkerPool
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion."""
+        return (int(self.tokenizer.eos_token_id),)
+
+    @property
+    def weights(self) -> EngineWeights:
+        """The way from learner to engines."""
+        return EngineWeights(self.learner, self.pool)
+
+    def rollouts(self, sampling: SamplingParameters, num_samples: int, stream: int) -> Rollouts:
+        """Sampling on the workers and grading by the pool."""
+        return Rollouts(
+            sample=self.pool.generate,
+            grade=self.grader.grade,
+            decode=functools.partial(decode_completion, self.tokenizer),
+            sampling=sampling,
+            num_samples=num_samples,
+            seed=self.config.seed,
+            stream=stream,
+            require_finish=self.config.reward.require_finish,
+            drop_on_error=self.config.reward.on_error == "drop",
+        )
+
+    def training_rollouts(self) -> Rollouts:
+        """Rollouts as the configuration's training wants them."""
+        sampling = self.config.rollout.sampling.parameters(self.stop_token_ids)
+        return self.rollouts(sampling, self.config.loop.samples_per_group, stream=0)
+
+    def demonstrations(self) -> Demonstrations:
+        """Gold completions of the data source."""
+        return Demonstrations(self.prompts.demonstration)
+
+    def evaluator(self) -> Evaluator:
+        """Held-out evaluation on the same workers."""
+        return Evaluator(
+            self.rollouts, self.config.rollout.sampling.max_tokens, self.stop_token_ids
+        )
+
+
+def algorithm(config: GRPOConfig) -> tuple[Algorithm, Loss]:
+    """The configured objective: its advantages and its loss."""
+    return (
+        GRPO(config.normalize_std, config.zero_signal == "drop", config.max_draws),
+        ClippedPolicyLoss(config.clip_low, config.clip_high),
+    )
+
+
+def imitation() -> tuple[Algorithm, Loss]:
+    """Supervised learning from demonstrations."""
+    return Supervised(), negative_log_likelihood
+
+
+def prompt_source(config: RunConfig, split: str | None = None) -> PromptSource:
+    """The configured source; ``split`` names another split of a dataset."""
+    source = config.data.source
+    if isinstance(source, ReasoningGymSource):
+        return ReasoningGymTaskSource(source.task, source.parameters, config.data.seed)
+    if isinstance(source, DatasetSource):
+        return DatasetPromptSource(source, split or source.split, config.data.seed)
+    return load_imported_source(source.import_path, source.parameters)
+
+
+def prompt_set(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    """Held-out, validation and training prompts."""
+    source = config.data.source
+    held_out_split = source.held_out_split if isinstance(source, DatasetSource) else None
+    max_tokens = config.rollout.sampling.max_tokens
+    return PromptSet(
+        prompt_source(config),
+        PromptRenderer(source, tokenizer, config.model.max_length, max_tokens),
+        config.data.num_held_out,
+        config.warm_start.num_validation if config.warm_start else 0,
+        prompt_source(config, held_out_split) if held_out_split else None,
+    )
+
+
+def grader_pool(config: RunConfig) -> GraderPool:
+    """The configured grader in processes of its own."""
+    reward, source = config.reward, config.data.source
+    if isinstance(reward, ReasoningGymGrader):
+        assert isinstance(source, ReasoningGymSource), "the schema pairs them"
+        factory = functools.partial(
+            ReasoningGymTaskGrader, source.task, source.parameters, reward.threshold
+        )
+    elif isinstance(reward, ExactGrader):
+        factory = functools.partial(ExactAnswerGrader, reward.pattern, reward.ignore_case)
+    elif isinstance(reward, MathGrader):
+        factory = MathAnswerGrader
+    else:
+        factory = functools.partial(build_imported_grader, reward.import_path, reward.parameters)
+    return GraderPool(factory, reward.num_processes, reward.time_limit_seconds)
+
+
+@contextlib.asynccontextmanager
+async def started_parts(config: RunConfig, initial_folder: Path) -> AsyncIterator[Parts]:
+    """Build and start every part of a run, side by side where they are slow; stop them at the end.
+
+    ``initial_folder`` receives the initial model where the configuration gives an architecture.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        tokenizer = await asyncio.to_thread(load_tokenizer, config.model)
+        model_folder = await asyncio.to_thread(
+            write_initial_model,
+            config.model,
+            len(tokenizer),
+            tokenizer.eos_token_id,
+            config.seed,
+            str(initial_folder),
+        )
+        weights_folder = tempfile.mkdtemp(prefix="paceline-", dir=shared_memory_root())
+        stack.callback(shutil.rmtree, weights_folder, ignore_errors=True)
+        grader = grader_pool(config)
+        stack.callback(grader.close)
+        starts = (
+            asyncio.to_thread(prompt_set, config, tokenizer),
+            grader.start(),
+            start_learner(config, model_folder, weights_folder, stack),
+            start_pool(config, model_folder, stack),
+        )
+        prompts, _, learner, pool = await gather_or_cancel(*starts)
+        yield Parts(config, tokenizer, prompts, grader, learner, pool)
+
+
+async def start_learner(
+    config: RunConfig, model_folder: str, weights_folder: str, stack: contextlib.AsyncExitStack
+) -> LearnerRanks:
+    """Start the learner's ranks and see to their end."""
+    learner = config.learner
+    factory = functools.partial(
+        LEARNER_WORKER,
+        model_folder,
+        config.model,
+        learner,
+        weights_folder=weights_folder,
+        seed=config.seed,
+    )
+    environment = {} if learner.gpus_per_rank else {"OMP_NUM_THREADS": "1"}
+    ranks = await start_learner_ranks(
+        factory,
+        learner.num_ranks,
+        cpus=learner.cpus_per_rank,
+        gpus=learner.gpus_per_rank,
+        environment=environment,
+    )
+    stack.push_async_callback(ranks.close)
+    return ranks
+
+
+async def start_pool(
+    config: RunConfig, model_folder: str, stack: contextlib.AsyncExitStack
+) -> WorkerPool:
+    """Start the rollout workers and see to their end."""
+    rollout = config.rollout
+
+    async def start(index: int) -> RolloutActor:
+        engine = functools.partial(
+            VLLM_ENGINE,
+            model_folder,
+            rollout,
+            max_length=config.model.max_length,
+            dtype=config.model.precision,
+            seed=config.seed,
+        )
+        return await start_rollout_worker(
+            index,
+            functools.partial(ROLLOUT_WORKER, engine),
+            cpus=rollout.cpus_per_worker,
+            gpus=rollout.gpus_per_worker,
+            environment=engine_environment(on_gpu=rollout.gpus_per_worker > 0),
+        )
+
+    workers = await gather_or_cancel(*(start(index) for index in range(rollout.num_workers)))
+    pool = WorkerPool(workers, start, rollout.max_restarts)
+    stack.push_async_callback(pool.close)
+    return pool
+
+
+def shared_memory_root() -> str:
+    """Where weights are published: memory-backed where the system has such a place."""
+    return "/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()
