@@ -20,10 +20,7 @@ def step_line(record: StepRecord, progress: Progress) -> str:
     parts = [
         _part("reward", number(record.reward, ".3f", "")),
         _part("loss", number(record.loss, ".4f", "")),
-        *(
-            _part(name.replace("_", " "), number(record.metrics.get(name), ".3g", ""))
-            for name in ("entropy", "validation_accuracy")
-        ),
+        _part("entropy", number(record.metrics.get("entropy"), ".3g", "")),
         _part("length p50/p99", _pair(record.length_p50, record.length_p99)),
         _part("age mean/max", _age(record, progress.plan.max_lag)),
         _part("rollout tok/s", count(record.rollout_tokens_per_second, "")),
@@ -36,14 +33,15 @@ def step_line(record: StepRecord, progress: Progress) -> str:
 
 
 def evaluation_line(record: EvaluationRecord) -> str:
-    """``[held-out, before] greedy 37.1% +-3.0 | T=1 12.0% +-2.0 | 256 prompts``; ASCII only."""
+    """``[held-out, before, step 0] greedy 37.1% +-3.0 | T=1 … | 256 prompts``; ASCII only."""
     parts = [
         _part("greedy", _with_error(record.greedy, record.standard_error)),
         _part("T=1", _with_error(record.sampled, record.sampled_standard_error)),
         f"{record.num_prompts} prompts",
     ]
-    where = f"{record.label.replace('_', ' ')}, step {record.step}"
-    return f"[held-out, {where}] {' | '.join(part for part in parts if part)}"
+    where = record.label if record.label == "validation" else f"held-out, {record.label}"
+    where = f"{where.replace('_', ' ')}, step {record.step}"
+    return f"[{where}] {' | '.join(part for part in parts if part)}"
 
 
 def _part(name: str, value: str) -> str:

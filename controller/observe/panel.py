@@ -80,8 +80,12 @@ def _rows(progress: Progress, width: int) -> Iterator[tuple[str, Text]]:
     last = progress.last
     if last is not None:
         yield from _learning_rows(progress, last, width)
-    if progress.evaluations:
-        yield "held-out", _evaluations(progress.evaluations)
+    validations = [record for record in progress.evaluations if record.label == "validation"]
+    held_out = [record for record in progress.evaluations if record.label != "validation"]
+    if validations and last is not None and last.phase == "warm_start":
+        yield "validation", _evaluations(validations)
+    if held_out:
+        yield "held-out", _evaluations(held_out)
     if last is not None:
         yield from _machine_rows(progress, last, width)
     if progress.dropped:
@@ -114,9 +118,6 @@ def _learning_rows(progress: Progress, last: StepRecord, width: int) -> Iterator
                 (f"  {number(last.loss, '.4f')}", "bold"),
             ),
         )
-    accuracy = last.metrics.get("validation_accuracy")
-    if is_number(accuracy):
-        yield "validation", Text(percent(accuracy))
 
 
 def _machine_rows(progress: Progress, last: StepRecord, width: int) -> Iterator[tuple[str, Text]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from paceline.configs.schema import RunConfig
 from paceline.controller.observe.records import (
     OVERLAPPING_PARTS,
+    WHOLE_STEP,
     EvaluationRecord,
     Phase,
     SampleRecord,
@@ -108,10 +109,20 @@ def sequential_time(steps: Sequence[StepRecord] | deque[StepRecord]) -> dict[str
     """Seconds by part over the given steps, without the parts that run beside the others."""
     seconds: dict[str, float] = {}
     for record in steps:
-        for part, value in record.time.items():
-            if part not in OVERLAPPING_PARTS and value:
-                seconds[part] = seconds.get(part, 0.0) + value
+        for part, value in time_parts(record).items():
+            seconds[part] = seconds.get(part, 0.0) + value
     return seconds
+
+
+def time_parts(record: StepRecord) -> dict[str, float]:
+    """The parts of one step's wall time that follow one another; ``other`` is the unexplained rest.
+
+    The rest is known only where the record has the whole step's time.
+    """
+    beside = (*OVERLAPPING_PARTS, WHOLE_STEP)
+    parts = {name: value for name, value in record.time.items() if value and name not in beside}
+    rest = (record.time.get(WHOLE_STEP) or 0.0) - sum(parts.values())
+    return {**parts, "other": rest} if rest > 0 else parts
 
 
 def shares(parts: Mapping[str, float]) -> dict[str, float]:

@@ -15,13 +15,19 @@ from typing import Any, Literal, Self, get_args
 from paceline.controller.observe.jsonl import plain
 
 Phase = Literal["warm_start", "train"]
-EvaluationLabel = Literal["initial", "after_warm_start", "before", "during", "after"]
+EvaluationLabel = Literal["initial", "validation", "after_warm_start", "before", "during", "after"]
+
+WARM_START_LABELS = ("initial", "validation", "after_warm_start")
+"""Labels whose step counts the warm start's steps; the others count training's."""
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 EVALUATION_LABELS: tuple[EvaluationLabel, ...] = get_args(EvaluationLabel)
 
 OVERLAPPING_PARTS = ("generate", "sync")
 """Parts of the time split that run beside the others: they do not add up to the step's duration."""
+
+WHOLE_STEP = "step"
+"""The part of the time split that is all of it; what no other part explains is shown as other."""
 
 
 def standard_error(accuracy: float, num_prompts: int) -> float:
@@ -83,10 +89,9 @@ STEP_NUMBERS = tuple(
 
 @dataclass(frozen=True)
 class EvaluationRecord:
-    """Accuracy on the held-out prompts.
+    """Accuracy on the held-out prompts; ``validation`` is on the warm start's own instead.
 
-    ``initial`` and ``after_warm_start`` count ``step`` in the warm start, the other labels in
-    training. ``sampled`` is accuracy at temperature 1; ``standard_error`` belongs to ``greedy``
+    ``sampled`` is accuracy at temperature 1; ``standard_error`` belongs to ``greedy``
     and ``sampled_standard_error`` to ``sampled``.
     """
 
@@ -126,7 +131,7 @@ class EvaluationRecord:
     @property
     def phase(self) -> Phase:
         """The phase whose steps ``step`` counts."""
-        return "warm_start" if self.label in ("initial", "after_warm_start") else "train"
+        return "warm_start" if self.label in WARM_START_LABELS else "train"
 
     def as_dict(self) -> dict[str, Any]:
         """The record as one JSON object."""

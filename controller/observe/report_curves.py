@@ -16,8 +16,8 @@ from paceline.controller.observe.charts import (
     Size,
     Style,
 )
-from paceline.controller.observe.progress import sequential_time
-from paceline.controller.observe.records import EvaluationRecord, StepRecord
+from paceline.controller.observe.progress import sequential_time, time_parts
+from paceline.controller.observe.records import PHASES, EvaluationRecord, StepRecord
 from paceline.controller.observe.report_data import RunData
 from paceline.controller.observe.text import count, number
 
@@ -26,9 +26,15 @@ NUM_BARS = 80
 
 METRIC_TITLES = {
     "entropy": ("Entropy", "nats a token"),
-    "kl": ("KL divergence", "of the policy from the one that sampled, nats a token"),
-    "clip_fraction": ("Clipped tokens", "share of trained tokens whose ratio was clipped"),
-    "ratio_max": ("Largest ratio", "of new to sampling probability of any token"),
+    "kl": ("KL divergence", "from the sampling to the current policy, nats a token"),
+    "clip_fraction": (
+        "Clipped tokens",
+        "share of trained tokens that clipping took the gradient of",
+    ),
+    "ratio": ("Mean ratio", "of a token's current to its sampling probability"),
+    "ratio_max": ("Largest ratio", "of any token's current to its sampling probability"),
+    "mismatch": ("Mean mismatch", "of current and sampling log-probability, nats"),
+    "mismatch_max": ("Largest mismatch", "of current and sampling log-probability, nats"),
     "grad_norm": ("Gradient norm", "before clipping"),
     "learning_rate": ("Learning rate", ""),
     "padding_fraction": ("Padding", "share of the learner's tokens"),
@@ -74,7 +80,6 @@ def learning_charts(data: RunData) -> list[Chart]:
 def learner_charts(data: RunData) -> list[Chart]:
     """One small chart for every number the learner reports, the well-known ones first."""
     found = {name for record in data.steps for name, v in record.metrics.items() if v is not None}
-    found.discard("validation_accuracy")  # shown beside the held-out accuracy
     known = [name for name in METRIC_TITLES if name in found]
     return _drawable([_metric(data, name) for name in [*known, *sorted(found - set(known))]])
 
@@ -87,8 +92,9 @@ def machine_charts(data: RunData) -> list[Chart]:
         _stack(
             data,
             "Wall time of a step",
-            "Seconds by part, one after another. Generation and weight sync run beside these.",
-            {part: [record.time.get(part) or 0.0 for record in train] for part in parts},
+            "Seconds by part, one after another. Generation and weight sync run beside these; "
+            "evaluations and checkpoints are in other.",
+            {part: [time_parts(record).get(part, 0.0) for record in train] for part in parts},
         ),
         _chart(
             data,
@@ -127,18 +133,16 @@ def machine_charts(data: RunData) -> list[Chart]:
 
 
 def _accuracy(data: RunData) -> Chart:
-    order = {"initial": 0, "after_warm_start": 1, "before": 2, "during": 3, "after": 4}
-    evaluations = sorted(data.evaluations, key=lambda e: (order[e.label], e.step))
-    warm = data.phase("warm_start")
-    validation = _series(
-        "validation, greedy", "c7", warm, lambda r: r.metrics.get("validation_accuracy")
-    )
+    ordered = sorted(data.evaluations, key=lambda e: (PHASES.index(e.phase), e.step))
+    validations = [record for record in ordered if record.label == "validation"]
+    others = " Validation, on other prompts, decides when the warm start ends." * bool(validations)
+    evaluations = [record for record in ordered if record.label != "validation"]
     return _chart(
         data,
         "Held-out accuracy",
-        "Prompts that no training saw; whiskers are one standard error.",
+        f"Prompts that no training saw; whiskers are one standard error.{others}",
         [
-            validation,
+            _measured("validation, greedy", "c7", validations, lambda e: (e.greedy, None)),
             _measured("T=1", "c2", evaluations, lambda e: (e.sampled, e.sampled_standard_error)),
             _measured("greedy", "c1", evaluations, lambda e: (e.greedy, e.standard_error)),
         ],

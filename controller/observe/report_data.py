@@ -119,13 +119,14 @@ def _derived(
     train = [record for record in steps if record.phase == "train"]
     ages = [record.age_max for record in train if record.age_max is not None]
     seconds = [r.seconds for r in steps] + [r.seconds for r in evaluations]
+    num_prompts = [r.num_prompts for r in evaluations if r.label != "validation"]
     loop = config.get("loop")
     return RunSummary(
         name=name,
         status="interrupted",
         seeds={"run": versions["seed"]} if "seed" in versions else {},
         steps=max((record.step for record in train), default=0),
-        num_held_out=max((record.num_prompts for record in evaluations), default=0),
+        num_held_out=max(num_prompts, default=0),
         max_lag=int(loop.get("max_lag", 0)) if isinstance(loop, dict) else 0,
         max_age=int(max(ages)) if ages else None,
         wall_seconds={"total": max(seconds, default=0.0)},
@@ -145,6 +146,8 @@ def _with_accuracies(summary: RunSummary, evaluations: Sequence[EvaluationRecord
     """The summary with the accuracies it lacks: before training, and last measured after some."""
     found: dict[str, tuple[float, float | None]] = {}
     for record in evaluations:
+        if record.label == "validation":
+            continue
         when = "before" if record.phase == "warm_start" or record.step == 0 else "after"
         if record.greedy is not None:
             found[f"greedy_{when}"] = (record.greedy, record.standard_error)

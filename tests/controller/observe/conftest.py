@@ -101,15 +101,12 @@ def _skill(step: int) -> float:
 
 
 def _warm_step(step: int, random: Random) -> StepRecord:
-    accuracy = 0.42 / (1 + math.exp(-(step - 95) / 12))
     metrics = {
         "learning_rate": 2e-3 * min(1, step / 30) * (1 - step / 420),
         "grad_norm": 0.4 + random.random() * 0.3,
         "entropy": 2.6 * math.exp(-step / 70) + 0.4,
         "padding_fraction": 0.02 + 0.01 * random.random(),
     }
-    if step % 10 == 0:
-        metrics["validation_accuracy"] = round(accuracy * 128) / 128
     return StepRecord(
         phase="warm_start",
         step=step,
@@ -156,6 +153,7 @@ def _train_step(step: int, start: float, random: Random) -> StepRecord:
             "publish": random.gauss(0.018, 0.002),
             "sync": random.gauss(0.03, 0.004),
             "generate": random.gauss(0.52, 0.03),
+            "step": wait + 0.45,
         },
         dropped={"zero_signal": int(2 + 26 * skill**4 + random.randrange(6))},
         buffer={
@@ -187,6 +185,7 @@ def _evaluations(
     if warm_steps:
         records = [
             measure("initial", 0, 7.5, 0.0, True),
+            *(_validation(step) for step in range(10, warm_steps + 1, 10)),
             measure("after_warm_start", warm_steps, start - 2, 0.40, False),
         ]
     records.append(measure("before", 0, start - 1, 0.40, True))
@@ -199,6 +198,11 @@ def _evaluations(
         end = start + 0.66 * train_steps + 2.2 * (train_steps // 40) + 3
         records.append(measure("after", train_steps, end, _skill(train_steps), True))
     return records
+
+
+def _validation(step: int) -> EvaluationRecord:
+    right = round(128 * 0.42 / (1 + math.exp(-(step - 95) / 12))) / 128
+    return EvaluationRecord.measured("validation", step, 8.01 + 0.085 * step, right, None, 128)
 
 
 def _spelled(word: str, skill: float, random: Random) -> str:

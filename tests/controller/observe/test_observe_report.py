@@ -207,6 +207,16 @@ def test_a_step_that_was_done_again_is_shown_once(synthetic_run: WriteRun) -> No
     assert reward["points"][-1][1:] == ["step 20", "0.987"]
 
 
+def test_validation_prompts_are_never_counted_as_held_out(synthetic_run: WriteRun) -> None:
+    folder = synthetic_run(train_steps=20, finished=False)
+    with JsonLines(folder.metrics) as lines:
+        lines.append(EvaluationRecord.measured("validation", 0, 9.0, 0.123, None, 5000).as_dict())
+    text = report_of(folder).text
+    assert "39.8%" in text
+    assert "12.3%" not in text
+    assert "5000 prompts" not in text
+
+
 def test_a_broken_freshness_bound_is_said_aloud(synthetic_run: WriteRun) -> None:
     folder = synthetic_run()
     summary = RunSummary.read(folder)

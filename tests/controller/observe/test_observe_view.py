@@ -19,7 +19,7 @@ from rich.console import Console
 
 from paceline.controller.observe.folder import RunFolder
 from paceline.controller.observe.panel import run_panel
-from paceline.controller.observe.progress import Progress, RunPlan
+from paceline.controller.observe.progress import Progress, RunPlan, time_parts
 from paceline.controller.observe.recorder import read_records
 from paceline.controller.observe.records import EvaluationRecord, SampleRecord, StepRecord
 from paceline.controller.observe.text import (
@@ -167,6 +167,13 @@ def test_time_left_follows_recent_steps() -> None:
     for step in range(1, 101):
         progress.step(StepRecord("train", step, 2.0 * step))
     assert progress.seconds_left == pytest.approx(280.0)
+
+
+def test_parts_of_the_time_add_up_to_the_step_without_what_runs_beside_them() -> None:
+    time = {"train": 0.5, "publish": 0.25, "generate": 9.0, "step": 1.0, "nothing": None}
+    parts = time_parts(StepRecord("train", 1, 1.0, time=time))
+    assert parts == {"train": 0.5, "publish": 0.25, "other": 0.25}
+    assert "other" not in time_parts(StepRecord("train", 1, 1.0, time={"train": 0.5}))
 
 
 def test_a_phase_begins_with_curves_of_its_own() -> None:
