@@ -28,6 +28,7 @@ from paceline.controller.observe.records import (
     StepRecord,
 )
 from paceline.controller.observe.report import write_report
+from paceline.controller.observe.report_data import RunData
 from paceline.controller.observe.scales import Scale, StepAxis, value_range
 from paceline.controller.observe.stylesheet import SCRIPT
 from paceline.controller.observe.summary import RunSummary, print_summary
@@ -201,10 +202,9 @@ def test_a_step_that_was_done_again_is_shown_once(synthetic_run: WriteRun) -> No
     folder = synthetic_run(train_steps=20, finished=False)
     with JsonLines(folder.metrics) as lines:
         lines.append(StepRecord("train", 20, 99.0, reward=0.987).as_dict())
-    readouts = [json.loads(points) for points in report_of(folder).attributes("data-points")]
-    reward = next(r for r in readouts if r["series"] == [["c1", "reward"]])
-    assert len(reward["points"]) == 20
-    assert reward["points"][-1][1:] == ["step 20", "0.987"]
+    train = RunData.read(folder).phase("train")
+    assert [record.step for record in train] == list(range(1, 21))
+    assert train[-1].reward == 0.987
 
 
 def test_validation_prompts_are_never_counted_as_held_out(synthetic_run: WriteRun) -> None:
