@@ -43,8 +43,9 @@ def freshness_budget(
 ) -> FreshnessBudget:
     """The largest budget whose ``max_age`` is ``max_lag``.
 
-    The window is ``window_fraction`` of the in-flight budget, but never so large that fewer than one
-    step's groups fit (a batch could then never be filled).
+    The window is ``window_fraction`` of the slots there would be without one, but never so large that
+    fewer than one step's groups fit (a batch could then never be filled), nor larger than what is in
+    flight.
 
     Raises:
         ConfigError: a count is out of range.
@@ -56,6 +57,6 @@ def freshness_budget(
             "0 <= window_fraction < 1"
         )
     slots = (max_lag + 1) * groups_per_step
-    largest_window = max_lag * groups_per_step + 1
+    largest_window = min(max_lag * groups_per_step + 1, (slots + 1) // 2)
     window = max(1, min(int(window_fraction * slots), largest_window))
     return FreshnessBudget(slots - (window - 1), window, groups_per_step)

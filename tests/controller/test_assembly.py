@@ -1,0 +1,98 @@
+"""Assembling batches: what is dropped, what is kept, and what each step uses up."""
+
+import asyncio
+
+import numpy as np
+import pytest
+from tests.controller.builders import make_group, make_prompt
+
+from paceline.controller.algorithms import GRPO, Supervised, group_relative_advantages
+from paceline.controller.assembly import Collector, NoSignalError
+from paceline.controller.buffer import WorkBuffer
+from paceline.controller.freshness import FreshnessBudget
+
+SIGNAL, NONE = (0.0, 1.0), (1.0, 1.0)
+
+
+def collect(rewards_in_order, *, groups_per_step, capacity, max_draws=8, steps=1):
+    async def scenario():
+        buffer = WorkBuffer(FreshnessBudget(capacity, 1, groups_per_step))
+        collector = Collector(buffer, GRPO(max_draws=max_draws), groups_per_step)
+
+        async def produce():
+            for position, rewards in enumerate(rewards_in_order):
+                await buffer.admit(lambda position=position: (position, make_prompt(position)))
+                work = await buffer.claim()
+                await buffer.finish(make_group(work.group_id, rewards))
+
+        producer = asyncio.ensure_future(produce())
+        try:
+            batches = [await asyncio.wait_for(collector.collect(step), 5) for step in range(steps)]
+        finally:
+            producer.cancel()
+        return batches, buffer
+
+    return asyncio.run(scenario())
+
+
+def test_groups_without_signal_are_replaced_and_free_their_slot_at_once():
+    (batch,), buffer = collect([NONE, SIGNAL, NONE, SIGNAL], groups_per_step=2, capacity=2)
+    assert batch.batch.group_ids == (1, 3)
+    assert batch.dropped == {"zero_signal": 2}
+    assert buffer.unreleased() == (1, 3)
+
+
+def test_a_step_that_makes_do_with_fewer_groups_still_uses_up_its_share_of_slots():
+    rewards = [NONE, SIGNAL, NONE, NONE, NONE, NONE]
+    (batch,), buffer = collect(rewards, groups_per_step=3, capacity=3, max_draws=2)
+    assert batch.batch.group_ids == (1,)
+    assert len(batch.slots) == 3
+    assert set(batch.slots) == set(buffer.unreleased())
+
+
+def test_nothing_to_learn_from_is_an_error_with_the_mean_reward():
+    with pytest.raises(NoSignalError, match=r"last 4 groups .*mean 1\.00"):
+        collect([NONE] * 6, groups_per_step=2, capacity=2, max_draws=2)
+
+
+def test_a_faulty_group_is_dropped_whatever_its_rewards():
+    async def scenario():
+        buffer = WorkBuffer(FreshnessBudget(2, 1, 1))
+        for position in range(2):
+            await buffer.admit(lambda position=position: (position, make_prompt(position)))
+            await buffer.claim()
+        faulty = make_group(0, SIGNAL)
+        await buffer.finish(faulty.__class__(0, faulty.prompt, faulty.trajectories, "grader_error"))
+        await buffer.finish(make_group(1, SIGNAL))
+        return await Collector(buffer, GRPO(), 1).collect(0)
+
+    batch = asyncio.run(scenario())
+    assert batch.batch.group_ids == (1,)
+    assert batch.dropped == {"grader_error": 1}
+
+
+def test_advantages_stand_on_sampled_tokens_only():
+    (batch,), _ = collect([SIGNAL], groups_per_step=1, capacity=1)
+    for sample, sign in zip(batch.batch.samples, (-1, 1), strict=True):
+        assert np.all(sample.advantages[~sample.loss_mask] == 0)
+        assert np.all(np.sign(sample.advantages[sample.loss_mask]) == sign)
+
+
+def test_grpo_advantages_by_hand():
+    rewards = np.array([1.0, 0.0, 0.0, 0.0])
+    got = group_relative_advantages(rewards, normalize_std=True, epsilon=0.0)
+    np.testing.assert_allclose(got, [1.5, -0.5, -0.5, -0.5], rtol=1e-12)
+    centred = group_relative_advantages(rewards, normalize_std=False)
+    np.testing.assert_allclose(centred, [0.75, -0.25, -0.25, -0.25], rtol=1e-12)
+
+
+def test_equal_rewards_have_exactly_no_advantage():
+    rewards = np.full(7, 0.1)
+    for normalize in (True, False):
+        assert not group_relative_advantages(rewards, normalize_std=normalize).any()
+
+
+def test_demonstrations_all_count_the_same():
+    group = make_group(0, (0.0, 0.0))
+    assert Supervised().drop_reason(group) is None
+    assert Supervised().advantages(group).tolist() == [1.0, 1.0]

@@ -1,0 +1,196 @@
+"""The loop's laws, driven by fakes with arbitrary delays: order, freshness, exactly-once, crashes."""
+
+import asyncio
+import itertools
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.controller.builders import make_group, make_prompt
+
+from paceline.configs.vocabulary import StepReport, WeightVersion
+from paceline.controller.algorithms import GRPO
+from paceline.controller.assembly import Collector
+from paceline.controller.buffer import WorkBuffer
+from paceline.controller.freshness import freshness_budget
+from paceline.controller.loop import Loop
+from paceline.controller.parts import WorkerLost
+from paceline.weights_sync.handle import WeightHandle
+from paceline.weights_sync.layout import Layout
+
+
+class World:
+    """Fakes of every part around one shared truth: which version learner and engines hold."""
+
+    def __init__(self, seed, *, deaths=0.0, dropped=0.0):
+        self.random = random.Random(seed)
+        self.deaths, self.dropped = deaths, dropped
+        self.learner_version = 0
+        self.served_version = 0
+        self.published = []
+        self.trained = []
+        self.ages = []
+        self.events = []
+
+    async def pause(self):
+        for _ in range(self.random.randrange(6)):
+            await asyncio.sleep(0)
+
+    async def generate(self, work):
+        version = self.served_version
+        await self.pause()
+        if self.random.random() < self.deaths:
+            raise WorkerLost
+        rewards = (1.0, 1.0) if self.random.random() < self.dropped else (0.0, 1.0)
+        return make_group(work.group_id, rewards, version)
+
+    async def forward_backward(self, batch, loss):
+        await self.pause()
+        assert batch.step == self.learner_version
+        self.trained.append(batch.group_ids)
+        return StepReport(WeightVersion(batch.step), 1, 1, 0, 0.0, {})
+
+    async def optimizer_step(self, step, report):
+        await self.pause()
+        assert self.served_version == self.learner_version, "version left the learner too late"
+        self.learner_version = step + 1
+        return report
+
+    async def publish(self, version):
+        await self.pause()
+        assert version == self.learner_version
+        return WeightHandle(WeightVersion(version), "", 0, Layout(()))
+
+    async def push(self, handle):
+        await self.pause()
+        assert handle.version == self.served_version + 1
+        self.served_version = handle.version
+
+    async def after_step(self, batch, report, loop):
+        self.ages += batch.ages
+        await self.pause()
+        return False
+
+
+def build_loop(world, *, groups=2, lag=1, window=0.0, steps=6, first_step=0):
+    budget = freshness_budget(groups, lag, window)
+    buffer = WorkBuffer(budget)
+    prompts = ((position, make_prompt(position)) for position in itertools.count())
+    return Loop(
+        prompts=prompts,
+        generate=world.generate,
+        collector=Collector(buffer, GRPO(), groups),
+        loss=None,
+        learner=world,
+        weights=world,
+        observer=world,
+        budget=budget,
+        buffer=buffer,
+        num_steps=steps,
+        first_step=first_step,
+    )
+
+
+def run(loop):
+    asyncio.run(asyncio.wait_for(loop.run(), 20))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    groups=st.integers(1, 4),
+    lag=st.integers(0, 3),
+    window=st.sampled_from([0.0, 0.3, 0.7]),
+    deaths=st.sampled_from([0.0, 0.3]),
+    dropped=st.sampled_from([0.0, 0.5]),
+)
+def test_whatever_the_timing_nothing_is_too_old_lost_or_trained_twice(
+    seed, groups, lag, window, deaths, dropped
+):
+    world = World(seed, deaths=deaths, dropped=dropped)
+    loop = build_loop(world, groups=groups, lag=lag, window=window)
+    run(loop)
+    trained = [group for batch in world.trained for group in batch]
+    assert loop.steps_done == 6
+    assert all(len(batch) == groups for batch in world.trained)
+    assert len(trained) == len(set(trained))
+    assert max(world.ages) <= lag
+    assert world.served_version == world.learner_version == 6
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_without_lag_every_group_is_sampled_by_the_version_it_trains(seed):
+    world = World(seed)
+    run(build_loop(world, lag=0))
+    assert set(world.ages) == {0}
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_without_a_window_groups_are_trained_in_the_order_of_admission(seed):
+    world = World(seed)
+    run(build_loop(world, lag=2))
+    trained = [group for batch in world.trained for group in batch]
+    assert trained == list(range(len(trained)))
+
+
+def test_lag_is_used_when_rollouts_are_faster_than_the_learner():
+    world = World(0)
+    run(build_loop(world, lag=2, steps=20))
+    assert max(world.ages) == 2
+
+
+@pytest.mark.parametrize("part", ["generate", "forward_backward", "push", "publish", "after_step"])
+def test_a_crash_in_any_part_ends_the_loop_with_its_cause(part):
+    world = World(1)
+
+    async def broken(*_):
+        raise ZeroDivisionError(part)
+
+    setattr(world, part, broken)
+    with pytest.raises(ZeroDivisionError, match=part):
+        run(build_loop(world))
+
+
+def test_no_task_outlives_the_loop():
+    async def scenario():
+        await build_loop(World(2)).run()
+        return [task.get_name() for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+
+    assert asyncio.run(scenario()) == []
+
+
+def test_a_stop_ends_after_the_step_and_leaves_its_slots_free():
+    world = World(3)
+    loop = build_loop(world, steps=1000)
+
+    async def stop_at_third(batch, report, running):
+        if batch.batch.step == 2:
+            running.stop.set()
+        return False
+
+    world.after_step = stop_at_third
+    run(loop)
+    assert loop.steps_done == 3
+    trained = {group for batch in world.trained for group in batch}
+    assert trained.isdisjoint(loop.buffer.unreleased())
+
+
+def test_a_run_out_of_signal_ends_in_order_and_says_so():
+    world = World(4, dropped=1.0)
+    loop = build_loop(world)
+    run(loop)
+    assert loop.steps_done == 0
+    assert loop.exhausted is not None
+    assert loop.exhausted.mean_reward == 1.0
+
+
+def test_a_resumed_loop_goes_on_at_its_step():
+    world = World(5)
+    world.learner_version = world.served_version = 4
+    loop = build_loop(world, first_step=4, steps=6)
+    run(loop)
+    assert loop.steps_done == 2
+    assert world.learner_version == 6

@@ -1,0 +1,162 @@
+"""The worker pool: never serve stale, spread the load, replace the dead."""
+
+import asyncio
+
+import pytest
+from tests.controller.builders import make_completion
+
+from paceline.configs.errors import ClusterError
+from paceline.configs.vocabulary import RolloutRequest, SamplingParameters, WeightVersion
+from paceline.controller.parts import WorkerLost
+from paceline.controller.workers import WorkerPool
+from paceline.weights_sync.handle import WeightHandle, WeightSyncError
+from paceline.weights_sync.layout import Layout
+
+
+class FakeWorker:
+    """Serves instantly unless held; dies on request; may lie about what it loaded."""
+
+    def __init__(self, *, lies=False):
+        self.version, self.dead, self.lies = None, False, lies
+        self.requests = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def generate(self, request):
+        self.requests.append((request.request_id, self.version))
+        await self.gate.wait()
+        if self.dead:
+            raise WorkerLost
+        return (make_completion(self.version),) * request.num_samples
+
+    async def update_weights(self, handle):
+        await asyncio.sleep(0)
+        if self.dead:
+            raise WorkerLost
+        self.version = handle.version
+        return handle.version, handle.checksum + self.lies
+
+    async def counters(self):
+        if self.dead:
+            raise WorkerLost
+        return {"num_tokens": 1.0}
+
+    async def close(self):
+        self.dead = True
+
+
+def handle(version):
+    return WeightHandle(WeightVersion(version), "", 100 + version, Layout(()))
+
+
+def request(name, num_samples=1):
+    return RolloutRequest(name, (1,), SamplingParameters(), num_samples, seed=0)
+
+
+def pool_of(workers, spares=(), max_restarts=3):
+    spares = list(spares)
+
+    async def start(index):
+        await asyncio.sleep(0)
+        return spares.pop(0)
+
+    return WorkerPool(workers, start, max_restarts)
+
+
+def test_nobody_serves_before_the_first_weights():
+    async def scenario():
+        pool = pool_of([FakeWorker()])
+        waiting = asyncio.ensure_future(pool.generate(request("a")))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        await pool.update_weights(handle(0))
+        await asyncio.wait_for(waiting, 1)
+
+    asyncio.run(scenario())
+
+
+def test_requests_go_where_fewest_samples_are_outstanding():
+    async def scenario():
+        workers = [FakeWorker(), FakeWorker()]
+        pool = pool_of(workers)
+        await pool.update_weights(handle(0))
+        for worker in workers:
+            worker.gate.clear()
+        tasks = [
+            asyncio.ensure_future(pool.generate(request(name, samples)))
+            for name, samples in [("a", 4), ("b", 1), ("c", 1), ("d", 1)]
+        ]
+        await asyncio.sleep(0.01)
+        assert [name for name, _ in workers[0].requests] == ["a"]
+        assert [name for name, _ in workers[1].requests] == ["b", "c", "d"]
+        for worker in workers:
+            worker.gate.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(scenario())
+
+
+def test_a_replacement_serves_only_after_it_acknowledged_the_current_version():
+    async def scenario():
+        first, spare = FakeWorker(), FakeWorker()
+        pool = pool_of([first], [spare])
+        await pool.update_weights(handle(0))
+        first.dead = True
+        with pytest.raises(WorkerLost):
+            await pool.generate(request("a"))
+        await pool.update_weights(handle(1))
+        await asyncio.wait_for(pool.generate(request("b")), 1)
+        assert spare.requests == [("b", 1)]
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_is_dead_when_weights_arrive_is_replaced_too():
+    async def scenario():
+        first, spare = FakeWorker(), FakeWorker()
+        first.dead = True
+        pool = pool_of([first], [spare])
+        await pool.update_weights(handle(3))
+        await asyncio.wait_for(pool.generate(request("a")), 1)
+        assert spare.requests == [("a", 3)]
+
+    asyncio.run(scenario())
+
+
+def test_a_replacement_that_dies_too_is_replaced_until_the_limit():
+    async def scenario():
+        workers = [FakeWorker() for _ in range(3)]
+        for worker in workers:
+            worker.dead = True
+        pool = pool_of(workers[:1], workers[1:], max_restarts=2)
+        await pool.update_weights(handle(0))
+        with pytest.raises(ClusterError, match="died 3 times"):
+            await asyncio.wait_for(pool.generate(request("a")), 1)
+
+    asyncio.run(scenario())
+
+
+def test_many_calls_that_find_a_worker_dead_replace_it_once():
+    async def scenario():
+        first, spare = FakeWorker(), FakeWorker()
+        pool = pool_of([first], [spare], max_restarts=1)
+        await pool.update_weights(handle(0))
+        first.gate.clear()
+        tasks = [asyncio.ensure_future(pool.generate(request(str(i)))) for i in range(5)]
+        await asyncio.sleep(0.01)
+        first.dead = True
+        first.gate.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, WorkerLost) for result in results)
+        await asyncio.wait_for(pool.generate(request("again")), 1)
+
+    asyncio.run(scenario())
+
+
+def test_a_worker_that_acknowledges_other_bytes_is_an_error():
+    async def scenario():
+        pool = pool_of([FakeWorker(lies=True)])
+        with pytest.raises(WeightSyncError, match="acknowledged version 0"):
+            await pool.update_weights(handle(0))
+
+    asyncio.run(scenario())
