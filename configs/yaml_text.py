@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -30,13 +30,10 @@ _SCALARS = {
         r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         list("-+.0123456789"),
     ),
-    "tag:yaml.org,2002:merge": (r"<<", ["<"]),
 }
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
@@ -49,14 +46,13 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
-
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-for _tag, (_pattern, _first) in _SCALARS.items():
-    for _class in (_Loader, _Dumper):
+for _class in (_Loader, _Dumper):
+    _class.yaml_implicit_resolvers = {}  # in place of YAML 1.1's, which are the base classes'
+    for _tag, (_pattern, _first) in _SCALARS.items():
         _class.add_implicit_resolver(_tag, re.compile(rf"^(?:{_pattern})$"), _first)
 
 
@@ -95,7 +91,7 @@ def parse_document(text: str, source: str) -> Document:
     finally:
         if loader is not None:
             loader.dispose()
-    if not isinstance(values, dict):
+    if node is None or not isinstance(values, dict):
         got = "nothing" if values is None else type(values).__name__
         raise ConfigError(f"{source}: expected sections (key: value), got {got}")
     origins: dict[KeyPath, str] = {(): source}

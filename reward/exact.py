@@ -57,7 +57,7 @@ def require_reference(prompt: Prompt, grader: str) -> str:
     """
     if prompt.reference is None:
         raise DataError(
-            f"prompt {prompt.id} has no reference answer, which reward.type {grader} compares with; "
+            f"prompt {prompt.id} has no reference answer, and reward.type {grader} needs one; "
             f"set data.source.answer_field, or use another reward.type"
         )
     return prompt.reference

@@ -12,15 +12,15 @@ from paceline.reward.exact import require_reference
 
 
 class MathAnswerGrader:
-    """Reward 1 where math-verify finds the completion's final answer equal to the reference.
+    r"""Reward 1 where math-verify finds the completion's final answer equal to the reference.
 
-    In completions the last LaTeX expression (``\\boxed`` first) or plain number is the answer;
+    In completions the last LaTeX expression (``\boxed`` first) or plain number is the answer;
     a reference may be either, with or without dollar signs.
     """
 
     def __init__(self) -> None:
-        # math-verify's own limits are signals, which work in a main thread only; here the pool kills
-        # a grader that hangs. It warns of the missing limit at every call.
+        # math-verify limits its time with signals, which work in a main thread only. They are
+        # switched off, since the pool kills a grader that hangs; it warns of that at every call.
         import math_verify
 
         for name in ("math_verify.parser", "math_verify.grader"):

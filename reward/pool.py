@@ -1,6 +1,6 @@
-"""Graders in processes of their own: one that hangs is killed, one that crashes takes nothing along.
+"""Graders in processes of their own: one that hangs is killed, one that dies takes nothing along.
 
-Processes are spawned, not forked: the process that grades for is full of threads (Ray's, asyncio's),
+Processes are spawned, not forked: the process they grade for is full of threads (Ray's, asyncio's),
 whose locks a fork would copy in whatever state they are.
 """
 
@@ -66,7 +66,7 @@ class GraderPool:
         """One finite reward for each completion.
 
         Raises:
-            GraderError: the grader raised, hung, died, or returned something else; names the prompt.
+            GraderError: it raised, hung, died, or returned something else; names the prompt.
         """
         future = self._schedule(_grade, (prompt, tuple(completions)), self._time_limit)
         try:
@@ -122,8 +122,8 @@ def _died(when: str, error: Exception) -> str:
     )
 
 
-# What follows runs in the grader's process, which holds one grader for life. Problems travel back as
-# text: an exception that cannot be unpickled would break the pool.
+# What follows runs in the grader's process, which holds one grader for life. Problems travel back
+# as text: an exception that cannot be unpickled would break the pool.
 _grader: Grader | None = None
 _build_problem: str | None = None
 

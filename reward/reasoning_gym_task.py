@@ -70,8 +70,8 @@ class ReasoningGymTaskGrader:
             "metadata": prompt.metadata["metadata"],
         }
         scores = (self._task.score_answer(completion, entry) for completion in completions)
-        # Scores lie in [0, 1]. More than 1 is partial credit rounded up: spell_backward sums 1/9 nine
-        # times to 1.0000000000000002 for a 9-letter answer with anything behind it.
+        # Scores lie in [0, 1]. More than 1 is partial credit rounded up: spell_backward adds up 1/9
+        # nine times to 1.0000000000000002 for a 9-letter answer with anything behind it.
         return [float(self._threshold <= score <= 1) for score in scores]
 
 
