@@ -1,0 +1,1 @@
+"""Benchmarks of the whole product, run by ``paceline bench NAME``."""

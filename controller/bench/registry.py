@@ -1,0 +1,41 @@
+"""The benchmarks by name, and how one is run from the command line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from rich.console import Console
+
+from paceline.configs.diagnose import nearest
+from paceline.configs.errors import ConfigError
+from paceline.controller.bench.e2e import bench_e2e
+from paceline.controller.bench.result import BenchResult, show
+
+Bench = Callable[[bool, Path], BenchResult]
+"""``(quick, output)``: measure (briefly where ``quick``), with files in the folder ``output``."""
+
+BENCHES: Mapping[str, Bench] = {"e2e": bench_e2e}
+
+
+def run_bench(name: str, quick: bool, output: Path) -> int:
+    """Run a benchmark and print its tables and, as the last line, its result as one JSON object.
+
+    Returns:
+        0 where every target is met, 1 where one is missed.
+
+    Raises:
+        ConfigError: there is no benchmark of that name.
+        BenchError: it could not be run.
+    """
+    if name not in BENCHES:
+        raise ConfigError(
+            f"no benchmark {name!r}; there are: {', '.join(BENCHES)}{nearest(name, BENCHES)}"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    result = BENCHES[name](quick, output)
+    show(result, Console())
+    sys.stdout.write(result.as_json() + "\n")
+    sys.stdout.flush()
+    return 0 if result.all_met else 1

@@ -1,0 +1,40 @@
+"""A task whose answers have a long tail of lengths: running sums, written out step by step."""
+
+from __future__ import annotations
+
+import string
+
+import numpy as np
+
+from paceline.configs.errors import ConfigError
+from paceline.configs.vocabulary import Record
+
+LABELS = string.ascii_letters
+
+
+class RunningSums:
+    """Sums modulo 10 of labelled digits: ``a4b9c2`` is answered ``a4 b3 c5``.
+
+    The number of digits is log-normal with the given ``median`` and ``sigma`` (standard deviation
+    of its logarithm), at least 1 and at most ``max_terms``: most answers are short and a few are
+    many times longer, as in reasoning. A prompt source for ``data.source.type: import``.
+    """
+
+    num_records: int | None = None
+
+    def __init__(self, median: float, sigma: float, max_terms: int, seed: int = 0) -> None:
+        if not 1 <= max_terms <= len(LABELS):
+            raise ConfigError(f"max_terms must lie in 1 to {len(LABELS)}, got {max_terms}")
+        self._location, self._sigma = float(np.log(median)), sigma
+        self._max_terms = max_terms
+        self._seed = seed
+
+    def record(self, index: int) -> Record:
+        """The problem of this index; its answer is the reference too."""
+        random = np.random.default_rng([self._seed, index])
+        drawn = round(float(random.lognormal(self._location, self._sigma)))
+        digits = random.integers(0, 10, size=min(max(drawn, 1), self._max_terms))
+        sums = np.cumsum(digits) % 10
+        question = "".join(f"{label}{digit}" for label, digit in zip(LABELS, digits, strict=False))
+        answer = " ".join(f"{label}{total}" for label, total in zip(LABELS, sums, strict=False))
+        return Record(f"running_sums/{index}", {"question": question, "answer": answer}, answer)

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from paceline.configs.errors import ConfigError
+from paceline.controller.bench.running_sums import RunningSums
+
+
+def source(seed: int = 0) -> RunningSums:
+    return RunningSums(median=9, sigma=0.75, max_terms=52, seed=seed)
+
+
+def test_every_answer_is_the_running_sum_of_its_question() -> None:
+    for index in range(50):
+        record = source().record(index)
+        total = 0
+        question = record.fields["question"]
+        for place, stated in enumerate(str(record.reference).split(" ")):
+            label, digit = question[2 * place : 2 * place + 2]
+            total = (total + int(digit)) % 10
+            assert stated == f"{label}{total}"
+        assert len(question) == 2 * len(str(record.reference).split(" "))
+        assert record.fields["answer"] == record.reference
+
+
+def test_an_index_is_the_same_problem_for_ever_and_seeds_differ() -> None:
+    assert source().record(3) == source().record(3)
+    assert source().record(3) != source().record(4)
+    assert source(0).record(3) != source(1).record(3)
+
+
+def test_lengths_have_a_long_tail() -> None:
+    lengths = np.array([len(source().record(index).fields["answer"]) for index in range(2000)])
+
+    assert 20 <= np.median(lengths) <= 30
+    assert np.percentile(lengths, 99) >= 4 * np.median(lengths)
+    assert lengths.max() < 160
+
+
+def test_more_terms_than_labels_are_refused() -> None:
+    with pytest.raises(ConfigError, match="1 to 52, got 53"):
+        RunningSums(median=9, sigma=0.75, max_terms=53)
