@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import UnionType
@@ -54,8 +55,8 @@ def reference_markdown() -> str:
     lines = [
         "# Configuration reference",
         "",
-        "Written by `paceline check --fields` from the schema. Every key can be set in the YAML "
-        "file or on the command line as `section.key=value`; unknown keys are refused.",
+        "Written from the schema by `python -m paceline.configs.fields`. Every key can be set in "
+        "the YAML file or on the command line as `section.key=value`; unknown keys are refused.",
     ]
     for path, section in _sections():
         lines += ["", f"## {_heading(path, section)}", "", (section.__doc__ or "").strip(), ""]
@@ -113,3 +114,7 @@ def _default(info: FieldInfo) -> str:
     if default is None or isinstance(default, bool):
         return f"`{str(default).lower() if default is not None else 'null'}`"
     return f"`{list(default) if isinstance(default, tuple) else default}`"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference_markdown())

@@ -80,7 +80,8 @@ class PromptRenderer:
         if len(token_ids) > self._max_tokens:
             raise DataError(
                 f"the demonstration of prompt {prompt.id} has {len(token_ids)} tokens, its stop "
-                f"token included, more than rollout.sampling.max_tokens ({self._max_tokens}); raise that"
+                f"token included, more than rollout.sampling.max_tokens ({self._max_tokens}); "
+                f"raise that"
             )
         return np.array(token_ids, dtype=np.int32)
 

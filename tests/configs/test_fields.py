@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 from paceline.configs.fields import reference_markdown, walk
 
@@ -29,6 +30,13 @@ def test_the_reference_has_a_row_for_every_key_and_a_heading_for_every_variant()
         assert text.count(f"{heading}\n") == 1
     assert "| `every_steps` | integer or null | `25` | Save this often;" in text
     assert "| `betas` | list of 2 number | `[0.9, 0.95]` |" in text
+
+
+def test_the_reference_in_docs_is_the_schemas() -> None:
+    written = Path(__file__).parents[2] / "docs" / "configuration.md"
+    assert written.read_text() == reference_markdown(), (
+        "write it anew: python -m paceline.configs.fields > docs/configuration.md"
+    )
 
 
 def test_checking_a_configuration_imports_no_framework() -> None:
