@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from paceline.learner.losses import (
     ClippedPolicyLoss,
     LossInputs,

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+
 from paceline.configs.schema.learner import OptimizerConfig
 from paceline.learner.losses import NonFiniteError
 from paceline.learner.optimizer import build_optimizer, learning_rate, reset_state, take_step
-from torch import nn
 
 
 def config(**settings):
@@ -24,7 +25,8 @@ def test_warm_up_rises_linearly_to_the_peak():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "middle", "last"), [("linear", 0.55, 0.1), ("cosine", 0.55, 0.1), ("constant", 1, 1)]
+    ("schedule", "middle", "last"),
+    [("linear", 0.55, 0.1), ("cosine", 0.55, 0.1), ("constant", 1, 1)],
 )
 def test_decay_reaches_its_final_fraction_at_the_last_step(schedule, middle, last):
     settings = config(schedule=schedule, final_fraction=0.1)

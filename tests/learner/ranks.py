@@ -1,0 +1,120 @@
+"""Learner workers for tests: one in this process, or two in processes of their own."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import closing
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from paceline.configs.schema.learner import LearnerConfig, OptimizerConfig
+from paceline.configs.vocabulary import TrainBatch
+from paceline.learner.losses import ClippedPolicyLoss
+from paceline.learner.worker import LearnerWorker
+from tests.learner.conftest import model_config
+
+LOSS = ClippedPolicyLoss(0.2, 0.28)
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant")
+
+
+def make_worker(
+    model_folder, weights_folder, rank=0, num_ranks=1, port=None, precision="float32", **settings
+):
+    config = LearnerConfig(
+        num_ranks=num_ranks,
+        collective_timeout_seconds=30,
+        **{"tokens_per_microbatch": 64} | settings,
+    )
+    return LearnerWorker(
+        str(model_folder),
+        model_config(precision=precision),
+        config,
+        rank=rank,
+        rendezvous=f"tcp://127.0.0.1:{port}" if port else None,
+        weights_folder=str(weights_folder),
+        seed=0,
+    )
+
+
+def free_port():
+    with closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_rank(program, arguments, worker_arguments):
+    """In a rank's process: build the worker, run ``program(worker, *arguments)``, leave."""
+    torch.set_num_threads(1)
+    worker = make_worker(**worker_arguments)
+    try:
+        return program(worker, *arguments)
+    finally:
+        worker.close()
+
+
+def whole(tensor):
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone().numpy()
+
+
+def gradients(worker, batch, loss=LOSS):
+    """The report and every parameter's gradient."""
+    report = worker.forward_backward(batch, loss)
+    named = worker._policy.causal_lm.named_parameters()
+    found = {name: whole(parameter.grad) for name, parameter in named}
+    worker._optimizer.zero_grad()
+    return report, found
+
+
+def weights(worker):
+    return {name: whole(p) for name, p in worker._policy.causal_lm.named_parameters()}
+
+
+def train(worker, batches, start=0):
+    """Steps on every batch; the reports, and the weights after them."""
+    reports = []
+    for step, batch in enumerate(batches, start):
+        report = worker.forward_backward(batch, LOSS)
+        reports.append((report, worker.optimizer_step(step + 1, OPTIMIZER, step, 100)))
+    return reports, weights(worker)
+
+
+def train_and_save(worker, batches, folder):
+    result = train(worker, batches)
+    worker.save(folder)
+    return result
+
+
+def load_and_train(worker, folder, batches):
+    worker.load(folder)
+    return worker.version, train(worker, batches, start=worker.version)
+
+
+def train_and_publish(worker, batches, export_folder):
+    _, after = train(worker, batches)
+    handle = worker.publish(len(batches))
+    worker.export(export_folder)
+    return after, handle
+
+
+def logprobs_between_steps(worker, batch: TrainBatch):
+    """Look at the weights after the gradient and before the update, then after it."""
+    before = worker.logprobs(batch.samples)
+    worker.forward_backward(batch, LOSS)
+    unchanged = worker.logprobs(batch.samples)
+    worker.optimizer_step(1, OPTIMIZER, 0, 100)
+    return before, unchanged, worker.logprobs(batch.samples)
+
+
+def greedy_mismatches(worker, sequences, tolerance):
+    return worker.greedy_mismatches(sequences, tolerance)
+
+
+def failing_step(worker, batch):
+    """The error's name, and whether a later healthy call of this rank still works."""
+    try:
+        worker.forward_backward(batch, LOSS)
+    except Exception as error:
+        return type(error).__name__, len(worker.logprobs(batch.samples))
+    return None, 0

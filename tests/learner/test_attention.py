@@ -1,0 +1,109 @@
+"""A packed row computes what each sequence computes alone: values and every gradient."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from paceline.configs.errors import ModelError
+from paceline.learner.attention import PackedSequences, packed_attention
+from paceline.learner.model import PackedRow, load_policy, write_initial_model
+from tests.learner.conftest import VOCAB_SIZE, model_config
+
+CPU = torch.device("cpu")
+
+
+def packed_row(sequences):
+    packed = PackedSequences.from_lengths([len(s) for s in sequences], CPU)
+    tokens = torch.from_numpy(np.concatenate(sequences))[None]
+    return PackedRow(tokens, packed.positions()[None], packed, torch.arange(tokens.numel()))
+
+
+def logits(hidden, weight):
+    return (hidden @ weight.T,)
+
+
+def random_sequences(lengths, seed=0):
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, VOCAB_SIZE, length) for length in lengths]
+
+
+def gradients(policy):
+    return {name: p.grad.clone() for name, p in policy.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("qwen3", {}),
+        ("qwen3", {"tie_word_embeddings": False}),
+        ("qwen2", {}),
+        ("llama", {"num_key_value_heads": 4}),
+    ],
+)
+def test_packed_logits_and_every_gradient_equal_those_of_single_sequences(
+    model_type, settings, tmp_path
+):
+    config = model_config(model_type, **settings)
+    write_initial_model(config, VOCAB_SIZE, 1, seed=3, folder=str(tmp_path))
+    policy = load_policy(str(tmp_path))
+    sequences = random_sequences([9, 9, 5, 1, 5, 30])
+    (packed,) = policy(packed_row(sequences), logits)
+    weights = torch.randn(packed.shape, generator=torch.Generator().manual_seed(0))
+    (packed * weights).sum().backward()
+
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    single = [alone(torch.from_numpy(s)[None]).logits[0] for s in sequences]
+    (torch.cat(single) * weights).sum().backward()
+
+    torch.testing.assert_close(packed, torch.cat(single), atol=1e-5, rtol=1e-5)
+    expected = gradients(alone)
+    for name, gradient in gradients(policy.causal_lm).items():
+        scale = expected[name].abs().max().item()
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5 * scale, rtol=1e-5)
+
+
+def test_what_a_sequence_computes_depends_neither_on_its_place_nor_on_its_neighbours(model_folder):
+    policy = load_policy(model_folder)
+    sequences = random_sequences([7, 4, 7, 12, 4])
+    for order in ([0, 1, 2, 3, 4], [3, 0, 2, 1, 4], [4, 2], [1]):
+        (together,) = policy(packed_row([sequences[i] for i in order]), logits)
+        for index, values in zip(
+            order, together.split([len(sequences[i]) for i in order]), strict=True
+        ):
+            (alone,) = policy(packed_row([sequences[index]]), logits)
+            torch.testing.assert_close(values, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_activation_checkpointing_changes_no_gradient(model_folder):
+    found = []
+    for activation_checkpointing in (False, True):
+        policy = load_policy(model_folder, activation_checkpointing=activation_checkpointing)
+        (values,) = policy(packed_row(random_sequences([7, 4])), logits)
+        values.square().sum().backward()
+        found.append(gradients(policy))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], atol=1e-6, rtol=1e-6)
+
+
+def test_equal_lengths_side_by_side_form_one_run():
+    packed = PackedSequences.from_lengths([5, 5, 3, 5], CPU)
+    assert packed.runs == ((2, 5), (1, 3), (1, 5))
+    assert packed.boundaries.tolist() == [0, 5, 10, 13, 18]
+    assert packed.positions()[:11].tolist() == [*range(5), *range(5), 0]
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [({"sliding_window": 4}, "sliding window of 4"), ({"softcap": 30.0}, "caps attention scores")],
+)
+def test_attention_that_is_more_than_causal_softmax_is_refused(extra, words):
+    packed = PackedSequences.from_lengths([5], CPU)
+    query = torch.zeros(1, 2, 5, 4)
+    with pytest.raises(ModelError, match=words):
+        packed_attention(
+            nn.Linear(1, 1), query, query, query, None, packed_sequences=packed, **extra
+        )

@@ -1,0 +1,175 @@
+"""Two FSDP ranks compute, publish, save and refuse what one process does."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from paceline.configs.vocabulary import TrainBatch
+from paceline.weights_sync.shared_memory import read_weights
+from tests.learner import ranks
+from tests.learner.conftest import random_batch, random_sample
+from tests.learner.test_worker import assert_same, spoil
+
+REPOSITORY = str(Path(__file__).parents[2])
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """A process for each rank, for all tests of this file: importing takes seconds.
+
+    A process keeps its rank, as in a run: torch caches shard offsets by mesh and forgets to key
+    them by rank.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REPOSITORY)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, context) as first, ProcessPoolExecutor(1, context) as second:
+            yield first, second
+
+
+@pytest.fixture
+def on_ranks(processes, model_folder, tmp_path):
+    """``on_ranks(2, program, *arguments)``: every rank's result of a program in ``ranks.py``."""
+
+    def run(num_ranks, program, *arguments, **settings):
+        shared = {
+            "model_folder": model_folder,
+            "weights_folder": tmp_path / "weights",
+            "num_ranks": num_ranks,
+            "port": ranks.free_port() if num_ranks > 1 else None,
+            **settings,
+        }
+        submitted = [
+            process.submit(ranks.run_rank, program, arguments, shared | {"rank": rank})
+            for rank, process in zip(range(num_ranks), processes, strict=False)
+        ]
+        return [future.result(timeout=120) for future in submitted]
+
+    return run
+
+
+def test_every_parameters_gradient_on_two_ranks_equals_that_of_one_process(on_ranks):
+    batch = random_batch(num_samples=15, temperature=0.9)
+    [(report, expected)] = on_ranks(1, ranks.gradients, batch)
+    for sharded_report, found in on_ranks(2, ranks.gradients, batch):
+        assert sharded_report.metrics == pytest.approx(report.metrics, rel=1e-5, abs=1e-6)
+        assert_same(found, expected, 1e-5)
+
+
+def test_activation_checkpointing_on_two_ranks_changes_no_gradient(on_ranks):
+    batch = random_batch(num_samples=15)
+    [(_, expected)] = on_ranks(1, ranks.gradients, batch)
+    [(_, found), _] = on_ranks(2, ranks.gradients, batch, activation_checkpointing=True)
+    assert_same(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_a_rank_without_samples_keeps_step_and_adds_nothing(on_ranks, num_samples):
+    """One sample for two ranks; or a long one in two microbatches' worth of short ones."""
+    generator = np.random.default_rng(0)
+    shapes = [(10, 50), (10, 40), (10, 40)][:num_samples]
+    batch = TrainBatch(0, (0,), tuple(random_sample(generator, *shape) for shape in shapes))
+    [(_, expected)] = on_ranks(1, ranks.gradients, batch)
+    for report, found in on_ranks(2, ranks.gradients, batch):
+        assert report.num_padding_tokens == 1
+        assert_same(found, expected, 1e-5)
+
+
+def test_training_on_two_ranks_follows_one_process_step_by_step(on_ranks):
+    batches = [random_batch(seed=seed) for seed in range(3)]
+    [(expected_reports, expected)] = on_ranks(1, ranks.train, batches)
+    [(reports, found), (other_reports, _)] = on_ranks(2, ranks.train, batches)
+    for (report, step), (other, other_step), (wanted, wanted_step) in zip(
+        reports, other_reports, expected_reports, strict=True
+    ):
+        assert report.metrics == other.metrics
+        assert step == other_step
+        assert report.metrics == pytest.approx(wanted.metrics, rel=1e-3, abs=1e-5)
+        assert step == pytest.approx(wanted_step, rel=1e-3)
+    # Adam divides by the gradient's magnitude, so rounding errors of tiny gradients become visible
+    assert_same(found, expected, 1e-3)
+
+
+@pytest.mark.parametrize(("saving", "loading"), [(1, 2), (2, 1), (2, 2)])
+def test_a_checkpoint_resumes_on_any_number_of_ranks(on_ranks, tmp_path, saving, loading):
+    batches = [random_batch(seed=seed) for seed in range(4)]
+    folder = str(tmp_path / "checkpoint")
+    [(_, expected)] = on_ranks(1, ranks.train, batches)
+    on_ranks(saving, ranks.train_and_save, batches[:2], folder)
+    for version, (_, resumed) in on_ranks(loading, ranks.load_and_train, folder, batches[2:]):
+        assert version == 2
+        assert_same(resumed, expected, 1e-3)
+
+
+def test_two_ranks_publish_and_export_whole_weights(on_ranks, tmp_path):
+    folder = tmp_path / "model"
+    (expected, handle), (_, nothing) = on_ranks(
+        2, ranks.train_and_publish, [random_batch()], str(folder)
+    )
+    assert nothing is None
+    assert_same({name: tensor.numpy() for name, tensor in read_weights(handle)}, expected)
+    exported = AutoModelForCausalLM.from_pretrained(folder)
+    assert_same({n: p.detach().numpy() for n, p in exported.named_parameters()}, expected)
+
+
+def test_looking_at_weights_between_gradient_and_update_leaves_nothing_stale(on_ranks):
+    batch = random_batch()
+    [(_, _, expected)] = on_ranks(1, ranks.logprobs_between_steps, batch)
+    for before, unchanged, after in on_ranks(2, ranks.logprobs_between_steps, batch):
+        for index in range(len(batch.samples)):
+            np.testing.assert_array_equal(before[index], unchanged[index])
+            np.testing.assert_allclose(after[index], expected[index], atol=2e-4)
+
+
+def test_greedy_mismatches_are_counted_over_both_ranks(on_ranks):
+    sequences = [(s.token_ids, int(s.loss_mask.argmax())) for s in random_batch().samples]
+    [one] = on_ranks(1, ranks.greedy_mismatches, sequences, 1e-4)
+    assert on_ranks(2, ranks.greedy_mismatches, sequences, 1e-4) == [one, one]
+    assert one > 0
+
+
+@pytest.mark.parametrize(("name", "value"), [("advantages", float("nan")), ("logprobs", -1e4)])
+def test_a_bad_number_fails_both_ranks_together_and_neither_hangs(on_ranks, name, value):
+    batch = random_batch()
+    batch = spoil(spoil(batch, "advantages", -1.0), name, value)
+    assert on_ranks(2, ranks.failing_step, batch) == [("NonFiniteError", len(batch.samples))] * 2
+
+
+def test_bfloat16_runs_the_same_arithmetic_on_one_and_two_ranks(on_ranks):
+    batch = random_batch()
+    [(exact, exact_gradients)] = on_ranks(1, ranks.gradients, batch)
+    [(one, found)] = on_ranks(1, ranks.gradients, batch, precision="bfloat16")
+    [(two, found_on_two), _] = on_ranks(2, ranks.gradients, batch, precision="bfloat16")
+    assert one.metrics["loss"] == pytest.approx(exact.metrics["loss"], rel=0.05)
+    assert one.metrics != exact.metrics
+    assert two.metrics["entropy"] == pytest.approx(one.metrics["entropy"], rel=1e-3)
+    for name, gradient in exact_gradients.items():
+        for other in (found, found_on_two):
+            assert other[name].dtype == np.float32
+            error = np.linalg.norm(other[name] - gradient) / np.linalg.norm(gradient)
+            assert error < 0.05, name
+
+
+def test_bfloat16_trains_float32_masters_and_publishes_bfloat16(on_ranks, tmp_path):
+    folder = tmp_path / "model"
+    [(masters, handle)] = on_ranks(
+        1, ranks.train_and_publish, [random_batch()], str(folder), precision="bfloat16"
+    )
+    assert {values.dtype for values in masters.values()} == {np.dtype(np.float32)}
+    published = dict(read_weights(handle))
+    exported = AutoModelForCausalLM.from_pretrained(folder)
+    assert exported.dtype == torch.bfloat16
+    for name, parameter in exported.named_parameters():
+        rounded = torch.from_numpy(masters[name]).bfloat16()
+        assert torch.equal(published[name], rounded)
+        assert torch.equal(parameter, rounded)
