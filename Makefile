@@ -26,7 +26,10 @@ lint: install .ns/paceline ## Check style, formatting, types and the import rule
 	$(BIN)/mypy
 	PYTHONPATH=.ns $(BIN)/lint-imports
 
+bench-quick: install ## Compare a training step with a peer's, roughly, in about a minute
+	$(BIN)/paceline bench e2e --quick
+
 .ns/paceline:
 	@mkdir -p .ns && ln -sfn .. $@
 
-.PHONY: help install install-gpu quickstart test lint
+.PHONY: help install install-gpu quickstart test lint bench-quick
