@@ -1,1 +1,1 @@
-"""Configuration schema, YAML recipes and the shared vocabulary. Imports neither torch, Ray nor vLLM."""
+"""Configuration schema, YAML recipes and the shared vocabulary. No torch, Ray or vLLM."""

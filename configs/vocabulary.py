@@ -198,7 +198,7 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimiser step did; ``metrics`` are means over trained tokens unless named otherwise."""
+    """What one optimiser step did; ``metrics`` are means over trained tokens."""
 
     version: WeightVersion
     num_tokens: int

@@ -111,8 +111,8 @@ async def start_learner_ranks(
 ) -> LearnerRanks:
     """Start the learner's ranks, joined in one process group; returns once all hold the model.
 
-    ``factory`` takes ``rank`` and ``rendezvous`` (``tcp://host:port`` of rank 0's node, or None for a
-    single rank).
+    ``factory`` takes ``rank`` and ``rendezvous`` (``tcp://host:port`` of rank 0's node, or None for
+    a single rank).
 
     Raises:
         UserError: the model cannot be built as configured.
@@ -192,13 +192,13 @@ class LearnerRanks:
         self._plan: tuple[OptimizerConfig, int] | None = None
 
     async def begin(self, optimizer: OptimizerConfig, num_steps: int) -> None:
-        """Start a phase of ``num_steps`` steps with its own optimiser settings and fresh moments."""
+        """Start a phase of ``num_steps`` steps: its own optimiser settings, fresh moments."""
         self._plan = (optimizer, num_steps)
         await self._call("reset_optimizer")
 
     async def forward_backward(self, batch: TrainBatch, loss: Loss) -> StepReport:
         """Accumulate the gradients of a whole batch over all ranks."""
-        # Put once: every rank reads the same copy. (A reference is resolved as an argument of `call`.)
+        # Put once, read by every rank: Ray resolves the reference before it calls.
         return await self._call("forward_backward", ray.put(batch), loss)
 
     async def optimizer_step(self, step: int, report: StepReport) -> StepReport:

@@ -18,8 +18,8 @@ class NoSignalError(UserError):
 
     def __init__(self, num_groups: int, mean_reward: float) -> None:
         super().__init__(
-            f"the last {num_groups} groups all had equal rewards (mean {mean_reward:.2f}), so nothing "
-            "can be learned from them: the task is solved, or too hard for this model"
+            f"the last {num_groups} groups all had equal rewards (mean {mean_reward:.2f}): nothing "
+            "can be learned from them, the task is solved or too hard for this model"
         )
         self.mean_reward = mean_reward
 
@@ -29,8 +29,8 @@ class AssembledBatch:
     """A batch with the groups it was made of, and how many were dropped on the way, by reason.
 
     ``slots`` are the P groups whose slots this step holds: those it trains on and, where it had to
-    make do with fewer, dropped ones in their stead. Every step therefore uses up P admissions, which
-    is what the freshness bound counts.
+    make do with fewer, dropped ones in their stead. Every step therefore uses up P admissions,
+    which is what the freshness bound counts.
     """
 
     batch: TrainBatch

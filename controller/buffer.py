@@ -62,8 +62,8 @@ class WorkBuffer:
     async def admit(self, draw: Callable[[], tuple[int, Prompt]]) -> Work | None:
         """Wait for a free slot, then draw a (position, prompt) and let it in.
 
-        Drawn only once it can be admitted, so that a checkpoint's cursor never counts a prompt nobody
-        holds. Positions must grow: they are the order of training.
+        Drawn only once it can be admitted, so that a checkpoint's cursor never counts a prompt
+        nobody holds. Positions must grow: they are the order of training.
         """
         async with self._changed:
             await self._wait_for(lambda: len(self._slots) < self._budget.capacity)

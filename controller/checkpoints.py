@@ -26,8 +26,8 @@ class RunState:
     """The controller's part of a checkpoint, at a step boundary.
 
     ``feed`` is the prompt feed's own state; ``pending`` are the positions before it whose prompts
-    were admitted and neither trained nor dropped: they are fed again first. ``seconds`` are spent so
-    far, by part of the run; ``before`` is what the held-out evaluation before training found.
+    were admitted and neither trained nor dropped: they are fed again first. ``seconds`` are spent
+    so far, by part of the run; ``before`` is what the held-out evaluation before training found.
     """
 
     step: int

@@ -134,7 +134,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"paceline: {error}", file=sys.stderr)
+        sys.stderr.write(f"paceline: {error}\n")
         sys.exit(EXIT_USER_ERROR)
     except Exception:
         traceback.print_exc()

@@ -18,7 +18,7 @@ PROBE_SECONDS = 5.0
 
 @contextlib.contextmanager
 def ray_cluster(config: ClusterConfig) -> Iterator[None]:
-    """Join the configured cluster, or the one a submitted job runs in, or start a private local one.
+    """Join the configured cluster or the one a submitted job runs in, else start a local one.
 
     Only a cluster that was started here is stopped at the end.
 
@@ -43,8 +43,8 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
         reason = " ".join(str(error).split())[:200]
         where = f"no Ray cluster at {address}" if address else "a local Ray cluster did not start"
         raise ClusterError(
-            f"{where} ({type(error).__name__}: {reason}): start one with `ray start --head`, correct "
-            "cluster.address, or leave it out to run locally"
+            f"{where} ({type(error).__name__}: {reason}): start one with `ray start --head`, "
+            "correct cluster.address, or leave it out to run locally"
         ) from error
     try:
         yield

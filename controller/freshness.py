@@ -13,8 +13,8 @@ Groups that are dropped free their slot at once and train nothing: they only mak
 ``max_lag`` S is what the user promises, so the window is paid for in capacity:
 ``B = (S + 1) P - (W - 1)`` gives ``(B + W - 2) // P == S`` exactly, for every W.
 
-Example with P = 4, S = 1: strict order has W = 1, B = 8, oldest age (8 + 1 - 2) // 4 = 1; a window of
-3 leaves B = 6 slots and again (6 + 3 - 2) // 4 = 1.
+Example with P = 4, S = 1: strict order has W = 1, B = 8, oldest age (8 + 1 - 2) // 4 = 1; a window
+of 3 leaves B = 6 slots and again (6 + 3 - 2) // 4 = 1.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from paceline.configs.errors import ConfigError
 
 @dataclass(frozen=True)
 class FreshnessBudget:
-    """``capacity`` groups in flight, taken from the ``window`` oldest, ``groups_per_step`` a step."""
+    """``capacity`` groups in flight, taken from the ``window`` oldest, P a step."""
 
     capacity: int
     window: int
@@ -43,9 +43,9 @@ def freshness_budget(
 ) -> FreshnessBudget:
     """The largest budget whose ``max_age`` is ``max_lag``.
 
-    The window is ``window_fraction`` of the slots there would be without one, but never so large that
-    fewer than one step's groups fit (a batch could then never be filled), nor larger than what is in
-    flight.
+    The window is ``window_fraction`` of the slots there would be without one, but never so large
+    that fewer than one step's groups fit (a batch could then never be filled), nor larger than what
+    is in flight.
 
     Raises:
         ConfigError: a count is out of range.

@@ -15,6 +15,9 @@ from paceline.controller.assembly import AssembledBatch
 from paceline.controller.loop import Loop
 from paceline.controller.observe.records import Phase, SampleRecord, StepRecord
 
+Engines = Sequence[Mapping[str, float]]
+"""Running totals of each rollout worker's engine."""
+
 
 @dataclass
 class RunTotals:
@@ -55,28 +58,25 @@ class StepMeter:
     def __init__(self, phase: Phase, run_started: float) -> None:
         self._phase = phase
         self._run_started = run_started
+        self.restart([])
+
+    def restart(self, engines: Engines) -> None:
+        """Count from now: what the engines did for an evaluation belongs to no step."""
         self._last_time = time.perf_counter()
-        self._last_engine: Counter[str] = Counter()
+        self._last_engines = summed(engines)
 
     def measure(
-        self,
-        batch: AssembledBatch,
-        report: StepReport,
-        loop: Loop,
-        engines: Sequence[Mapping[str, float]],
+        self, batch: AssembledBatch, report: StepReport, loop: Loop, engines: Engines
     ) -> StepRecord:
         """The record of a step; ``engines`` are the rollout workers' running totals."""
         now = time.perf_counter()
-        elapsed, self._last_time = now - self._last_time, now
-        totals: Counter[str] = Counter()
-        for counters in engines:
-            totals.update(counters)
-        engine = totals.copy()
-        engine.subtract(self._last_engine)
-        self._last_engine = totals
+        elapsed, before = now - self._last_time, self._last_engines
+        self.restart(engines)
+        # A replaced worker counts from zero again: its step shows nothing rather than less.
+        engine = {name: max(0.0, self._last_engines[name] - before[name]) for name in before}
         clock = loop.clock.read_and_reset()
         if engines:
-            clock["generate"] = max(0.0, engine["busy_seconds"]) / len(engines)
+            clock["generate"] = engine.get("busy_seconds", 0.0) / len(engines)
         clock["step"] = elapsed
         sampled = self._phase == "train"
         rewards = np.concatenate([group.rewards for group in batch.groups])
@@ -93,7 +93,7 @@ class StepMeter:
             reward_std=float(rewards.std()) if sampled else None,
             length_p50=float(np.percentile(lengths, 50)),
             length_p99=float(np.percentile(lengths, 99)),
-            rollout_tokens_per_second=max(0, engine["num_tokens"]) / elapsed if engines else None,
+            rollout_tokens_per_second=engine.get("num_tokens", 0.0) / elapsed if engines else None,
             learner_tokens_per_second=report.num_tokens / max(1e-9, clock.get("train", 0.0)),
             samples_per_second=len(lengths) / elapsed,
             age_mean=float(np.mean(batch.ages)) if batch.ages else None,
@@ -104,6 +104,14 @@ class StepMeter:
             dropped=dict(batch.dropped),
             buffer=loop.buffer.occupancy(),
         )
+
+
+def summed(engines: Engines) -> Counter[str]:
+    """Running totals of all engines together."""
+    totals: Counter[str] = Counter()
+    for counters in engines:
+        totals.update(counters)
+    return totals
 
 
 def sample_records(batch: AssembledBatch, count: int) -> list[SampleRecord]:

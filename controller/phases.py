@@ -45,10 +45,13 @@ class TrainingObserver:
             (self.evaluate, is_due(finished, self.evaluate_every) and not last),
             (self.checkpoint, is_due(finished, self.checkpoint_every) and not last),
         ]
-        for hook, due in hooks:
-            if due:
-                await loop.settled()
-                await hook(finished)
+        if any(due for _, due in hooks):
+            await loop.settled()
+            for hook, due in hooks:
+                if due:
+                    await hook(finished)
+            self.meter.restart(await self.pool.counters())
+        self.recorder.workers(self.pool.states())
         return False
 
 

@@ -1,4 +1,4 @@
-"""What ``paceline check`` shows: placement, freshness bound and memory, without starting anything."""
+"""What ``paceline check`` shows: placement, freshness, memory; nothing is started."""
 
 from __future__ import annotations
 

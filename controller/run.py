@@ -16,11 +16,11 @@ from paceline.controller.checkpoints import CheckpointFolder, RunState
 from paceline.controller.cluster import ray_cluster, require_resources
 from paceline.controller.metering import RunTotals
 from paceline.controller.observe.folder import RunFolder
+from paceline.controller.observe.progress import RunPlan
 from paceline.controller.observe.recorder import RunRecorder
 from paceline.controller.observe.records import standard_error
 from paceline.controller.observe.report import write_report
 from paceline.controller.observe.summary import RunStatus, RunSummary
-from paceline.controller.observe.progress import RunPlan
 from paceline.controller.observe.versions import collect_versions, command_line
 from paceline.controller.observe.view import open_view
 from paceline.controller.session import Progress, Session

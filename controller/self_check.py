@@ -48,7 +48,7 @@ async def check_greedy_tokens(
     mismatches = await learner.greedy_mismatches(sequences, TOLERANCES[precision])
     if mismatches:
         raise WeightSyncError(
-            f"{label}: {mismatches} greedy tokens of the engines are not the learner's argmax: they "
-            "serve other weights than were published, or vLLM and transformers disagree on this model"
+            f"{label}: {mismatches} greedy tokens of the engines are not the learner's argmax: "
+            "they serve other weights, or vLLM and transformers disagree on this model"
         )
     return sum(len(tokens) - start for tokens, start in sequences)

@@ -20,13 +20,13 @@ from paceline.controller.freshness import FreshnessBudget, freshness_budget
 from paceline.controller.loop import Loop
 from paceline.controller.metering import RunTotals, StepMeter
 from paceline.controller.observe.folder import RunFolder
+from paceline.controller.observe.recorder import Recorder
 from paceline.controller.observe.records import (
     EvaluationLabel,
     EvaluationRecord,
     ExampleRecord,
     Generation,
 )
-from paceline.controller.observe.recorder import Recorder
 from paceline.controller.phases import TrainingObserver, WarmStartObserver
 from paceline.controller.self_check import check_greedy_tokens
 
@@ -172,9 +172,7 @@ class Session:
         loop = Loop(
             prompts=self._feed,
             generate=parts.training_rollouts(),
-            collector=Collector(
-                self._buffer, algorithm, loop_config.groups_per_step, temperature
-            ),
+            collector=Collector(self._buffer, algorithm, loop_config.groups_per_step, temperature),
             loss=loss,
             learner=parts.learner,
             weights=parts.weights,
@@ -189,6 +187,7 @@ class Session:
             f"training: {loop_config.num_steps - progress.step} steps, "
             f"policy age at most {budget.max_age}"
         )
+        observer.meter.restart(await parts.pool.counters())
         evaluation_before = progress.seconds.get("evaluation", 0.0)
         await loop.run()
         evaluated = progress.seconds.get("evaluation", 0.0) - evaluation_before
@@ -236,13 +235,13 @@ class Session:
         await self._serve(step)
         prompts = self._parts.prompts.validation
         found = accuracy(await self._parts.evaluator().greedy(prompts))
-        self._recorder.message(f"warm start step {step}: validation greedy {found:.1%}")
+        self._record_evaluation("validation", step, found, None, len(prompts))
         return found
 
     async def _evaluate_during(self, step: int) -> None:
         began = time.perf_counter()
         greedy = accuracy(await self._parts.evaluator().greedy(self._held_out))
-        self._record_evaluation("during", step, greedy, None)
+        self._record_evaluation("during", step, greedy, None, len(self._held_out))
         self._progress.spend("evaluation", time.perf_counter() - began)
 
     async def _evaluate_whole(self, label: EvaluationLabel, step: int) -> None:
@@ -251,7 +250,9 @@ class Session:
         began = time.perf_counter()
         greedy = await self._parts.evaluator().greedy(self._held_out)
         sampled = await self._parts.evaluator().sampled(self._held_out)
-        self._record_evaluation(label, step, accuracy(greedy), accuracy(sampled))
+        self._record_evaluation(
+            label, step, accuracy(greedy), accuracy(sampled), len(self._held_out)
+        )
         found = {
             "greedy": accuracy(greedy),
             "sampled": accuracy(sampled),
@@ -284,12 +285,15 @@ class Session:
         ]
 
     def _record_evaluation(
-        self, label: EvaluationLabel, step: int, greedy: float, sampled: float | None
+        self,
+        label: EvaluationLabel,
+        step: int,
+        greedy: float,
+        sampled: float | None,
+        num_prompts: int,
     ) -> None:
         seconds = time.perf_counter() - self._started
-        record = EvaluationRecord.measured(
-            label, step, seconds, greedy, sampled, len(self._held_out)
-        )
+        record = EvaluationRecord.measured(label, step, seconds, greedy, sampled, num_prompts)
         self._recorder.evaluation(record)
 
     async def _self_check(self, step: int) -> None:

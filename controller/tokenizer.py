@@ -5,7 +5,7 @@ transformers and tokenizers are imported inside the functions: the command line 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +80,23 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool) 
         ) from error
 
 
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_folder: str) -> tuple[int, ...]:
+    """Ids that end a completion: the tokenizer's end of sequence and those of the model's own
+    ``generation_config.json``, where it has one (chat models end a turn and a text differently)."""
+    from transformers import GenerationConfig
+
+    try:
+        own = GenerationConfig.from_pretrained(model_folder).eos_token_id
+    except OSError:
+        own = None
+    listed = own if isinstance(own, list) else [own]
+    return tuple(sorted({int(i) for i in (tokenizer.eos_token_id, *listed) if i is not None}))
+
+
 def decode_completion(
-    tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int] | NDArray[np.int32]
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Collection[int],
+    token_ids: Sequence[int] | NDArray[np.int32],
 ) -> str:
     """The text of a completion without the stop token that ends it.
 
@@ -89,7 +104,7 @@ def decode_completion(
     wrote one with padding inside.
     """
     ids = [int(token) for token in token_ids]
-    if ids and ids[-1] == tokenizer.eos_token_id:
+    if ids and ids[-1] in stop_ids:
         ids.pop()
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 

@@ -36,7 +36,11 @@ from paceline.controller.prompt_sources import (
     load_imported_source,
 )
 from paceline.controller.prompts import PromptRenderer, PromptSet
-from paceline.controller.tokenizer import decode_completion, load_tokenizer
+from paceline.controller.tokenizer import (
+    decode_completion,
+    load_tokenizer,
+    stop_token_ids,
+)
 from paceline.controller.workers import WorkerPool
 from paceline.learner.losses import ClippedPolicyLoss, negative_log_likelihood
 from paceline.learner.model import write_initial_model
@@ -91,11 +95,7 @@ class Parts:
     grader: GraderPool
     learner: LearnerRanks
     pool: WorkerPool
-
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end a completion."""
-        return (int(self.tokenizer.eos_token_id),)
+    stop_token_ids: tuple[int, ...]
 
     @property
     def weights(self) -> EngineWeights:
@@ -107,7 +107,7 @@ class Parts:
         return Rollouts(
             sample=self.pool.generate,
             grade=self.grader.grade,
-            decode=functools.partial(decode_completion, self.tokenizer),
+            decode=functools.partial(decode_completion, self.tokenizer, self.stop_token_ids),
             sampling=sampling,
             num_samples=num_samples,
             seed=self.config.seed,
@@ -213,7 +213,8 @@ async def started_parts(config: RunConfig, initial_folder: Path) -> AsyncIterato
             start_pool(config, model_folder, stack),
         )
         prompts, _, learner, pool = await gather_or_cancel(*starts)
-        yield Parts(config, tokenizer, prompts, grader, learner, pool)
+        stops = stop_token_ids(tokenizer, model_folder)
+        yield Parts(config, tokenizer, prompts, grader, learner, pool, stops)
 
 
 async def start_learner(

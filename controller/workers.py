@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class Worker(Protocol):
-    """A rollout worker as the controller sees it; every call raises `WorkerLost` once it is dead."""
+    """A rollout worker as the controller sees it; once dead, its calls raise `WorkerLost`."""
 
     async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
         """All completions of a request."""
@@ -49,8 +49,8 @@ class WorkerPool:
     """Spreads requests over the workers that serve the current version.
 
     A worker serves from the moment it acknowledged the current version and its checksum. A dead one
-    is replaced in its seat, at most ``max_restarts`` times, and brought to the current version before
-    it gets requests again.
+    is replaced in its seat, at most ``max_restarts`` times, and brought to the current version
+    before it gets requests again.
     """
 
     def __init__(
@@ -67,7 +67,8 @@ class WorkerPool:
         self._failure: Exception | None = None
 
     async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
-        """Sample on the serving worker with the fewest outstanding samples; waits where none serves.
+        """Sample on the serving worker with the fewest outstanding samples; waits where none
+        serves.
 
         Raises:
             WorkerLost: the worker died; ask again, another will serve.
@@ -85,9 +86,7 @@ class WorkerPool:
             if seat.worker is worker:
                 seat.outstanding -= request.num_samples
 
-    async def generate_everywhere(
-        self, request: RolloutRequest
-    ) -> list[tuple[Completion, ...]]:
+    async def generate_everywhere(self, request: RolloutRequest) -> list[tuple[Completion, ...]]:
         """The same request on every serving worker: for checks, not for training."""
         serving = [seat for seat in self._seats if seat.serving]
         return list(await asyncio.gather(*(seat.worker.generate(request) for seat in serving)))
@@ -103,6 +102,16 @@ class WorkerPool:
             *(seat.worker.counters() for seat in self._seats), return_exceptions=True
         )
         return [result for result in results if not isinstance(result, BaseException)]
+
+    def states(self) -> dict[str, str]:
+        """What each worker is doing, in a few words."""
+        served = "-" if self._current is None else f"v{self._current.version}"
+        return {
+            f"rollout {seat.index}": (
+                f"{served}, {seat.outstanding} samples" if seat.serving else "restarting"
+            )
+            for seat in self._seats
+        }
 
     async def close(self) -> None:
         """Stop every worker."""
@@ -159,8 +168,8 @@ class WorkerPool:
                 if seat.num_restarts > self._max_restarts:
                     raise ClusterError(
                         f"rollout worker {seat.index} died {seat.num_restarts} times and "
-                        f"rollout.max_restarts is {self._max_restarts}: its log says why; one short "
-                        "of memory needs a smaller rollout.max_num_seqs or rollout.kv_cache_mb"
+                        f"rollout.max_restarts is {self._max_restarts}: its log says why; if "
+                        "memory ran out, lower rollout.max_num_seqs or rollout.kv_cache_mb"
                     )
                 seat.worker = await self._start_worker(seat.index)
                 seat.outstanding = 0

@@ -18,7 +18,7 @@ from paceline.weights_sync.handle import WeightHandle
 
 @dataclass
 class EngineCounters:
-    """Running totals of one engine: steps, sampled tokens, and seconds spent stepping or updating."""
+    """Running totals of one engine: steps, sampled tokens, seconds stepping and updating."""
 
     num_steps: int = 0
     num_tokens: int = 0
@@ -72,11 +72,7 @@ class EngineThread:
 
         def update() -> None:
             started = time.perf_counter()
-            try:
-                self._engine.update_weights(handle)
-            except BaseException as error:
-                future.set_exception(error)
-                raise
+            self._engine.update_weights(handle)
             self.counters.update_seconds += time.perf_counter() - started
             future.set_result(handle.version)
 
@@ -117,8 +113,12 @@ class EngineThread:
                 return True
             if item is None:
                 return False
-            action, _ = item
-            action()
+            action, future = item
+            try:
+                action()
+            except BaseException as error:
+                reject(future, error)
+                raise
 
     def _step(self) -> None:
         started = time.perf_counter()

@@ -8,9 +8,9 @@ def engine_environment(*, on_gpu: bool) -> dict[str, str]:
 
     The engine core runs inside the actor: no second process to supervise, and weights can be
     swapped between two of our own steps. On the CPU one thread serves an engine (two contending
-    OpenMP pools collapse small matrix products), and dynamo is off because the one compiled function
-    left, vLLM's log-probability rank count, stalls the first request by 15-19 s and recompiles at new
-    batch shapes.
+    OpenMP pools collapse small matrix products), and dynamo is off because the one compiled
+    function left, vLLM's log-probability rank count, stalls the first request by 15-19 s and
+    recompiles at new batch shapes.
     """
     common = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

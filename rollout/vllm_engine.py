@@ -1,4 +1,4 @@
-"""Stock vLLM behind the ``Engine`` protocol: in-process, stepped by us, tokens in and tokens out."""
+"""Stock vLLM behind the ``Engine`` protocol: in-process, stepped by us, tokens in, tokens out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import numpy as np
 import vllm
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from paceline.configs.errors import DataError
+from paceline.configs.errors import DataError, ModelError
 from paceline.configs.schema.rollout import RolloutConfig
 from paceline.configs.vocabulary import (
     Completion,
@@ -56,6 +57,8 @@ class VLLMEngine:
             seed=seed,
         )
         self._engine = vllm.LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
+        if current_platform.is_cpu():
+            require_cpu_head_size(self._engine.vllm_config.model_config.get_head_size())
         self._max_length = max_length
         self._version: WeightVersion | None = None
 
@@ -108,6 +111,20 @@ class VLLMEngine:
         self._version = handle.version
 
 
+def require_cpu_head_size(head_size: int) -> None:
+    """Refuse what vLLM's CPU attention would refuse at the first request, deep inside a kernel.
+
+    Raises:
+        ModelError: there is no CPU kernel for this head size.
+    """
+    supported = CPUAttentionBackend.get_supported_head_sizes()
+    if head_size not in supported:
+        raise ModelError(
+            f"the model's head_dim is {head_size}; vLLM's CPU attention has kernels for "
+            f"{supported}: choose one of them"
+        )
+
+
 def sampling_params(
     sampling: SamplingParameters, num_samples: int, seed: int
 ) -> vllm.SamplingParams:
@@ -119,6 +136,7 @@ def sampling_params(
         top_k=sampling.top_k or -1,
         max_tokens=sampling.max_tokens,
         stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=True,  # what ends a completion is said by the request alone
         seed=seed,
         logprobs=0,  # only the sampled token's
         flat_logprobs=True,

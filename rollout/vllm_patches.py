@@ -1,6 +1,7 @@
 """Every change Paceline makes to vLLM, in one place, each guarded by the version it was read in.
 
-Nothing here runs at import: ``VLLMEngine`` applies what it needs, explicitly, before it loads a model.
+Nothing here runs at import: ``VLLMEngine`` applies what it needs, explicitly, before it loads a
+model.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ _original_dispatch: Any = None
 def keep_cpu_linear_weights() -> None:
     """Keep the plain weight beside its packed form, so that CPU linears can be updated.
 
-    Defect (vLLM 0.32, ``model_executor/layers/utils.py::dispatch_cpu_unquantized_gemm``): on the CPU
-    a linear layer's weight is packed for oneDNN when the model is loaded and then replaced by an
-    empty tensor. ``load_weights`` has nowhere to write afterwards; and a tied ``lm_head``, whose weight
-    is kept, goes on multiplying with the packed copy of the OLD weight: outputs are wrong in silence.
-    We keep ``weight`` and remember the layer; ``repack_cpu_linears`` packs again after each update.
+    Defect (vLLM 0.32, ``model_executor/layers/utils.py::dispatch_cpu_unquantized_gemm``): on the
+    CPU a linear layer's weight is packed for oneDNN when the model is loaded and then replaced by
+    an empty tensor. ``load_weights`` has nowhere to write afterwards; and a tied ``lm_head``, whose
+    weight is kept, goes on multiplying with the packed copy of the OLD weight: outputs are wrong in
+    silence. We keep ``weight`` and remember the layer; ``repack_cpu_linears`` packs again after
+    each update.
 
     Raises:
         RuntimeError: another vLLM version than the one this was read in.

@@ -1,4 +1,4 @@
-"""The rollout worker: an engine on its thread behind an asyncio interface (a Ray actor in a run)."""
+"""The rollout worker: an engine on its thread behind an asyncio interface (an actor in a run)."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ class RolloutWorker:
 
     async def counters(self) -> dict[str, float]:
         """Running totals of the engine, and the seconds the worker has been up."""
-        return asdict(self._engine.counters) | {
-            "up_seconds": time.perf_counter() - self._started
-        }
+        return asdict(self._engine.counters) | {"up_seconds": time.perf_counter() - self._started}
 
     async def close(self) -> None:
         """Stop the engine's thread."""

@@ -59,7 +59,7 @@ class DatasetSource(PromptFormat):
     """Column that becomes `{answer}` and the grader's reference; null where there is none."""
 
     answer_pattern: str | None = None
-    """Regular expression whose first group is the reference, for example `####\\s*(.+)` for GSM8K."""
+    """Regular expression whose first group is the reference, as in `####\\s*(.+)` for GSM8K."""
 
 
 class ImportedSource(PromptFormat):

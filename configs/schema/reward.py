@@ -19,7 +19,7 @@ class GraderLimits(Section):
     """Processes that grade side by side."""
 
     on_error: Literal["fail", "drop"] = "fail"
-    """When a grader raises or hangs: end the run with its error, or drop the group with a reason."""
+    """When a grader raises or hangs: end the run with its error, or drop the group."""
 
     require_finish: bool = True
     """Reward 0 for completions cut off by the token limit."""
@@ -30,7 +30,7 @@ class ReasoningGymGrader(GraderLimits):
 
     type: Literal["reasoning_gym"]
     threshold: float = Field(default=1.0, gt=0, le=1)
-    """Reward is 1 where the score reaches this, else 0 (partial credit of some tasks is hackable)."""
+    """Reward is 1 where the score reaches this, else 0 (some tasks' partial credit is hackable)."""
 
 
 class ExactGrader(GraderLimits):

@@ -32,7 +32,8 @@ class LoopConfig(Section):
 
     window_fraction: float = Field(default=0.0, ge=0, lt=1)
     """How far finished groups may overtake an unfinished older one, as a fraction of the in-flight
-    budget; 0 trains in strict order of admission. The budget shrinks so that `max_lag` still holds."""
+    budget; 0 trains in strict order of admission. The budget shrinks so that `max_lag` still
+    holds."""
 
 
 class EvaluationConfig(Section):
@@ -152,8 +153,8 @@ class RunConfig(Section):
             )
         if self.learner.tokens_per_microbatch < self.model.max_length:
             raise ValueError(
-                f"learner.tokens_per_microbatch ({self.learner.tokens_per_microbatch}) is less than "
-                f"model.max_length ({self.model.max_length}): a long sample would not fit"
+                f"learner.tokens_per_microbatch ({self.learner.tokens_per_microbatch}) is less "
+                f"than model.max_length ({self.model.max_length}): a long sample would not fit"
             )
         if self.rollout.gpus_per_worker and self.rollout.tensor_parallel > max(
             1, self.rollout.gpus_per_worker

@@ -4,12 +4,12 @@ import asyncio
 
 import numpy as np
 import pytest
-from tests.controller.builders import make_group, make_prompt
 
 from paceline.controller.algorithms import GRPO, Supervised, group_relative_advantages
 from paceline.controller.assembly import Collector, NoSignalError
 from paceline.controller.buffer import WorkBuffer
 from paceline.controller.freshness import FreshnessBudget
+from tests.controller.builders import make_group, make_prompt
 
 SIGNAL, NONE = (0.0, 1.0), (1.0, 1.0)
 

@@ -1,4 +1,4 @@
-"""The loop's laws, driven by fakes with arbitrary delays: order, freshness, exactly-once, crashes."""
+"""The loop's laws, driven by fakes with arbitrary delays: order, freshness, exactly once, ends."""
 
 import asyncio
 import itertools
@@ -7,7 +7,6 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.controller.builders import make_group, make_prompt
 
 from paceline.configs.vocabulary import StepReport, WeightVersion
 from paceline.controller.algorithms import GRPO
@@ -18,6 +17,7 @@ from paceline.controller.loop import Loop
 from paceline.controller.parts import WorkerLost
 from paceline.weights_sync.handle import WeightHandle
 from paceline.weights_sync.layout import Layout
+from tests.controller.builders import make_group, make_prompt
 
 
 class World:
@@ -157,9 +157,9 @@ def test_a_crash_in_any_part_ends_the_loop_with_its_cause(part):
 def test_no_task_outlives_the_loop():
     async def scenario():
         await build_loop(World(2)).run()
-        return [task.get_name() for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        return asyncio.all_tasks() - {asyncio.current_task()}
 
-    assert asyncio.run(scenario()) == []
+    assert asyncio.run(scenario()) == set()
 
 
 def test_a_stop_ends_after_the_step_and_leaves_its_slots_free():

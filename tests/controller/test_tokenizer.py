@@ -21,6 +21,7 @@ from paceline.controller.tokenizer import (
 )
 
 TOKENIZER = characters_tokenizer()
+STOPS = {1}
 PRINTABLE = string.ascii_letters + string.digits + string.punctuation + " \t\n"
 
 
@@ -28,7 +29,7 @@ PRINTABLE = string.ascii_letters + string.digits + string.punctuation + " \t\n"
 def test_every_character_is_the_token_of_its_ascii_code_and_decodes_back(text: str) -> None:
     ids = encode(TOKENIZER, text, special_tokens=True)
     assert ids == tuple(ord(character) for character in text)
-    assert decode_completion(TOKENIZER, [*ids, TOKENIZER.eos_token_id]) == text
+    assert decode_completion(TOKENIZER, STOPS, [*ids, TOKENIZER.eos_token_id]) == text
 
 
 def test_the_vocabulary_is_as_large_as_the_estimate_assumes() -> None:
@@ -36,13 +37,13 @@ def test_the_vocabulary_is_as_large_as_the_estimate_assumes() -> None:
 
 
 def test_padding_or_reserved_tokens_inside_a_completion_stay_visible() -> None:
-    text = decode_completion(TOKENIZER, [ord("a"), 0, 2, 1, ord("b"), 1])
+    text = decode_completion(TOKENIZER, STOPS, [ord("a"), 0, 2, 1, ord("b"), 1])
     assert text == "a<pad><reserved_2><eos>b"
 
 
 def test_only_the_stop_token_at_the_end_is_left_out() -> None:
-    assert decode_completion(TOKENIZER, [ord("a"), 1, 1]) == "a<eos>"
-    assert decode_completion(TOKENIZER, []) == ""
+    assert decode_completion(TOKENIZER, STOPS, [ord("a"), 1, 1]) == "a<eos>"
+    assert decode_completion(TOKENIZER, STOPS, []) == ""
 
 
 @pytest.mark.parametrize("text", ["naïve", "bell\x07", "日本"])
@@ -63,7 +64,7 @@ def test_a_saved_folder_loads_by_itself_beside_a_model_configuration(tmp_path: P
     ):
         assert tokenizer.encode(text) == [ord(character) for character in text]
         assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
-        assert decode_completion(tokenizer, tokenizer.encode(text)) == text
+        assert decode_completion(tokenizer, STOPS, tokenizer.encode(text)) == text
 
 
 @pytest.mark.slow

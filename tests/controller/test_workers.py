@@ -3,7 +3,6 @@
 import asyncio
 
 import pytest
-from tests.controller.builders import make_completion
 
 from paceline.configs.errors import ClusterError
 from paceline.configs.vocabulary import RolloutRequest, SamplingParameters, WeightVersion
@@ -11,6 +10,7 @@ from paceline.controller.parts import WorkerLost
 from paceline.controller.workers import WorkerPool
 from paceline.weights_sync.handle import WeightHandle, WeightSyncError
 from paceline.weights_sync.layout import Layout
+from tests.controller.builders import make_completion
 
 
 class FakeWorker:
