@@ -46,6 +46,9 @@ class VLLMEngine:
             max_num_batched_tokens=max(MIN_BATCHED_TOKENS, max_length),
             tensor_parallel_size=config.tensor_parallel,
             enforce_eager=config.enforce_eager or current_platform.is_cpu(),
+            # After a part of a prompt vLLM 0.32 rewinds the seeded generator, which a CPU generator
+            # refuses (v1/worker/gpu_model_runner.py::_bookkeeping_sync): there they go in whole.
+            enable_chunked_prefill=False if current_platform.is_cpu() else None,
             kv_cache_memory_bytes=config.kv_cache_mb << 20 if current_platform.is_cpu() else None,
             gpu_memory_utilization=config.gpu_memory_utilization,
             worker_extension_cls="paceline.rollout.weight_receiver.WeightReceiver",

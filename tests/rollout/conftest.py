@@ -71,12 +71,12 @@ def build_reference(folder: str, shared: Path) -> Reference:
     return Reference(model, SharedMemoryPublisher(str(shared), Layout(specs)))
 
 
-def build_engine(folder: str):
+def build_engine(folder: str, max_num_seqs: int = 32):
     from paceline.rollout.vllm_engine import VLLMEngine
 
     return VLLMEngine(
         folder,
-        RolloutConfig(max_num_seqs=32, kv_cache_mb=16),
+        RolloutConfig(max_num_seqs=max_num_seqs, kv_cache_mb=16),
         max_length=MAX_LENGTH,
         dtype="float32",
         seed=0,

@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 
 from paceline.configs.errors import DataError
+from paceline.learner.model import write_initial_model
 from paceline.weights_sync.handle import WeightSyncError
-from tests.rollout.conftest import MAX_LENGTH, make_request, run_to_end, spread
+from tests.rollout.conftest import (
+    MAX_LENGTH,
+    STOP,
+    build_engine,
+    build_reference,
+    make_request,
+    run_to_end,
+    spread,
+    tiny_model_config,
+)
 
 TOLERANCE = 1e-4
 
@@ -148,3 +158,19 @@ def test_an_update_that_misses_a_parameter_is_refused(engine_and_reference):
     lacking = dataclasses.replace(handle, layout=layout, checksum=buffer_checksum(partial))
     with pytest.raises(WeightSyncError, match="left 1 parameters"):
         engine.update_weights(lacking)
+
+
+def test_more_prompt_tokens_than_one_engine_step_takes_are_sampled_all_the_same(tmp_path):
+    folder = str(tmp_path / "model")
+    write_initial_model(tiny_model_config(), 128, STOP, seed=0, folder=folder)
+    engine = build_engine(folder, max_num_seqs=128)
+    engine.update_weights(build_reference(folder, tmp_path).publish(0))
+    # 128 prompts of 60 tokens are 7680; a step takes 4096
+    prompts = [[5 + index % 100, *range(40, 99)] for index in range(128)]
+    requests = [make_request(str(i), p, seed=i, max_tokens=4) for i, p in enumerate(prompts)]
+
+    results = run_to_end(engine, *requests)
+
+    assert len(results) == 128
+    (alone,) = run_to_end(engine, dataclasses.replace(requests[7], request_id="alone"))["alone"]
+    assert alone.token_ids.tolist() == results["7"][0].token_ids.tolist()
