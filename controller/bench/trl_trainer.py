@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -34,7 +34,7 @@ class TimedTrainer(GRPOTrainer):  # type: ignore[misc]
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        self.tally: Counter[str] = Counter()
+        self.tally: defaultdict[str, float] = defaultdict(float)
         super().__init__(*arguments, **keywords)
 
     def _generate_single_turn(self, *arguments: Any, **keywords: Any) -> Any:

@@ -83,17 +83,17 @@ SHORT = Workload(
 
 LONG = Workload(
     name="long",
-    description="running sums: answers of 2 to 156 tokens, most of them short",
+    description="labelled digits written out: answers of 3 to 156 tokens, most of them short",
     max_length=272,
     max_tokens=160,
-    groups_per_step=32,
+    groups_per_step=16,
     peer_microbatch_size=128,
     task={
         "data.source": (
-            "{type: import, import_path: 'paceline.controller.bench.running_sums:RunningSums', "
+            "{type: import, import_path: 'paceline.controller.bench.transcripts:Transcripts', "
             "parameters: {median: 9, sigma: 0.75, max_terms: 52}, prompt_template: '{question}='}"
         ),
         "reward": "{type: exact}",
     },
-    warm_start={"warm_start.target_accuracy": "0.3"},
+    warm_start={"warm_start.target_accuracy": "0.3", "warm_start.evaluate_every": "20"},
 )

@@ -1,4 +1,4 @@
-"""A task whose answers have a long tail of lengths: running sums, written out step by step."""
+"""A task whose answers have a long tail of lengths: labelled digits, written out one by one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from paceline.configs.vocabulary import Record
 LABELS = string.ascii_letters
 
 
-class RunningSums:
-    """Sums modulo 10 of labelled digits: ``a4b9c2`` is answered ``a4 b3 c5``.
+class Transcripts:
+    """Labelled digits to be written out again: ``a4b9c2`` is answered ``a4 b9 c2``.
 
     The number of digits is log-normal with the given ``median`` and ``sigma`` (standard deviation
     of its logarithm), at least 1 and at most ``max_terms``: most answers are short and a few are
-    many times longer, as in reasoning. A prompt source for ``data.source.type: import``.
+    many times longer, as in reasoning. The task is easy, for what it serves is timing. A prompt
+    source for ``data.source.type: import``.
     """
 
     num_records: int | None = None
@@ -34,7 +35,6 @@ class RunningSums:
         random = np.random.default_rng([self._seed, index])
         drawn = round(float(random.lognormal(self._location, self._sigma)))
         digits = random.integers(0, 10, size=min(max(drawn, 1), self._max_terms))
-        sums = np.cumsum(digits) % 10
-        question = "".join(f"{label}{digit}" for label, digit in zip(LABELS, digits, strict=False))
-        answer = " ".join(f"{label}{total}" for label, total in zip(LABELS, sums, strict=False))
-        return Record(f"running_sums/{index}", {"question": question, "answer": answer}, answer)
+        terms = [f"{label}{digit}" for label, digit in zip(LABELS, digits, strict=False)]
+        question, answer = "".join(terms), " ".join(terms)
+        return Record(f"transcripts/{index}", {"question": question, "answer": answer}, answer)
