@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -45,7 +45,7 @@ class Rollouts:
     stream: int = 0
     require_finish: bool = True
     drop_on_error: bool = False
-    _attempts: itertools.count = field(default_factory=itertools.count)
+    _attempts: Iterator[int] = field(default_factory=itertools.count)
 
     async def __call__(self, work: Work) -> Group:
         """The finished group; samples cut off by the token limit get reward 0 if so configured.

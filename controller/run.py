@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from paceline.configs.errors import RunInterrupted, UserError
 from paceline.configs.load import dump_config
@@ -24,7 +25,7 @@ from paceline.controller.observe.summary import RunStatus, RunSummary
 from paceline.controller.observe.versions import collect_versions, command_line
 from paceline.controller.observe.view import open_view
 from paceline.controller.session import Progress, Session
-from paceline.controller.wiring import started_parts
+from paceline.controller.wiring import Preparation, prepare, started_parts
 
 RESUME_STEP_OF_NOTHING = -1
 
@@ -60,9 +61,14 @@ def run_training(config: RunConfig, *, resume: bool) -> RunOutcome:
     error: BaseException | None = None
     with RunRecorder(folder, view, config.observability.tensorboard) as recorder:
         try:
+            recorder.message("preparing prompts, tokenizer and initial model")
+            began = time.perf_counter()
+            prepared = prepare(config, folder.root / "initial")
+            recorder.message("starting Ray, grader, learner and rollout workers")
             with ray_cluster(config.cluster):
                 require_resources(config)
-                asyncio.run(conduct(config, folder, recorder, progress, checkpoint))
+                run = conduct(config, prepared, folder, recorder, progress, checkpoint, began)
+                asyncio.run(run)
             status = "solved" if progress.solved else "finished"
         except (RunInterrupted, KeyboardInterrupt) as interruption:
             status, error = "interrupted", interruption
@@ -76,13 +82,17 @@ def run_training(config: RunConfig, *, resume: bool) -> RunOutcome:
 
 async def conduct(
     config: RunConfig,
+    prepared: Preparation,
     folder: RunFolder,
     recorder: RunRecorder,
     progress: Progress,
     checkpoint: tuple[RunState, Path] | None,
+    began: float,
 ) -> None:
-    """Start the parts and run the session; Ctrl-C and SIGTERM end it after the step."""
-    began = time.perf_counter()
+    """Start the parts and run the session; Ctrl-C and SIGTERM end it after the step.
+
+    ``began`` is when start-up did, by ``time.perf_counter``.
+    """
     spent_before = sum(progress.seconds.values())
     stop = asyncio.Event()
     me = asyncio.current_task()
@@ -98,9 +108,8 @@ async def conduct(
     event_loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         event_loop.add_signal_handler(number, request_stop)
-    recorder.message("starting: model, grader, learner, rollout workers")
     try:
-        async with started_parts(config, folder.root / "initial") as parts:
+        async with started_parts(config, prepared) as parts:
             progress.spend("startup", time.perf_counter() - began)
             if stop.is_set():
                 raise RunInterrupted
@@ -133,7 +142,7 @@ def summarise(
     config: RunConfig,
     progress: Progress,
     status: RunStatus,
-    versions: dict,
+    versions: dict[str, Any],
     error: BaseException | None,
 ) -> RunSummary:
     """The outcome on one page."""

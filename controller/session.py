@@ -71,9 +71,9 @@ class Session:
         self._progress = progress
         self._stop = stop
         self._started = started
-        self._feed = parts.prompts.feed()
+        self._feed = parts.prepared.prompts.feed()
         self._checkpoints = CheckpointFolder(folder.checkpoints, self._config.checkpoint.keep)
-        self._held_out = parts.prompts.held_out
+        self._held_out = parts.prepared.prompts.held_out
         self._buffer: WorkBuffer | None = None
 
     async def run(self, resume_from: tuple[RunState, str] | None) -> None:
@@ -94,7 +94,7 @@ class Session:
         await self._evaluate_whole("after", self._progress.step)
         self._recorder.message("writing the final model")
         await self._parts.learner.export(str(self._folder.final))
-        self._parts.tokenizer.save_pretrained(str(self._folder.final))
+        self._parts.prepared.tokenizer.save_pretrained(str(self._folder.final))
 
     async def _warm_start(self, config: WarmStartConfig) -> None:
         """Supervised steps of the same loop, until validation is good enough."""
@@ -233,7 +233,7 @@ class Session:
     async def _validate(self, step: int) -> float:
         """Greedy accuracy on the warm start's validation prompts."""
         await self._serve(step)
-        prompts = self._parts.prompts.validation
+        prompts = self._parts.prepared.prompts.validation
         found = accuracy(await self._parts.evaluator().greedy(prompts))
         self._record_evaluation("validation", step, found, None, len(prompts))
         return found
@@ -302,7 +302,7 @@ class Session:
             self._parts.learner,
             self._held_out[:NUM_SELF_CHECK_PROMPTS],
             max_tokens=self._config.rollout.sampling.max_tokens,
-            stop_token_ids=self._parts.stop_token_ids,
+            stop_token_ids=self._parts.prepared.stop_token_ids,
             precision=self._config.model.precision,
             label=f"version {step}",
         )

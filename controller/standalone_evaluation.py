@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
 from pathlib import Path
 
 from rich.console import Console
@@ -13,7 +12,7 @@ from paceline.configs.schema import RunConfig
 from paceline.controller.cluster import ray_cluster
 from paceline.controller.evaluation import accuracy
 from paceline.controller.observe.records import standard_error
-from paceline.controller.wiring import started_parts
+from paceline.controller.wiring import prepare, started_parts
 
 
 def evaluate_model(config: RunConfig, model_folder: Path) -> dict[str, float]:
@@ -38,10 +37,11 @@ def evaluate_model(config: RunConfig, model_folder: Path) -> dict[str, float]:
 
 async def measure(config: RunConfig) -> dict[str, float]:
     """Both accuracies of the configured model."""
-    with ray_cluster(config.cluster), tempfile.TemporaryDirectory() as scratch:
-        async with started_parts(config, Path(scratch)) as parts:
+    prepared = prepare(config, Path(config.model.path or ""))
+    with ray_cluster(config.cluster):
+        async with started_parts(config, prepared) as parts:
             await parts.weights.push(await parts.weights.publish(0))
-            evaluator, prompts = parts.evaluator(), parts.prompts.held_out
+            evaluator, prompts = parts.evaluator(), prepared.prompts.held_out
             return {
                 "greedy": accuracy(await evaluator.greedy(prompts)),
                 "T=1": accuracy(await evaluator.sampled(prompts)),

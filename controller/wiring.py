@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +44,7 @@ from paceline.controller.workers import WorkerPool
 from paceline.learner.losses import ClippedPolicyLoss, negative_log_likelihood
 from paceline.learner.model import write_initial_model
 from paceline.reward.exact import ExactAnswerGrader
+from paceline.reward.grader import Grader
 from paceline.reward.imported import build_imported_grader
 from paceline.reward.math_answer import MathAnswerGrader
 from paceline.reward.pool import GraderPool
@@ -90,12 +90,10 @@ class Parts:
     """Everything a run is made of, started and ready."""
 
     config: RunConfig
-    tokenizer: PreTrainedTokenizerBase
-    prompts: PromptSet
+    prepared: Preparation
     grader: GraderPool
     learner: LearnerRanks
     pool: WorkerPool
-    stop_token_ids: tuple[int, ...]
 
     @property
     def weights(self) -> EngineWeights:
@@ -107,7 +105,9 @@ class Parts:
         return Rollouts(
             sample=self.pool.generate,
             grade=self.grader.grade,
-            decode=functools.partial(decode_completion, self.tokenizer, self.stop_token_ids),
+            decode=functools.partial(
+                decode_completion, self.prepared.tokenizer, self.prepared.stop_token_ids
+            ),
             sampling=sampling,
             num_samples=num_samples,
             seed=self.config.seed,
@@ -118,17 +118,17 @@ class Parts:
 
     def training_rollouts(self) -> Rollouts:
         """Rollouts as the configuration's training wants them."""
-        sampling = self.config.rollout.sampling.parameters(self.stop_token_ids)
+        sampling = self.config.rollout.sampling.parameters(self.prepared.stop_token_ids)
         return self.rollouts(sampling, self.config.loop.samples_per_group, stream=0)
 
     def demonstrations(self) -> Demonstrations:
         """Gold completions of the data source."""
-        return Demonstrations(self.prompts.demonstration)
+        return Demonstrations(self.prepared.prompts.demonstration)
 
     def evaluator(self) -> Evaluator:
         """Held-out evaluation on the same workers."""
         return Evaluator(
-            self.rollouts, self.config.rollout.sampling.max_tokens, self.stop_token_ids
+            self.rollouts, self.config.rollout.sampling.max_tokens, self.prepared.stop_token_ids
         )
 
 
@@ -172,6 +172,7 @@ def prompt_set(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptS
 def grader_pool(config: RunConfig) -> GraderPool:
     """The configured grader in processes of its own."""
     reward, source = config.reward, config.data.source
+    factory: Callable[[], Grader]
     if isinstance(reward, ReasoningGymGrader):
         assert isinstance(source, ReasoningGymSource), "the schema pairs them"
         factory = functools.partial(
@@ -186,35 +187,51 @@ def grader_pool(config: RunConfig) -> GraderPool:
     return GraderPool(factory, reward.num_processes, reward.time_limit_seconds)
 
 
-@contextlib.asynccontextmanager
-async def started_parts(config: RunConfig, initial_folder: Path) -> AsyncIterator[Parts]:
-    """Build and start every part of a run, side by side where they are slow; stop them at the end.
+@dataclass(frozen=True)
+class Preparation:
+    """What can be known, and can be wrong, before any process is started."""
+
+    tokenizer: PreTrainedTokenizerBase
+    model_folder: str
+    stop_token_ids: tuple[int, ...]
+    prompts: PromptSet
+
+
+def prepare(config: RunConfig, initial_folder: Path) -> Preparation:
+    """Load tokenizer, model configuration and prompts.
 
     ``initial_folder`` receives the initial model where the configuration gives an architecture.
+
+    Raises:
+        UserError: one of them is missing, unreadable or does not fit the others.
+    """
+    tokenizer = load_tokenizer(config.model)
+    eos = int(tokenizer.eos_token_id)
+    prompts = prompt_set(config, tokenizer)
+    model_folder = write_initial_model(
+        config.model, len(tokenizer), eos, config.seed, str(initial_folder)
+    )
+    return Preparation(tokenizer, model_folder, stop_token_ids(tokenizer, model_folder), prompts)
+
+
+@contextlib.asynccontextmanager
+async def started_parts(config: RunConfig, prepared: Preparation) -> AsyncIterator[Parts]:
+    """Start grader, learner and rollout workers side by side; stop them at the end.
+
+    Raises:
+        UserError: one of them cannot work as configured.
     """
     async with contextlib.AsyncExitStack() as stack:
-        tokenizer = await asyncio.to_thread(load_tokenizer, config.model)
-        model_folder = await asyncio.to_thread(
-            write_initial_model,
-            config.model,
-            len(tokenizer),
-            tokenizer.eos_token_id,
-            config.seed,
-            str(initial_folder),
-        )
         weights_folder = tempfile.mkdtemp(prefix="paceline-", dir=shared_memory_root())
         stack.callback(shutil.rmtree, weights_folder, ignore_errors=True)
         grader = grader_pool(config)
         stack.callback(grader.close)
-        starts = (
-            asyncio.to_thread(prompt_set, config, tokenizer),
+        _, learner, pool = await gather_or_cancel(
             grader.start(),
-            start_learner(config, model_folder, weights_folder, stack),
-            start_pool(config, model_folder, stack),
+            start_learner(config, prepared.model_folder, weights_folder, stack),
+            start_pool(config, prepared.model_folder, stack),
         )
-        prompts, _, learner, pool = await gather_or_cancel(*starts)
-        stops = stop_token_ids(tokenizer, model_folder)
-        yield Parts(config, tokenizer, prompts, grader, learner, pool, stops)
+        yield Parts(config, prepared, grader, learner, pool)
 
 
 async def start_learner(

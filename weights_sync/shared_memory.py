@@ -111,4 +111,4 @@ def tensor_views(buffer: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor
 
 def buffer_checksum(buffer: torch.Tensor) -> int:
     """xxh3-64 of a flat uint8 tensor."""
-    return xxhash.xxh3_64_intdigest(memoryview(buffer.numpy()))
+    return xxhash.xxh3_64_intdigest(buffer.numpy().data)

@@ -105,11 +105,7 @@ class PlainView:
         """Samples are left to ``samples.jsonl``."""
 
     def workers(self, states: Mapping[str, str]) -> None:
-        """Show the workers whose state changed."""
-        changed = {n: s for n, s in states.items() if self._progress.workers.get(n) != s}
-        self._progress.workers = dict(states)
-        if changed:
-            self._show("[workers] " + ", ".join(f"{n}: {s}" for n, s in changed.items()))
+        """Workers change with every step: they are for the live view."""
 
     def message(self, text: str) -> None:
         """Show the message."""
