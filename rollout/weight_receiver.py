@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from paceline.rollout.vllm_patches import repack_cpu_linears
 from paceline.weights_sync.handle import WeightHandle, WeightSyncError
 from paceline.weights_sync.shared_memory import read_weights
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 class WeightReceiver:
@@ -23,7 +20,7 @@ class WeightReceiver:
         Raises:
             WeightSyncError: a parameter of the model was left as it was.
         """
-        model: nn.Module = self.model_runner.get_model()
+        model = self.model_runner.get_model()
         loaded = model.load_weights(read_weights(handle))
         missing = {name for name, _ in model.named_parameters()} - loaded
         if missing:

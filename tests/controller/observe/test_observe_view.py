@@ -95,17 +95,6 @@ def test_plain_lines_are_ascii_and_survive_any_encoding() -> None:
     assert ESCAPE not in text
 
 
-def test_workers_are_shown_when_their_state_changes() -> None:
-    stream = io.StringIO()
-    view = PlainView(PLAN, stream)
-    for state in ("ready", "ready", "dead"):
-        view.workers({"rollout-0": state})
-    assert stream.getvalue().splitlines() == [
-        "[workers] rollout-0: ready",
-        "[workers] rollout-0: dead",
-    ]
-
-
 def test_what_is_no_terminal_gets_plain_lines(tmp_path: Path) -> None:
     view = open_view(PLAN, live=True, log=tmp_path / "run.log", stream=io.StringIO())
     assert isinstance(view, PlainView)
