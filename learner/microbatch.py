@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,62 +11,71 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from paceline.configs.vocabulary import TrainSample
-from paceline.learner.attention import PackedSequences
+from paceline.learner.attention import PackedSegments, Segment
+from paceline.learner.bundles import Bundle
 from paceline.learner.losses import NonFiniteError
 from paceline.learner.model import PackedRow
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One packed row and, of its N trained tokens in row order, what the loss needs.
+    """One packed row and, of its N trained tokens, what the loss needs.
 
+    Trained tokens come sample by sample in the order of ``samples`` (indices into the batch).
     ``targets`` int64 [N]; ``behaviour_logprobs`` and ``advantages`` float32 [N]. Without samples it
     is a single padding token and N = 0: a pass that costs nothing but keeps ranks in step.
     """
 
+    samples: tuple[int, ...]
     row: PackedRow
     targets: Tensor
     behaviour_logprobs: Tensor
     advantages: Tensor
 
 
-def num_inputs(sample: TrainSample) -> int:
-    """Tokens the model must read to predict the sample's trained ones: all before the last of them.
+@dataclass(frozen=True)
+class Placement:
+    """Where a sample lies in a row: its first ``prefix`` tokens, shared with siblings, from
+    ``prefix_start`` on and the others from ``start`` on (prefix 0: all of them)."""
 
-    0 where nothing is trained.
-    """
-    trained = np.flatnonzero(sample.loss_mask)
-    if not len(trained):
-        return 0
-    assert trained[0] > 0, "the first token of a sample has nothing before it to predict it"
-    return int(trained[-1])
+    sample: int
+    prefix: int
+    prefix_start: int
+    start: int
+
+    def predictors(self, num_tokens: int) -> NDArray[np.int64]:
+        """For each token of the sample, the place of the one before it; of the first, nonsense."""
+        before = np.arange(-1, num_tokens - 1)
+        return before + np.where(before < self.prefix, self.prefix_start, self.start - self.prefix)
 
 
-def build_microbatch(samples: Sequence[TrainSample], device: torch.device) -> Microbatch:
-    """Pack samples in the order given; each needs ``num_inputs`` of at least 1."""
-    if not samples:
+def build_microbatch(
+    bundles: Sequence[Bundle], samples: Sequence[TrainSample], device: torch.device
+) -> Microbatch:
+    """Lay bundles of ``samples`` into one row, and find the tokens they train."""
+    if not bundles:
         return _padding(device)
-    lengths = [num_inputs(sample) for sample in samples]
-    # position t of a sample predicts its token t + 1
-    trained = _join([s.loss_mask[1 : n + 1] for s, n in zip(samples, lengths, strict=True)])
+    segments, tokens, placements = _lay_out(bundles, samples)
+    packed = PackedSegments.from_segments(segments, device)
+    chosen = tuple(placement.sample for placement in placements)
+    trained = np.concatenate([samples[index].loss_mask for index in chosen])
 
-    def of_trained(arrays: list[NDArray[np.generic]], dtype: torch.dtype) -> Tensor:
-        following = _join([a[1 : n + 1] for a, n in zip(arrays, lengths, strict=True)])
-        return torch.from_numpy(following[trained]).to(device, dtype)
+    def of_trained(arrays: Iterable[NDArray], dtype: torch.dtype) -> Tensor:
+        return torch.from_numpy(np.concatenate(list(arrays))[trained]).to(device, dtype)
 
-    sequences = PackedSequences.from_lengths(lengths, device)
-    inputs = _join([s.token_ids[:n] for s, n in zip(samples, lengths, strict=True)])
+    predictors = (p.predictors(len(samples[p.sample].token_ids)) for p in placements)
     row = PackedRow(
-        token_ids=torch.from_numpy(inputs).to(device, torch.int64)[None],
-        positions=sequences.positions().to(device)[None],
-        sequences=sequences,
-        predictors=torch.from_numpy(np.flatnonzero(trained)).to(device),
+        token_ids=torch.from_numpy(np.concatenate(tokens)).to(device, torch.int64)[None],
+        positions=packed.positions().to(device)[None],
+        segments=packed,
+        predictors=of_trained(predictors, torch.int64),
     )
     return Microbatch(
+        chosen,
         row,
-        targets=of_trained([s.token_ids for s in samples], torch.int64),
-        behaviour_logprobs=of_trained([s.logprobs for s in samples], torch.float32),
-        advantages=of_trained([s.advantages for s in samples], torch.float32),
+        targets=of_trained((samples[i].token_ids for i in chosen), torch.int64),
+        behaviour_logprobs=of_trained((samples[i].logprobs for i in chosen), torch.float32),
+        advantages=of_trained((samples[i].advantages for i in chosen), torch.float32),
     )
 
 
@@ -88,12 +97,43 @@ def check_finite(samples: Sequence[TrainSample], step: int) -> None:
                 )
 
 
+def _lay_out(
+    bundles: Sequence[Bundle], samples: Sequence[TrainSample]
+) -> tuple[list[Segment], list[NDArray[np.int32]], list[Placement]]:
+    """Whole samples and prompts, longest first; then what samples add to prompts, likewise.
+
+    Equal shapes lie side by side. A sample may add nothing: its one trained token is predicted by
+    the prompt.
+    """
+    segments, tokens = [], []
+    roots: list[tuple[Bundle, int]] = []
+    end = 0
+    for bundle in sorted(bundles, key=lambda bundle: -bundle.first_length):
+        roots.append((bundle, end))
+        segments.append(Segment(end, bundle.first_length))
+        tokens.append(samples[bundle.samples[0]].token_ids[: bundle.first_length])
+        end += bundle.first_length
+    continuations = [
+        (bundle.prefix, length, root, sample)
+        for bundle, root in roots
+        for length, sample in zip(bundle.own_lengths, bundle.samples, strict=True)
+    ]
+    placements = []
+    for prefix, length, root, sample in sorted(continuations, reverse=True):
+        if not prefix:
+            placements.append(Placement(sample, 0, root, root))
+            continue
+        placements.append(Placement(sample, prefix, root, end))
+        if length:
+            segments.append(Segment(end, length, root, prefix))
+            tokens.append(samples[sample].token_ids[prefix : prefix + length])
+            end += length
+    return segments, tokens, placements
+
+
 def _padding(device: torch.device) -> Microbatch:
     nothing = torch.zeros(0, device=device)
     zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    row = PackedRow(zero, zero, PackedSequences.from_lengths([1], device), nothing.long())
-    return Microbatch(row, nothing.long(), nothing, nothing)
-
-
-def _join(arrays: Sequence[NDArray[np.generic]]) -> NDArray[np.generic]:
-    return np.concatenate(arrays)
+    packed = PackedSegments.from_segments([Segment(0, 1)], device)
+    row = PackedRow(zero, zero, packed, nothing.long())
+    return Microbatch((), row, nothing.long(), nothing, nothing)

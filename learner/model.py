@@ -21,7 +21,7 @@ from paceline.configs.errors import ModelError
 from paceline.configs.schema.model import ModelConfig
 from paceline.learner.attention import (
     ATTENTION_NAME,
-    PackedSequences,
+    PackedSegments,
     register_packed_attention,
 )
 
@@ -34,7 +34,7 @@ UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 @dataclass(frozen=True)
 class PackedRow:
-    """A microbatch for the model: T tokens of S sequences, N of whose positions are looked at.
+    """A microbatch for the model: T tokens of S segments, N of whose places are looked at.
 
     ``token_ids`` and ``positions`` int64 [1, T]; ``predictors`` int64 [N], the places in the row
     whose hidden states predict a trained token.
@@ -42,7 +42,7 @@ class PackedRow:
 
     token_ids: Tensor
     positions: Tensor
-    sequences: PackedSequences
+    segments: PackedSegments
     predictors: Tensor
 
 
@@ -62,7 +62,7 @@ class PolicyModel(nn.Module):
         output = self.causal_lm.base_model(
             input_ids=row.token_ids,
             position_ids=row.positions,
-            packed_sequences=row.sequences,
+            packed_segments=row.segments,
             use_cache=False,
         )
         hidden = output.last_hidden_state[0].index_select(0, row.predictors)

@@ -1,15 +1,14 @@
-"""Which rank trains which samples, and in which microbatches (pure, numpy only).
+"""Which rank trains which bundles of samples, and in which microbatches (pure, numpy only).
 
-Samples go to ranks by cost (longest processing time first), and on a rank into microbatches by
+Bundles go to ranks by cost (longest processing time first), and on a rank into microbatches by
 first fit decreasing. Every rank runs the same number of microbatches, because each is a collective
-operation: a rank with fewer splits its own, and only a rank with fewer samples than microbatches is
+operation: a rank with fewer splits its own, and only a rank with fewer bundles than microbatches is
 left with empty ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,47 +16,35 @@ from numpy.typing import NDArray
 from paceline.configs.errors import ConfigError
 
 Microbatch = tuple[int, ...]
-"""Indices into the batch's samples, longest first; empty where a rank has nothing to do."""
-
-
-@dataclass(frozen=True)
-class PackingPlan:
-    """``microbatches[rank]``: as many on every rank; together they hold every sample once."""
-
-    microbatches: tuple[tuple[Microbatch, ...], ...]
-
-    @property
-    def num_empty(self) -> int:
-        """Microbatches over all ranks that hold no sample."""
-        return sum(not microbatch for rank in self.microbatches for microbatch in rank)
+"""Indices of bundles; empty where a rank has nothing to do."""
 
 
 def plan_packing(
-    lengths: Sequence[int], num_ranks: int, capacity: int, quadratic_cost: float = 0.0
-) -> PackingPlan:
-    """Divide samples over ranks and microbatches.
+    sizes: Sequence[int], costs: Sequence[float], num_ranks: int, capacity: int
+) -> list[list[Microbatch]]:
+    """Divide bundles over ranks and microbatches.
 
     Args:
-        lengths: tokens of each sample, all positive.
+        sizes: what each takes of a microbatch, all positive.
+        costs: how long each takes to train, in any unit.
         num_ranks: data-parallel ranks.
-        capacity: most tokens of a microbatch (``learner.tokens_per_microbatch``).
-        quadratic_cost: cost of attention, for ``cost = length + quadratic_cost * length ** 2``.
+        capacity: room of a microbatch (``learner.tokens_per_microbatch``).
+
+    Returns:
+        For every rank its microbatches, as many on every rank; together they hold each bundle once.
 
     Raises:
-        ConfigError: a sample is longer than ``capacity``.
+        ConfigError: something is larger than ``capacity``.
     """
-    sizes = np.asarray(lengths, dtype=np.int64)
-    if len(sizes) and sizes.max() > capacity:
+    if max(sizes, default=0) > capacity:
         raise ConfigError(
-            f"a sample of {sizes.max()} tokens does not fit learner.tokens_per_microbatch "
+            f"a sample of {max(sizes)} tokens does not fit learner.tokens_per_microbatch "
             f"({capacity}): raise it to model.max_length"
         )
-    shares = _balance(sizes + quadratic_cost * sizes.astype(np.float64) ** 2, num_ranks)
-    ranks = [_first_fit(share, sizes, capacity) for share in shares]
+    shares = _balance(np.asarray(costs, dtype=np.float64), num_ranks)
+    ranks = [_first_fit(share, np.asarray(sizes), capacity) for share in shares]
     num_microbatches = max(1, *(len(microbatches) for microbatches in ranks))
-    return PackingPlan(
-        tuple(tuple(_split_up_to(microbatches, num_microbatches)) for microbatches in ranks)
-    )
+    return [_split_up_to(microbatches, num_microbatches) for microbatches in ranks]
 
 
 def _balance(costs: NDArray[np.float64], num_ranks: int) -> list[list[int]]:
@@ -72,10 +59,10 @@ def _balance(costs: NDArray[np.float64], num_ranks: int) -> list[list[int]]:
 
 
 def _first_fit(indices: Sequence[int], sizes: NDArray[np.int64], capacity: int) -> list[Microbatch]:
-    """Put indices, longest first, into the first microbatch with room."""
+    """Put indices, largest first, into the first microbatch with room."""
     microbatches: list[list[int]] = []
     room = np.zeros(len(indices), dtype=np.int64)
-    for index in indices:
+    for index in sorted(indices, key=lambda i: -sizes[i]):
         fits = room[: len(microbatches)] >= sizes[index]
         place = int(fits.argmax()) if fits.any() else len(microbatches)
         if place == len(microbatches):
@@ -95,6 +82,6 @@ def _split_up_to(microbatches: list[Microbatch], number: int) -> list[Microbatch
             parts.append(())
             continue
         whole = parts.pop(largest)
-        # every second one, so that both halves keep the mixture of lengths and stay sorted
+        # every second one, so that both halves keep the mixture of sizes
         parts += [whole[0::2], whole[1::2]]
     return parts

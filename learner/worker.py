@@ -22,6 +22,7 @@ from paceline.configs.schema.learner import LearnerConfig, OptimizerConfig
 from paceline.configs.schema.model import ModelConfig
 from paceline.configs.vocabulary import StepReport, TrainBatch, TrainSample, WeightVersion
 from paceline.kernels.token_logprobs import token_logprobs
+from paceline.learner.bundles import bundle_samples
 from paceline.learner.checkpoint import export_model, load_checkpoint, save_checkpoint
 from paceline.learner.inspection import argmax_gaps, prompt_and_completion
 from paceline.learner.losses import Loss, LossInputs, NonFiniteError
@@ -32,7 +33,7 @@ from paceline.learner.mesh import (
     shard_policy,
 )
 from paceline.learner.metrics import StepMetrics
-from paceline.learner.microbatch import Microbatch, build_microbatch, check_finite, num_inputs
+from paceline.learner.microbatch import Microbatch, build_microbatch, check_finite
 from paceline.learner.model import Head, load_policy
 from paceline.learner.optimizer import build_optimizer, reset_state, take_step
 from paceline.learner.packing import plan_packing
@@ -105,12 +106,12 @@ class LearnerWorker:
         scale = self._config.num_ranks / num_trained
         metrics = StepMetrics()
         num_padding = 0
-        for indices, microbatch in self._microbatches(batch.samples):
+        for microbatch in self._microbatches(batch.samples):
             head = partial(
                 token_logprobs, targets=microbatch.targets, temperature=batch.temperature
             )
             logprobs, entropy = self._policy(microbatch.row, head)
-            if not indices:
+            if not microbatch.samples:
                 num_padding += microbatch.row.token_ids.numel()
                 logprobs.sum().backward()
                 continue
@@ -218,30 +219,23 @@ class LearnerWorker:
         if self._is_sharded and dist.is_initialized():
             dist.destroy_process_group()
 
-    def _microbatches(
-        self, samples: Sequence[TrainSample]
-    ) -> Iterator[tuple[tuple[int, ...], Microbatch]]:
-        """This rank's share: indices into ``samples``, and the tensors."""
-        lengths = [num_inputs(sample) for sample in samples]
-        trained = [index for index, length in enumerate(lengths) if length]
-        plan = plan_packing(
-            [lengths[index] for index in trained],
-            self._config.num_ranks,
-            self._config.tokens_per_microbatch,
-            self._quadratic_cost,
-        )
-        for microbatch in plan.microbatches[self._rank]:
-            indices = tuple(trained[place] for place in microbatch)
-            yield indices, build_microbatch([samples[i] for i in indices], self._device)
+    def _microbatches(self, samples: Sequence[TrainSample]) -> Iterator[Microbatch]:
+        """This rank's share of the samples that train anything."""
+        capacity, num_ranks = self._config.tokens_per_microbatch, self._config.num_ranks
+        bundles = bundle_samples(samples, capacity, num_ranks)
+        sizes = [bundle.size for bundle in bundles]
+        costs = [bundle.cost(self._quadratic_cost) for bundle in bundles]
+        for chosen in plan_packing(sizes, costs, num_ranks, capacity)[self._rank]:
+            yield build_microbatch([bundles[i] for i in chosen], samples, self._device)
 
     @torch.no_grad()
     def _evaluate(
         self, samples: Sequence[TrainSample], head_of: HeadOf
     ) -> Iterator[tuple[tuple[int, ...], NDArray[np.float32]]]:
         """This rank's share: indices, and the head's first output for their trained tokens."""
-        for indices, microbatch in self._microbatches(samples):
+        for microbatch in self._microbatches(samples):
             values: Tensor = self._policy(microbatch.row, head_of(microbatch))[0]
-            yield indices, values.cpu().numpy()
+            yield microbatch.samples, values.cpu().numpy()
 
     def _check_loss(self, loss: float, step: int) -> None:
         if not np.isfinite(loss):

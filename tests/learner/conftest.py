@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from paceline.configs.schema.model import ModelConfig
 from paceline.configs.vocabulary import TrainBatch, TrainSample
 from paceline.learner.model import write_initial_model
+
+# a busy machine is no failure
+settings.register_profile("paceline", deadline=None)
+settings.load_profile("paceline")
 
 VOCAB_SIZE = 40
 
@@ -32,10 +37,16 @@ def model_config(model_type="qwen3", precision="float32", **settings):
 
 
 def random_sample(generator, num_prompt, num_completion):
-    length = num_prompt + num_completion
-    trained = np.arange(length) >= num_prompt
+    prompt = generator.integers(2, VOCAB_SIZE, num_prompt)
+    return continue_prompt(generator, prompt, num_completion)
+
+
+def continue_prompt(generator, prompt, num_completion):
+    length = len(prompt) + num_completion
+    trained = np.arange(length) >= len(prompt)
+    completion = generator.integers(2, VOCAB_SIZE, num_completion)
     return TrainSample(
-        token_ids=generator.integers(2, VOCAB_SIZE, length).astype(np.int32),
+        token_ids=np.concatenate([prompt, completion]).astype(np.int32),
         loss_mask=trained,
         logprobs=np.where(trained, generator.uniform(-5, -2, length), 0).astype(np.float32),
         advantages=np.where(trained, generator.normal(), 0).astype(np.float32),
@@ -43,11 +54,16 @@ def random_sample(generator, num_prompt, num_completion):
 
 
 def random_batch(seed=0, num_samples=12, temperature=1.0, longest=12):
+    """Groups of 1 to 4 completions, of one token and more, of one prompt."""
     generator = np.random.default_rng(seed)
-    samples = tuple(
-        random_sample(generator, *generator.integers(1, longest, 2)) for _ in range(num_samples)
-    )
-    return TrainBatch(0, tuple(range(num_samples)), samples, temperature)
+    samples = []
+    while len(samples) < num_samples:
+        prompt = generator.integers(2, VOCAB_SIZE, generator.integers(1, longest))
+        samples += [
+            continue_prompt(generator, prompt, generator.integers(1, longest))
+            for _ in range(generator.integers(1, 5))
+        ]
+    return TrainBatch(0, tuple(range(num_samples)), tuple(samples[:num_samples]), temperature)
 
 
 @pytest.fixture(scope="session")

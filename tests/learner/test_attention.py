@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import numpy as np
 import pytest
 import torch
@@ -9,15 +11,21 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from paceline.configs.errors import ModelError
-from paceline.learner.attention import PackedSequences, packed_attention
+from paceline.learner.attention import PackedSegments, Run, Segment, packed_attention
 from paceline.learner.model import PackedRow, load_policy, write_initial_model
 from tests.learner.conftest import VOCAB_SIZE, model_config
 
 CPU = torch.device("cpu")
 
 
-def packed_row(sequences):
-    packed = PackedSequences.from_lengths([len(s) for s in sequences], CPU)
+def packed_row(sequences, prefixes=()):
+    """``prefixes[i]``: which earlier sequence the i-th continues, -1 for none."""
+    segments = []
+    for sequence, prefix in zip_longest(sequences, prefixes, fillvalue=-1):
+        end = segments[-1].start + segments[-1].length if segments else 0
+        root = segments[prefix] if prefix >= 0 else Segment(0, 0)
+        segments.append(Segment(end, len(sequence), root.start, root.length))
+    packed = PackedSegments.from_segments(segments, CPU)
     tokens = torch.from_numpy(np.concatenate(sequences))[None]
     return PackedRow(tokens, packed.positions()[None], packed, torch.arange(tokens.numel()))
 
@@ -89,11 +97,44 @@ def test_activation_checkpointing_changes_no_gradient(model_folder):
         torch.testing.assert_close(gradient, found[1][name], atol=1e-6, rtol=1e-6)
 
 
-def test_equal_lengths_side_by_side_form_one_run():
-    packed = PackedSequences.from_lengths([5, 5, 3, 5], CPU)
-    assert packed.runs == ((2, 5), (1, 3), (1, 5))
-    assert packed.boundaries.tolist() == [0, 5, 10, 13, 18]
-    assert packed.positions()[:11].tolist() == [*range(5), *range(5), 0]
+def test_continuations_of_a_shared_prefix_compute_what_whole_sequences_do(model_folder):
+    policy = load_policy(model_folder)
+    sequences = random_sequences([6, 3, 5, 5, 1, 4])
+    prefixes = [-1, -1, 0, 0, 0, 1]
+    (shared,) = policy(packed_row(sequences, prefixes), logits)
+    weights = torch.randn(shared.shape, generator=torch.Generator().manual_seed(0))
+    (shared * weights).sum().backward()
+    shared_gradients = gradients(policy)
+
+    policy.zero_grad()
+    whole = [
+        sequence if prefix < 0 else np.concatenate([sequences[prefix], sequence])
+        for sequence, prefix in zip(sequences, prefixes, strict=True)
+    ]
+    (values,) = policy(packed_row(whole), logits)
+    of_whole = values.split([len(sequence) for sequence in whole])
+    own = torch.cat([v[-len(s) :] for v, s in zip(of_whole, sequences, strict=True)])
+    (own * weights).sum().backward()
+    torch.testing.assert_close(shared, own, atol=1e-5, rtol=1e-5)
+    for name, expected in gradients(policy).items():
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(shared_gradients[name], expected, atol=1e-5 * scale, rtol=1e-5)
+
+
+def test_segments_of_equal_shape_side_by_side_form_one_run():
+    segments = [Segment(0, 5), Segment(5, 5), Segment(10, 3, 5, 5), Segment(13, 3, 0, 5)]
+    packed = PackedSegments.from_segments(segments, CPU)
+    assert packed.runs == (Run(2, 0, 5), Run(2, 5, 3))
+    assert packed.query_boundaries.tolist() == [0, 5, 10, 13, 16]
+    assert packed.key_boundaries.tolist() == [0, 5, 10, 18, 26]
+    assert (packed.max_queries, packed.max_keys) == (5, 8)
+    assert packed.positions().tolist() == [*range(5), *range(5), 5, 6, 7, 5, 6, 7]
+    keys = [*range(10), *range(5, 10), 10, 11, 12, *range(5), 13, 14, 15]
+    assert packed.keys.tolist() == keys
+
+
+def test_a_row_without_shared_prefixes_gathers_nothing():
+    assert PackedSegments.from_segments([Segment(0, 2), Segment(2, 1)], CPU).keys is None
 
 
 @pytest.mark.parametrize(
@@ -101,9 +142,9 @@ def test_equal_lengths_side_by_side_form_one_run():
     [({"sliding_window": 4}, "sliding window of 4"), ({"softcap": 30.0}, "caps attention scores")],
 )
 def test_attention_that_is_more_than_causal_softmax_is_refused(extra, words):
-    packed = PackedSequences.from_lengths([5], CPU)
+    packed = PackedSegments.from_segments([Segment(0, 5)], CPU)
     query = torch.zeros(1, 2, 5, 4)
     with pytest.raises(ModelError, match=words):
         packed_attention(
-            nn.Linear(1, 1), query, query, query, None, packed_sequences=packed, **extra
+            nn.Linear(1, 1), query, query, query, None, packed_segments=packed, **extra
         )

@@ -1,0 +1,122 @@
+"""Samples of one prompt are trained together, so that the prompt is computed once (pure, numpy).
+
+The completions of a group all continue the same tokens. A bundle lays the prompt into the row once
+and every completion's own tokens after it; attention lets each completion see the prompt. Values
+and gradients are those of separate sequences, for a fraction of the work when prompts are long or
+completions many.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from paceline.configs.vocabulary import TrainSample
+
+KEYS_PER_TOKEN = 4
+"""A shared prompt's keys are read by every completion: a bundle may hold this many keys a token of
+room, so that memory stays bounded where short completions share a long prompt."""
+
+BUNDLES_PER_RANK = 4
+"""No bundle exceeds this fraction of a rank's work: larger ones could not be balanced."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The part of a sample that matters: ``prefix`` tokens before the first trained one, and
+    ``length`` tokens, prefix included, that the model must read to predict the last trained one."""
+
+    prefix: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Samples that share their first ``prefix`` tokens; one alone shares nothing, prefix 0.
+
+    ``samples`` are indices into the batch, ``own_lengths`` the tokens each adds to the prefix.
+    """
+
+    prefix: int
+    samples: tuple[int, ...]
+    own_lengths: tuple[int, ...]
+
+    @property
+    def first_length(self) -> int:
+        """Tokens that come first and continue nothing: the prefix, or the one sample."""
+        return self.prefix or self.own_lengths[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens it takes in the row."""
+        return self.prefix + sum(self.own_lengths)
+
+    @property
+    def num_keys(self) -> int:
+        """Keys that attention reads: every sample's whole length, and the prompt's own."""
+        return self.num_tokens + len(self.samples) * self.prefix
+
+    @property
+    def size(self) -> int:
+        """What it takes of ``learner.tokens_per_microbatch``."""
+        return max(self.num_tokens, math.ceil(self.num_keys / KEYS_PER_TOKEN))
+
+    def cost(self, quadratic_cost: float) -> float:
+        """Work of linear layers (1 a token) and of attention (``quadratic_cost`` a pair)."""
+        own = np.asarray(self.own_lengths, dtype=np.float64)
+        pairs = self.prefix**2 + float((own * (own + 2 * self.prefix)).sum())
+        return self.num_tokens + quadratic_cost * pairs
+
+
+def span_of(sample: TrainSample) -> Span:
+    """What of a sample the model must read; ``Span(0, 0)`` where nothing is trained."""
+    trained = np.flatnonzero(sample.loss_mask)
+    if not len(trained):
+        return Span(0, 0)
+    assert trained[0] > 0, "the first token of a sample has nothing before it to predict it"
+    return Span(int(trained[0]), int(trained[-1]))
+
+
+def bundle_samples(
+    samples: Sequence[TrainSample], capacity: int, num_ranks: int = 1
+) -> list[Bundle]:
+    """Put samples with the same prompt together; each with trained tokens is in one bundle.
+
+    A bundle's ``size`` stays within ``capacity``, unless one sample alone exceeds it, and within a
+    fraction of a rank's work. The result depends on the arguments only, so all ranks agree.
+    """
+    spans = [span_of(sample) for sample in samples]
+    siblings: dict[bytes, list[int]] = defaultdict(list)
+    for index, (sample, span) in enumerate(zip(samples, spans, strict=True)):
+        if span.length:
+            siblings[sample.token_ids[: span.prefix].tobytes()].append(index)
+    limit = capacity
+    if num_ranks > 1:
+        all_tokens = sum(span.length for span in spans)
+        limit = min(capacity, all_tokens // (BUNDLES_PER_RANK * num_ranks))
+    return [bundle for indices in siblings.values() for bundle in _split(indices, spans, limit)]
+
+
+def _split(indices: Sequence[int], spans: Sequence[Span], limit: int) -> list[Bundle]:
+    bundles = []
+    bundle: Bundle | None = None
+    for index in indices:
+        grown = _with(bundle, index, spans)
+        if bundle is not None and grown.size > limit:
+            bundles.append(bundle)
+            grown = _with(None, index, spans)
+        bundle = grown
+    return [*bundles, bundle] if bundle is not None else bundles
+
+
+def _with(bundle: Bundle | None, index: int, spans: Sequence[Span]) -> Bundle:
+    """The bundle and one more sample; the second one turns the first's beginning into a prefix."""
+    if bundle is None:
+        return Bundle(0, (index,), (spans[index].length,))
+    samples = (*bundle.samples, index)
+    prefix = spans[index].prefix
+    return Bundle(prefix, samples, tuple(spans[i].length - prefix for i in samples))
