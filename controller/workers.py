@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from paceline.configs.errors import ClusterError
@@ -43,6 +43,7 @@ class Seat:
     serving: bool = False
     num_restarts: int = 0
     restart: asyncio.Task[None] | None = None
+    updating: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class WorkerPool:
@@ -140,15 +141,16 @@ class WorkerPool:
     async def _acknowledge(self, seat: Seat) -> None:
         """Update a seat's worker until it has what is current by then; it serves from there on."""
         handle = None
-        while handle is not self._current:
-            handle = self._current
-            assert handle is not None, "no weights were published yet"
-            answer = await seat.worker.update_weights(handle)
-            if answer != (handle.version, handle.checksum):
-                raise WeightSyncError(
-                    f"worker {seat.index} acknowledged version {answer[0]} with checksum "
-                    f"{answer[1]:016x}, expected {handle.version} with {handle.checksum:016x}"
-                )
+        async with seat.updating:
+            while handle is not self._current:
+                handle = self._current
+                assert handle is not None, "no weights were published yet"
+                answer = await seat.worker.update_weights(handle)
+                if answer != (handle.version, handle.checksum):
+                    raise WeightSyncError(
+                        f"worker {seat.index} acknowledged version {answer[0]} with checksum "
+                        f"{answer[1]:016x}, expected {handle.version} with {handle.checksum:016x}"
+                    )
         async with self._changed:
             seat.serving = True
             self._changed.notify_all()

@@ -160,3 +160,50 @@ def test_a_worker_that_acknowledges_other_bytes_is_an_error():
             await pool.update_weights(handle(0))
 
     asyncio.run(scenario())
+
+
+def test_late_news_of_a_death_does_not_replace_the_replacement():
+    async def scenario():
+        first, spare = FakeWorker(), FakeWorker()
+        pool = pool_of([first], [spare], max_restarts=1)
+        await pool.update_weights(handle(0))
+        first.gate.clear()
+        late = asyncio.ensure_future(pool.generate(request("late")))
+        await asyncio.sleep(0.01)
+        first.dead = True
+        await pool.update_weights(handle(1))  # finds it dead; the spare takes its seat
+        await asyncio.wait_for(pool.generate(request("a")), 1)
+        first.gate.set()
+        with pytest.raises(WorkerLost):
+            await late
+        await asyncio.wait_for(pool.generate(request("b")), 1)
+        assert [name for name, _ in spare.requests] == ["a", "b"]
+
+    asyncio.run(scenario())
+
+
+def test_a_replacement_that_was_overtaken_by_an_update_catches_up_before_it_serves():
+    async def scenario():
+        first, spare = FakeWorker(), FakeWorker()
+        first.dead = True
+        pool = pool_of([first], [spare])
+        loading, go_on, update = asyncio.Event(), asyncio.Event(), spare.update_weights
+
+        async def slow_update(published):
+            loading.set()
+            await go_on.wait()
+            return await update(published)
+
+        spare.update_weights = slow_update
+        await pool.update_weights(handle(0))
+        waiting = asyncio.ensure_future(pool.generate(request("a")))
+        await loading.wait()
+        newer = asyncio.ensure_future(pool.update_weights(handle(1)))
+        spare.update_weights = update
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        go_on.set()
+        await asyncio.wait_for(asyncio.gather(waiting, newer), 1)
+        assert spare.requests == [("a", 1)]
+
+    asyncio.run(scenario())
