@@ -90,14 +90,13 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        output = torch.empty(3, len(hidden), dtype=torch.float32, device=hidden.device)
+        # three tensors, not views of one: FSDP warns of views in what a module returns
+        logprobs, entropy, logsumexp = (
+            torch.empty(len(hidden), dtype=torch.float32, device=hidden.device) for _ in range(3)
+        )
         for rows in row_chunks(len(hidden), len(weight)):
-            logits_TV = hidden[rows] @ weight.T
-            for row, values in zip(
-                output, row_statistics(logits_TV, targets[rows], temperature), strict=True
-            ):
-                row[rows] = values
-        logprobs, entropy, logsumexp = output.unbind()
+            statistics = row_statistics(hidden[rows] @ weight.T, targets[rows], temperature)
+            logprobs[rows], entropy[rows], logsumexp[rows] = statistics
         ctx.save_for_backward(hidden, weight, targets, logsumexp)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy)
