@@ -1,6 +1,7 @@
 # Everything runs from a fresh clone: each target first installs what is missing into .venv.
 
 PYTHON ?= python3
+SEED ?= 0
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -14,8 +15,9 @@ install: ## Set .venv up for this machine's CPU (seconds when nothing changed)
 install-gpu: ## Set .venv up for CUDA
 	@$(PYTHON) scripts/install.py gpu
 
-quickstart: install ## Train a small model from scratch: install, then paceline train configs/quickstart.yaml
-	$(BIN)/paceline train configs/quickstart.yaml
+quickstart: install ## Train a small model from scratch: install, warm start, GRPO, report (SEED=n for another)
+	$(BIN)/paceline train configs/quickstart.yaml seed=$(SEED) data.seed=$(SEED) \
+		name=quickstart-seed$(SEED)-$$(date +%Y%m%d-%H%M%S)
 
 test: install ## Run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/pytest
