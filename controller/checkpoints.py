@@ -47,16 +47,19 @@ class CheckpointFolder:
         self._keep = keep
 
     async def save(self, state: RunState, save_learner: Callable[[str], Awaitable[None]]) -> Path:
-        """Write a checkpoint, then remove the oldest beyond those kept."""
-        self._root.mkdir(parents=True, exist_ok=True)
+        """Write a checkpoint, then remove the oldest beyond those kept.
+
+        One that is there for this step already is as good, and never the one to be taken away.
+        """
         target = self._root / f"step-{state.step:06d}"
+        if target.exists():
+            return target
+        for leftover in self._root.glob("unfinished-*"):
+            shutil.rmtree(leftover)
         unfinished = self._root / f"unfinished-{state.step:06d}"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
+        unfinished.mkdir(parents=True)
         await save_learner(str(unfinished / "learner"))
         write_json(unfinished / "state.json", {"schema": SCHEMA, **asdict(state)})
-        if target.exists():
-            shutil.rmtree(target)
         unfinished.rename(target)
         for old in self._complete()[: -self._keep]:
             shutil.rmtree(old)

@@ -57,10 +57,12 @@ def train(
     Example: paceline train quickstart seed=1 name=quickstart-1
     """
     from paceline.configs.load import load_config
+
+    config = load_config(recipe, overrides or ())  # a mistake in it shows before torch is imported
+
     from paceline.controller.observe.summary import print_summary
     from paceline.controller.run import run_training
 
-    config = load_config(recipe, overrides or ())
     outcome = run_training(config, resume=resume)
     print_summary(outcome.summary, outcome.report)
     if outcome.summary.status == "interrupted":
@@ -99,9 +101,12 @@ def evaluate(
     Example: paceline eval quickstart --model runs/quickstart/final
     """
     from paceline.configs.load import load_config
+
+    config = load_config(recipe, overrides or ())
+
     from paceline.controller.standalone_evaluation import evaluate_model
 
-    evaluate_model(load_config(recipe, overrides or ()), model)
+    evaluate_model(config, model)
 
 
 @app.command()

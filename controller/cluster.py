@@ -34,7 +34,9 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
             probe(address)
             ray.init(address=address, **quiet)
         else:
+            # Without an address Ray would join whatever cluster was last started on this machine.
             ray.init(
+                address="local",
                 include_dashboard=False,
                 object_store_memory=config.object_store_mb << 20,
                 **quiet,

@@ -18,7 +18,7 @@ from paceline.controller.cluster import ray_cluster, require_resources
 from paceline.controller.metering import RunTotals
 from paceline.controller.observe.folder import RunFolder
 from paceline.controller.observe.progress import RunPlan
-from paceline.controller.observe.recorder import RunRecorder
+from paceline.controller.observe.recorder import RunRecorder, log_to
 from paceline.controller.observe.records import standard_error
 from paceline.controller.observe.report import write_report
 from paceline.controller.observe.summary import RunStatus, RunSummary
@@ -65,7 +65,7 @@ def run_training(config: RunConfig, *, resume: bool) -> RunOutcome:
             began = time.perf_counter()
             prepared = prepare(config, folder.root / "initial")
             recorder.message("starting Ray, grader, learner and rollout workers")
-            with ray_cluster(config.cluster):
+            with log_to(recorder), ray_cluster(config.cluster):
                 require_resources(config)
                 run = conduct(config, prepared, folder, recorder, progress, checkpoint, began)
                 asyncio.run(run)

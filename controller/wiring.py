@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import shutil
-import tempfile
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +49,7 @@ from paceline.reward.pool import GraderPool
 from paceline.reward.reasoning_gym_task import ReasoningGymTaskGrader, ReasoningGymTaskSource
 from paceline.rollout.process_environment import engine_environment
 from paceline.weights_sync.handle import WeightHandle
+from paceline.weights_sync.shared_folder import shared_folder
 
 LEARNER_WORKER = LateClass("paceline.learner.worker:LearnerWorker")
 ROLLOUT_WORKER = LateClass("paceline.rollout.worker:RolloutWorker")
@@ -222,8 +221,7 @@ async def started_parts(config: RunConfig, prepared: Preparation) -> AsyncIterat
         UserError: one of them cannot work as configured.
     """
     async with contextlib.AsyncExitStack() as stack:
-        weights_folder = tempfile.mkdtemp(prefix="paceline-", dir=shared_memory_root())
-        stack.callback(shutil.rmtree, weights_folder, ignore_errors=True)
+        weights_folder = stack.enter_context(shared_folder())
         grader = grader_pool(config)
         stack.callback(grader.close)
         _, learner, pool = await gather_or_cancel(
@@ -286,8 +284,3 @@ async def start_pool(
     pool = WorkerPool(workers, start, rollout.max_restarts)
     stack.push_async_callback(pool.close)
     return pool
-
-
-def shared_memory_root() -> str:
-    """Where weights are published: memory-backed where the system has such a place."""
-    return "/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()

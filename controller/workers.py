@@ -75,22 +75,21 @@ class WorkerPool:
             WorkerLost: the worker died; ask again, another will serve.
             ClusterError: workers died more often than they may be replaced.
         """
-        seat = await self._least_loaded()
-        worker = seat.worker
-        seat.outstanding += request.num_samples
-        try:
-            return await worker.generate(request)
-        except WorkerLost:
-            self._replace(seat, worker)
-            raise
-        finally:
-            if seat.worker is worker:
-                seat.outstanding -= request.num_samples
+        return await self._generate_in(await self._least_loaded(), request)
 
     async def generate_everywhere(self, request: RolloutRequest) -> list[tuple[Completion, ...]]:
-        """The same request on every serving worker: for checks, not for training."""
-        serving = [seat for seat in self._seats if seat.serving]
-        return list(await asyncio.gather(*(seat.worker.generate(request) for seat in serving)))
+        """The same request on every serving worker: for checks, not for training.
+
+        A worker that dies over it gives no answer.
+        """
+        answers: list[tuple[Completion, ...]] = []
+
+        async def ask(seat: Seat) -> None:
+            with contextlib.suppress(WorkerLost):
+                answers.append(await self._generate_in(seat, request))
+
+        await asyncio.gather(*(ask(seat) for seat in self._seats if seat.serving))
+        return answers
 
     async def update_weights(self, handle: WeightHandle) -> None:
         """Return once every live worker serves ``handle``; replacements catch up on their own."""
@@ -120,6 +119,18 @@ class WorkerPool:
             if seat.restart:
                 seat.restart.cancel()
         await asyncio.gather(*(seat.worker.close() for seat in self._seats))
+
+    async def _generate_in(self, seat: Seat, request: RolloutRequest) -> tuple[Completion, ...]:
+        worker = seat.worker
+        seat.outstanding += request.num_samples
+        try:
+            return await worker.generate(request)
+        except WorkerLost:
+            self._replace(seat, worker)
+            raise
+        finally:
+            if seat.worker is worker:
+                seat.outstanding -= request.num_samples
 
     async def _least_loaded(self) -> Seat:
         async with self._changed:
@@ -169,7 +180,7 @@ class WorkerPool:
                 logger.warning("rollout worker %d died", seat.index)
                 if seat.num_restarts > self._max_restarts:
                     raise ClusterError(
-                        f"rollout worker {seat.index} died {seat.num_restarts} times and "
+                        f"rollout worker {seat.index} died {times(seat.num_restarts)} and "
                         f"rollout.max_restarts is {self._max_restarts}: its log says why; if "
                         "memory ran out, lower rollout.max_num_seqs or rollout.kv_cache_mb"
                     )
@@ -183,3 +194,8 @@ class WorkerPool:
                 self._changed.notify_all()
         finally:
             seat.restart = None
+
+
+def times(count: int) -> str:
+    """How often something happened, in words."""
+    return "once" if count == 1 else f"{count} times"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -122,6 +124,28 @@ class RunRecorder:
     def _write_log(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         self._log.write(f"{stamp} {printable(text)}\n")
+
+
+class _MessageHandler(logging.Handler):
+    """Makes messages of what is logged."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._recorder.message(record.getMessage())
+
+
+@contextmanager
+def log_to(recorder: Recorder) -> Iterator[None]:
+    """Show what Paceline logs (a worker died, a group was dropped) as messages of the run."""
+    logger, handler = logging.getLogger("paceline"), _MessageHandler(recorder)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def read_records(folder: RunFolder) -> list[StepRecord | EvaluationRecord]:
