@@ -152,16 +152,16 @@ def packed_attention(
         )
     # [1, heads, T, head_dim] -> [T, heads, head_dim]
     query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
-    attend = _flash if query.is_cuda and query.dtype in HALF_PRECISION else _run_by_run
+    takes_flash = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    attend = flash_attention if takes_flash else run_by_run_attention
     return attend(query, key, value, packed_segments, scaling)[None], None
 
 
-HALF_PRECISION = (torch.float16, torch.bfloat16)
-
-
-def _flash(
+def flash_attention(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments, scaling: float | None
 ) -> Tensor:
+    """One variable-length call: query [T, num_heads, head_dim], key and value [T, num_kv_heads,
+    head_dim], in half precision on a GPU; the output is shaped like the query."""
     if packed.keys is not None:
         key, value = key.index_select(0, packed.keys), value.index_select(0, packed.keys)
     # flash attention aligns the causal mask to the last query and the last key of a segment
@@ -181,9 +181,10 @@ def _flash(
     return output
 
 
-def _run_by_run(
+def run_by_run_attention(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments, scaling: float | None
 ) -> Tensor:
+    """The same on any device, in any precision: a dense causal batch for every run."""
     if packed.keys is not None:
         query, key, value = (t.index_select(0, packed.keys) for t in (query, key, value))
     sizes = [count * (prefix + length) for count, prefix, length in packed.runs]

@@ -86,14 +86,15 @@ def check_finite(samples: Sequence[TrainSample], step: int) -> None:
         NonFiniteError: names the quantity and the first sample and token.
     """
     for name in ("advantages", "logprobs"):
-        for index, sample in enumerate(samples):
-            bad = sample.loss_mask & ~np.isfinite(getattr(sample, name))
-            if bad.any():
-                token = int(bad.argmax())
-                value = getattr(sample, name)[token]
+        arrays = [getattr(sample, name) for sample in samples]
+        if np.isfinite(np.concatenate(arrays)).all():
+            continue
+        for index, (sample, values) in enumerate(zip(samples, arrays, strict=True)):
+            bad = np.flatnonzero(sample.loss_mask & ~np.isfinite(values))
+            if len(bad):
                 raise NonFiniteError(
-                    f"step {step}: {name} of sample {index} are {value} at token {token}; "
-                    "finite numbers are needed: look at its rewards and sampling"
+                    f"step {step}: {name} of sample {index} are {values[bad[0]]} at token "
+                    f"{bad[0]}; finite numbers are needed: look at its rewards and sampling"
                 )
 
 

@@ -22,14 +22,15 @@ from paceline.configs.schema.model import ModelConfig
 from paceline.learner.attention import (
     ATTENTION_NAME,
     PackedSegments,
+    Segment,
     register_packed_attention,
 )
 
 Head = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 """From hidden states [N, H] and output embedding [V, H] to what is wanted of each position."""
 
-UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Configuration keys of models whose logits are more than output embedding times hidden state."""
+PACKING_TOLERANCE = 1e-3
+"""Largest relative error of logits that is taken for float32 rounding, over many layers."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,10 @@ def write_initial_model(
         _check_fits(_read_config(config.path), config, vocab_size)
         return config.path
     _check_architecture_keys(config.architecture)
-    ids = {"vocab_size": vocab_size, "eos_token_id": eos_token_id, "bos_token_id": None}
-    settings = {"max_position_embeddings": config.max_length} | config.architecture | ids
+    # no padding token: an architecture's default one may lie outside the vocabulary
+    ids = {"vocab_size": vocab_size, "eos_token_id": eos_token_id}
+    no_ids = {"bos_token_id": None, "pad_token_id": None}
+    settings = {"max_position_embeddings": config.max_length} | config.architecture | ids | no_ids
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -134,28 +137,52 @@ def load_policy(folder: str, *, activation_checkpointing: bool = False) -> Polic
     """Load a folder in Hugging Face format as float32 master weights on the CPU.
 
     Raises:
-        ModelError: it cannot be read, or its attention or logits are not plain.
+        ModelError: it cannot be read, or computes something else in packed rows than alone.
     """
     transformers_logging.disable_progress_bar()
     register_packed_attention()
-    config = _read_config(folder)
-    for name in UNSUPPORTED:
-        if getattr(config, name, None) is not None:
-            raise ModelError(
-                f"{config.model_type} transforms its logits ({name}), which the learner does not: "
-                "use a model with plain logits"
-            )
+    _read_config(folder)
     try:
         causal_lm = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation=ATTENTION_NAME
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"the weights in {folder} cannot be loaded: {_one_line(error)}") from error
-    if causal_lm.get_output_embeddings().bias is not None:
-        raise ModelError(f"{config.model_type} has a bias on its output embedding: not supported")
+    # Never in training mode: dropout would train on other log-probabilities than were sampled.
+    policy = PolicyModel(causal_lm).eval()
+    _check_packing(policy)
     if activation_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
-    return PolicyModel(causal_lm.train())
+        for layer in policy.decoder_layers:
+            layer.training = True  # the layer itself, not its dropout: else it is not recomputed
+    return policy
+
+
+@torch.no_grad()
+def _check_packing(policy: PolicyModel) -> None:
+    """Two short sequences and a continuation in one row must give the model's own logits.
+
+    Some architectures look beyond their sequence outside attention (convolutions, recurrences) or
+    do more to logits than one matrix product. Trying tells them all apart, by three small passes.
+    """
+    tokens = torch.arange(7)[None] % policy.causal_lm.config.vocab_size
+    segments = [Segment(0, 3), Segment(3, 2), Segment(5, 2, prefix_start=0, prefix=3)]
+    packed = PackedSegments.from_segments(segments, tokens.device)
+    row = PackedRow(tokens, packed.positions()[None], packed, torch.arange(7))
+    (found,) = policy(row, lambda hidden, weight: (hidden @ weight.T,))
+    causal_lm = policy.causal_lm
+    causal_lm.set_attn_implementation("eager")
+    first = causal_lm(tokens[:, [0, 1, 2, 5, 6]], use_cache=False).logits[0]
+    second = causal_lm(tokens[:, [3, 4]], use_cache=False).logits[0]
+    causal_lm.set_attn_implementation(ATTENTION_NAME)
+    expected = torch.cat([first[:3], second, first[3:]])
+    error = (found - expected).abs().max() / expected.abs().max()
+    if not error < PACKING_TOLERANCE:
+        raise ModelError(
+            f"{causal_lm.config.model_type} computes other logits in packed rows than alone "
+            f"(relative error {error:.1e}): its layers mix neighbouring sequences or it transforms "
+            "its logits; use a plain attention model, for example of the Qwen or Llama families"
+        )
 
 
 def _read_config(path: str) -> PreTrainedConfig:

@@ -118,3 +118,16 @@ def test_triton_kernel_equals_eager_when_interpreted_and_compiles_for_sm80_and_s
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
     )
     assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the compiled kernel needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_triton_kernel_equals_eager_on_a_gpu(dtype):
+    logits = (4 * torch.randn(300, 50_000, device="cuda")).to(dtype)
+    targets = torch.randint(50_000, (300,), device="cuda")
+    for ours, theirs in zip(
+        op.row_statistics_triton(logits, targets, 0.8),
+        op.row_statistics_eager(logits, targets, 0.8),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)

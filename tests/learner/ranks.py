@@ -21,11 +21,8 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, schedule="consta
 def make_worker(
     model_folder, weights_folder, rank=0, num_ranks=1, port=None, precision="float32", **settings
 ):
-    config = LearnerConfig(
-        num_ranks=num_ranks,
-        collective_timeout_seconds=30,
-        **{"tokens_per_microbatch": 64} | settings,
-    )
+    settings = {"tokens_per_microbatch": 64, "collective_timeout_seconds": 30} | settings
+    config = LearnerConfig(num_ranks=num_ranks, **settings)
     return LearnerWorker(
         str(model_folder),
         model_config(precision=precision),

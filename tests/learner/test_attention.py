@@ -11,7 +11,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from paceline.configs.errors import ModelError
-from paceline.learner.attention import PackedSegments, Run, Segment, packed_attention
+from paceline.learner.attention import (
+    PackedSegments,
+    Run,
+    Segment,
+    flash_attention,
+    packed_attention,
+    run_by_run_attention,
+)
 from paceline.learner.model import PackedRow, load_policy, write_initial_model
 from tests.learner.conftest import VOCAB_SIZE, model_config
 
@@ -86,15 +93,26 @@ def test_what_a_sequence_computes_depends_neither_on_its_place_nor_on_its_neighb
             torch.testing.assert_close(values, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_activation_checkpointing_changes_no_gradient(model_folder):
+def test_activation_checkpointing_recomputes_layers_and_changes_no_gradient(model_folder):
     found = []
     for activation_checkpointing in (False, True):
         policy = load_policy(model_folder, activation_checkpointing=activation_checkpointing)
+        calls = []
+        policy.decoder_layers[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         (values,) = policy(packed_row(random_sequences([7, 4])), logits)
         values.square().sum().backward()
         found.append(gradients(policy))
+        assert len(calls) == 1 + activation_checkpointing
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name], atol=1e-6, rtol=1e-6)
+
+
+def test_dropout_of_a_models_configuration_is_never_applied(tmp_path):
+    config = model_config(attention_dropout=0.5)
+    write_initial_model(config, VOCAB_SIZE, 1, seed=0, folder=str(tmp_path))
+    policy = load_policy(str(tmp_path), activation_checkpointing=True)
+    row = packed_row(random_sequences([9]))
+    assert torch.equal(policy(row, logits)[0], policy(row, logits)[0])
 
 
 def test_continuations_of_a_shared_prefix_compute_what_whole_sequences_do(model_folder):
@@ -135,6 +153,39 @@ def test_segments_of_equal_shape_side_by_side_form_one_run():
 
 def test_a_row_without_shared_prefixes_gathers_nothing():
     assert PackedSegments.from_segments([Segment(0, 2), Segment(2, 1)], CPU).keys is None
+
+
+SHARED = [Segment(0, 50), Segment(50, 7), Segment(57, 30, 0, 50), Segment(87, 30, 50, 7)]
+
+
+def heads(device):
+    """Random query (4 heads), key and value (2 heads) for ``SHARED``, [117, heads, 64]."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(117, number, 64) for number in (4, 2, 2)]
+    tensors = [torch.randn(shape, generator=generator) for shape in shapes]
+    return [tensor.to(device, torch.bfloat16).requires_grad_() for tensor in tensors]
+
+
+@pytest.mark.parametrize("segments", [SHARED, SHARED[:2]])
+def test_flash_attention_takes_packed_rows(segments):
+    """Shapes only: without a GPU the kernel cannot run, but its signature can be kept to."""
+    packed = PackedSegments.from_segments(segments, torch.device("meta"))
+    query, key, value = (tensor.to("meta") for tensor in heads("cpu"))
+    assert flash_attention(query, key, value, packed, 0.125).shape == query.shape
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention needs a GPU")
+def test_flash_attention_equals_dense_batches_with_gradients():
+    cuda = torch.device("cuda")
+    packed = PackedSegments.from_segments(SHARED, cuda)
+    found = []
+    for attend in (flash_attention, run_by_run_attention):
+        tensors = heads(cuda)
+        output = attend(*tensors, packed, 0.125)
+        output.float().square().sum().backward()
+        found.append([output.detach(), *(tensor.grad for tensor in tensors)])
+    for flash, dense in zip(*found, strict=True):
+        torch.testing.assert_close(flash, dense, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,25 @@ def test_a_tokenizer_larger_than_the_model_is_refused(model_folder, tmp_path):
         write_initial_model(config, VOCAB_SIZE + 1, 1, 0, str(tmp_path))
 
 
-def test_a_model_that_transforms_its_logits_is_refused(tmp_path):
-    write_initial_model(model_config("granite"), VOCAB_SIZE, 1, 0, str(tmp_path))
-    with pytest.raises(ModelError, match="logits_scaling"):
+@pytest.mark.parametrize(
+    ("model_type", "settings", "words"),
+    [
+        ("granite", {"logits_scaling": 3.0}, "granite computes other logits in packed rows"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "lfm2 computes other logits"),
+        ("gemma2", {"head_dim": 8}, "caps attention scores"),
+    ],
+)
+def test_a_model_that_is_not_itself_in_packed_rows_is_refused(
+    model_type, settings, words, tmp_path
+):
+    config = model_config(model_type, **settings)
+    write_initial_model(config, VOCAB_SIZE, 1, 0, str(tmp_path))
+    with pytest.raises(ModelError, match=words):
         load_policy(str(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["granite", "mistral", "qwen3_moe", "phi3", "olmo2"])
+def test_other_plain_attention_models_are_accepted(model_type, tmp_path):
+    config = model_config(model_type)
+    write_initial_model(config, VOCAB_SIZE, 1, 0, str(tmp_path))
+    load_policy(str(tmp_path))
