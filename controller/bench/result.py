@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,22 +24,43 @@ class BenchError(UserError):
 
 
 @dataclass(frozen=True)
-class Target:
-    """A figure with what is asked of it: ``value comparison target``, for example 3.4 >= 3."""
+class Spread:
+    """Median and range of a figure over rounds."""
 
-    value: float
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """The spread of at least one value."""
+        ordered = sorted(values)
+        return cls(statistics.median(ordered), ordered[0], ordered[-1])
+
+    def __str__(self) -> str:
+        if self.low == self.high:
+            return f"{self.median:.3g}"
+        return f"{self.median:.3g} ({self.low:.3g}-{self.high:.3g})"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure with what is asked of its median: for example 3.4 >= 3."""
+
+    measured: Spread
     comparison: Comparison
     target: float
 
     @property
     def met(self) -> bool:
-        """Whether the value is what was asked for."""
-        return bool(_COMPARE[self.comparison](self.value, self.target))
+        """Whether the median is what was asked for."""
+        return bool(_COMPARE[self.comparison](self.measured.median, self.target))
 
     def as_dict(self) -> dict[str, Any]:
         """The target as JSON."""
         return {
-            "value": plain(self.value),
+            "value": self.measured.median,
+            "range": [self.measured.low, self.measured.high],
             "target": self.target,
             "comparison": self.comparison,
             "met": self.met,
@@ -98,7 +120,7 @@ def show(result: BenchResult, console: Console) -> None:
 
 def _target_table(targets: Mapping[str, Target]) -> BenchTable:
     rows = [
-        (what, f"{t.value:.2f}", f"{t.comparison} {t.target:g}", "yes" if t.met else "NO")
+        (what, str(t.measured), f"{t.comparison} {t.target:g}", "yes" if t.met else "NO")
         for what, t in targets.items()
     ]
     return BenchTable("targets", ("what", "measured", "wanted", "met"), rows)

@@ -7,8 +7,7 @@ compared by medians.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -41,26 +40,6 @@ class Window:
     def as_dict(self) -> dict[str, Any]:
         """The window as JSON."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median and range over rounds."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        """The spread of at least one value."""
-        ordered = sorted(values)
-        return cls(statistics.median(ordered), ordered[0], ordered[-1])
-
-    def __str__(self) -> str:
-        if self.low == self.high:
-            return f"{self.median:.3g}"
-        return f"{self.median:.3g} ({self.low:.3g}-{self.high:.3g})"
 
 
 def paceline_window(

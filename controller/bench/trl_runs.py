@@ -6,7 +6,7 @@ import importlib.util
 import itertools
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from paceline.configs.schema import RunConfig
@@ -43,7 +43,7 @@ def train_trl(
     folder: Path,
     workload: Workload,
     model: Path,
-    problems: tuple[Problem, ...],
+    problems: Sequence[Problem],
     num_steps: int,
     num_threads: int = 1,
 ) -> list[Mapping[str, float]]:

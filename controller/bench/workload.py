@@ -29,7 +29,7 @@ class Workload:
     max_grad_norm: float = 1.0
     temperature: float = 1.0
     seed: int = 0
-    peer_microbatch_size: int = 512
+    peer_microbatch_size: int = 128
     task: Mapping[str, str] = field(default_factory=dict)
     warm_start: Mapping[str, str] = field(default_factory=dict)
 
@@ -86,8 +86,8 @@ LONG = Workload(
     description="labelled digits written out: answers of 3 to 156 tokens, most of them short",
     max_length=272,
     max_tokens=160,
-    groups_per_step=16,
-    peer_microbatch_size=128,
+    groups_per_step=32,
+    samples_per_group=8,
     task={
         "data.source": (
             "{type: import, import_path: 'paceline.controller.bench.transcripts:Transcripts', "

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from paceline.controller.bench import e2e, trl_runs
+from paceline.controller.bench import e2e, e2e_report, trl_runs
 from paceline.controller.bench.result import BenchError
 from paceline.controller.bench.timing import Window
 
@@ -26,23 +26,23 @@ def window(samples_per_second: float) -> Window:
 
 def a_round(
     trl: float, synchronous: float, asynchronous: float, defaults: float, overhead: float = 0.1
-) -> e2e.Round:
+) -> e2e_report.Round:
     rates = {
-        e2e.PEER: trl,
-        e2e.SYNCHRONOUS: synchronous,
-        e2e.ASYNCHRONOUS: asynchronous,
-        e2e.DEFAULTS: defaults,
+        e2e_report.PEER: trl,
+        e2e_report.SYNCHRONOUS: synchronous,
+        e2e_report.ASYNCHRONOUS: asynchronous,
+        e2e_report.DEFAULTS: defaults,
     }
-    return e2e.Round({name: window(rate) for name, rate in rates.items()}, overhead)
+    return e2e_report.Round({name: window(rate) for name, rate in rates.items()}, overhead)
 
 
 def test_targets_are_medians_of_the_ratios_within_a_round() -> None:
     # The machine was half as fast in the second round: ratios do not see it.
     rounds = [a_round(100, 310, 400, 600), a_round(50, 155, 200, 300), a_round(100, 900, 400, 600)]
 
-    targets = e2e.targets_of(rounds)
+    targets = e2e_report.targets_of(rounds)
 
-    values = [target.value for target in targets.values()]
+    values = [target.measured.median for target in targets.values()]
     assert values == pytest.approx([3.1, 6.0, 0.1, 400 / 310])
     assert all(target.met for target in targets.values())
 
@@ -56,16 +56,16 @@ def test_targets_are_medians_of_the_ratios_within_a_round() -> None:
         (a_round(100, 310, 310, 600), "asynchronous over synchronous, samples/s"),
     ],
 )
-def test_each_target_can_be_missed_alone(slower: e2e.Round, missed: str) -> None:
-    targets = e2e.targets_of([slower])
+def test_each_target_can_be_missed_alone(slower: e2e_report.Round, missed: str) -> None:
+    targets = e2e_report.targets_of([slower])
 
     assert [what for what, target in targets.items() if not target.met] == [missed]
 
 
 def test_the_report_holds_every_workload_and_every_round() -> None:
-    rounds = {plan.workload.name: [a_round(100, 310, 400, 600)] * 3 for plan in e2e.FULL}
+    measured = [(plan, [a_round(100, 310, 400, 600)] * 3) for plan in e2e.FULL]
 
-    result = e2e.report(e2e.FULL, rounds)
+    result = e2e_report.report(measured, load_before=0.5)
     answer = json.loads(result.as_json())
 
     assert result.all_met

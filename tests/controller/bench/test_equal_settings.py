@@ -7,13 +7,8 @@ from pathlib import Path
 import pytest
 
 from paceline.configs.schema import RunConfig
-from paceline.controller.bench.e2e import (
-    ASYNCHRONOUS,
-    DEFAULTS,
-    FULL,
-    PACELINE_VARIANTS,
-    SYNCHRONOUS,
-)
+from paceline.controller.bench.e2e import FULL, PACELINE_VARIANTS
+from paceline.controller.bench.e2e_report import ASYNCHRONOUS, DEFAULTS, SYNCHRONOUS
 from paceline.controller.bench.paceline_runs import resolve
 from paceline.controller.bench.trl_job import Problem, TRLJob
 from paceline.controller.bench.trl_runs import training_problems

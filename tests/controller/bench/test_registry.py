@@ -7,13 +7,13 @@ import pytest
 
 from paceline.configs.errors import ConfigError
 from paceline.controller.bench import registry
-from paceline.controller.bench.result import BenchResult, BenchTable, Target
+from paceline.controller.bench.result import BenchResult, BenchTable, Spread, Target
 
 
 def result_with(value: float) -> BenchResult:
     return BenchResult(
         bench="fake",
-        targets={"speed": Target(value, ">=", 3.0)},
+        targets={"speed": Target(Spread.of([value]), ">=", 3.0)},
         figures={"not_a_number": float("nan")},
         seeds={"run": 7},
         versions={"trl": "1.16.0"},
@@ -70,4 +70,17 @@ def test_an_unknown_benchmark_names_those_there_are(tmp_path: Path) -> None:
     ],
 )
 def test_a_target_is_met_by_its_comparison(value: float, comparison: str, met: bool) -> None:
-    assert Target(value, comparison, 3.0).met is met  # type: ignore[arg-type]
+    assert Target(Spread.of([value]), comparison, 3.0).met is met  # type: ignore[arg-type]
+
+
+def test_a_target_is_judged_by_the_median_and_tells_the_range() -> None:
+    target = Target(Spread.of([2.0, 9.0, 3.5]), ">=", 3.0)
+
+    assert target.met
+    assert target.as_dict()["value"] == 3.5
+    assert target.as_dict()["range"] == [2.0, 9.0]
+
+
+def test_spread_is_the_median_with_the_range() -> None:
+    assert str(Spread.of([3.0, 1.0, 10.0])) == "3 (1-10)"
+    assert str(Spread.of([2.5])) == "2.5"

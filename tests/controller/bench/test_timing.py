@@ -3,12 +3,7 @@ from __future__ import annotations
 import pytest
 
 from paceline.controller.bench.result import BenchError
-from paceline.controller.bench.timing import (
-    Spread,
-    controller_overhead,
-    paceline_window,
-    peer_window,
-)
+from paceline.controller.bench.timing import controller_overhead, paceline_window, peer_window
 from paceline.controller.observe.records import StepRecord
 
 SAMPLES_PER_GROUP = 16
@@ -121,11 +116,3 @@ def test_the_peers_window_is_read_from_its_tallies() -> None:
     assert measured.other == pytest.approx(0.9)
     assert measured.padding_factor == pytest.approx(3.0)
     assert measured.generated_per_second == measured.trained_per_second == pytest.approx(512 / 3)
-
-
-def test_spread_is_the_median_with_the_range() -> None:
-    spread = Spread.of([3.0, 1.0, 10.0])
-
-    assert (spread.median, spread.low, spread.high) == (3.0, 1.0, 10.0)
-    assert str(spread) == "3 (1-10)"
-    assert str(Spread.of([2.5])) == "2.5"
