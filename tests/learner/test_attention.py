@@ -98,7 +98,8 @@ def test_activation_checkpointing_recomputes_layers_and_changes_no_gradient(mode
     for activation_checkpointing in (False, True):
         policy = load_policy(model_folder, activation_checkpointing=activation_checkpointing)
         calls = []
-        policy.decoder_layers[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        mlp = policy.decoder_layers[0].mlp
+        mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         (values,) = policy(packed_row(random_sequences([7, 4])), logits)
         values.square().sum().backward()
         found.append(gradients(policy))
