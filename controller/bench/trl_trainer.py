@@ -29,8 +29,7 @@ class TimedTrainer(GRPOTrainer):  # type: ignore[misc]
     """GRPOTrainer that adds up what each step spends and processes, in ``tally``.
 
     ``computed_tokens`` are positions of its padded training batches, ``real_tokens`` those that
-    hold a token; ``decoded_positions`` are positions its generation computed, with finished rows
-    kept in the batch to its end, and ``completion_tokens`` those that belong to a completion.
+    hold a token.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -39,12 +38,9 @@ class TimedTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _generate_single_turn(self, *arguments: Any, **keywords: Any) -> Any:
         started = time.perf_counter()
-        completion_ids, logprobs = super()._generate_single_turn(*arguments, **keywords)
+        completions = super()._generate_single_turn(*arguments, **keywords)
         self.tally["generate"] += time.perf_counter() - started
-        lengths = [len(ids) for ids in completion_ids]
-        self.tally["completion_tokens"] += sum(lengths)
-        self.tally["decoded_positions"] += len(lengths) * max(lengths)
-        return completion_ids, logprobs
+        return completions
 
     def _prepare_inputs(self, *arguments: Any, **keywords: Any) -> Any:
         started = time.perf_counter()

@@ -41,8 +41,7 @@ def test_a_step_of_the_peer_is_timed_part_by_part(model: Path, tmp_path: Path) -
         # both micro-batches are as wide as the longest prompt and the longest completion
         assert step["computed_tokens"] % 8 == 0
         assert 8 * (11 + 1) <= step["computed_tokens"] <= 8 * (11 + 16)
-        assert step["real_tokens"] == 4 * (4 + 11) + step["completion_tokens"]
-        assert step["completion_tokens"] <= step["decoded_positions"] <= 8 * 16
+        assert 4 * (4 + 11) + 8 <= step["real_tokens"] <= step["computed_tokens"]
         parts = step["generate"] + step["forward_backward"] + step["optimizer"]
         assert min(step["generate"], step["forward_backward"], step["optimizer"]) > 0
         assert parts < step["seconds"]
