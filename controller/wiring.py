@@ -55,6 +55,13 @@ LEARNER_WORKER = LateClass("paceline.learner.worker:LearnerWorker")
 ROLLOUT_WORKER = LateClass("paceline.rollout.worker:RolloutWorker")
 VLLM_ENGINE = LateClass("paceline.rollout.vllm_engine:VLLMEngine")
 
+CPU_LEARNER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    # Keep what a step frees: returning it to the system and faulting it in again cost 6% of a step.
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+}
+
 
 @dataclass(frozen=True)
 class EngineWeights:
@@ -245,13 +252,12 @@ async def start_learner(
         weights_folder=weights_folder,
         seed=config.seed,
     )
-    environment = {} if learner.gpus_per_rank else {"OMP_NUM_THREADS": "1"}
     ranks = await start_learner_ranks(
         factory,
         learner.num_ranks,
         cpus=learner.cpus_per_rank,
         gpus=learner.gpus_per_rank,
-        environment=environment,
+        environment={} if learner.gpus_per_rank else CPU_LEARNER_ENVIRONMENT,
     )
     stack.push_async_callback(ranks.close)
     return ranks

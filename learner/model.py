@@ -6,6 +6,7 @@ the learner trains it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,8 @@ def write_initial_model(
                 f"model.architecture cannot be built: {_one_line(error)}; check its numbers"
             ) from error
     _check_fits(model_config, config, vocab_size)
+    # Saving lets accelerate import deepspeed, which warns on every machine without a GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     causal_lm.save_pretrained(folder)
     return folder
 
