@@ -57,7 +57,11 @@ class TrainingObserver:
 
 @dataclass
 class WarmStartObserver:
-    """Observes the supervised warm start and ends it once the model is good enough."""
+    """Observes the supervised warm start and ends it once the model is good enough.
+
+    ``next_position`` is the feed's after the last prompt trained on. The feed itself has run ahead,
+    how far depends on timing: what follows must not.
+    """
 
     recorder: Recorder
     meter: StepMeter
@@ -65,10 +69,12 @@ class WarmStartObserver:
     evaluate_every: int
     target_accuracy: float
     reached: float = 0.0
+    next_position: int = 0
 
     async def after_step(self, batch: AssembledBatch, report: StepReport, loop: Loop) -> bool:
         """Record the step; True once a validation reaches the target."""
         finished = batch.batch.step + 1
+        self.next_position = max(batch.batch.group_ids) + 1
         self.recorder.step(self.meter.measure(batch, report, loop, []))
         if is_due(finished, self.evaluate_every) or finished == loop.num_steps:
             self.reached = await self.validate(finished)

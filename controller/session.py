@@ -133,6 +133,7 @@ class Session:
         )
         await loop.run()
         self._raise_if_stopped()
+        self._feed.position = observer.next_position
         seconds = time.perf_counter() - began
         self._progress.spend("warm_start", seconds)
         self._progress.warm_start = {"steps": loop.steps_done, "seconds": seconds}
