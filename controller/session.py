@@ -28,9 +28,7 @@ from paceline.controller.observe.records import (
     Generation,
 )
 from paceline.controller.phases import TrainingObserver, WarmStartObserver
-from paceline.controller.self_check import check_greedy_tokens
 
-NUM_SELF_CHECK_PROMPTS = 8
 SOLVED_REWARD = 0.99
 """Mean reward from which a run without learning signal counts as solved rather than stuck."""
 
@@ -298,15 +296,7 @@ class Session:
         self._recorder.evaluation(record)
 
     async def _self_check(self, step: int) -> None:
-        checked = await check_greedy_tokens(
-            self._parts.pool,
-            self._parts.learner,
-            self._held_out[:NUM_SELF_CHECK_PROMPTS],
-            max_tokens=self._config.rollout.sampling.max_tokens,
-            stop_token_ids=self._parts.prepared.stop_token_ids,
-            precision=self._config.model.precision,
-            label=f"version {step}",
-        )
+        checked = await self._parts.self_check(f"version {step}")
         self._recorder.message(
             f"self-check of version {step}: {checked} greedy tokens equal the learner's"
         )

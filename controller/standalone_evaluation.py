@@ -42,6 +42,8 @@ async def measure(config: RunConfig) -> dict[str, float]:
         async with started_parts(config, prepared) as parts:
             await parts.weights.push(await parts.weights.publish(0))
             evaluator, prompts = parts.evaluator(), prepared.prompts.held_out
+            checked = await parts.self_check("saved weights")
+            Console().print(f"self-check: {checked} greedy tokens of vLLM equal transformers'")
             return {
                 "greedy": accuracy(await evaluator.greedy(prompts)),
                 "T=1": accuracy(await evaluator.sampled(prompts)),

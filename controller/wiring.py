@@ -33,6 +33,7 @@ from paceline.controller.prompt_sources import (
     load_imported_source,
 )
 from paceline.controller.prompts import PromptRenderer, PromptSet
+from paceline.controller.self_check import check_greedy_tokens
 from paceline.controller.tokenizer import (
     decode_completion,
     load_tokenizer,
@@ -55,6 +56,7 @@ LEARNER_WORKER = LateClass("paceline.learner.worker:LearnerWorker")
 ROLLOUT_WORKER = LateClass("paceline.rollout.worker:RolloutWorker")
 VLLM_ENGINE = LateClass("paceline.rollout.vllm_engine:VLLMEngine")
 
+NUM_SELF_CHECK_PROMPTS = 8
 CPU_LEARNER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     # Keep what a step frees: returning it to the system and faulting it in again cost 6% of a step.
@@ -135,6 +137,22 @@ class Parts:
         """Held-out evaluation on the same workers."""
         return Evaluator(
             self.rollouts, self.config.rollout.sampling.max_tokens, self.prepared.stop_token_ids
+        )
+
+    async def self_check(self, label: str) -> int:
+        """How many greedy tokens of every engine were found equal to the learner's.
+
+        Raises:
+            WeightSyncError: one was not.
+        """
+        return await check_greedy_tokens(
+            self.pool,
+            self.learner,
+            self.prepared.prompts.held_out[:NUM_SELF_CHECK_PROMPTS],
+            max_tokens=self.config.rollout.sampling.max_tokens,
+            stop_token_ids=self.prepared.stop_token_ids,
+            precision=self.config.model.precision,
+            label=label,
         )
 
 
