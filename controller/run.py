@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from paceline.controller.observe.report import write_report
 from paceline.controller.observe.summary import RunStatus, RunSummary
 from paceline.controller.observe.versions import collect_versions, command_line
 from paceline.controller.observe.view import open_view
-from paceline.controller.session import Progress, Session
+from paceline.controller.progress import Progress
+from paceline.controller.session import Session
 from paceline.controller.wiring import Preparation, prepare, started_parts
 
 RESUME_STEP_OF_NOTHING = -1
@@ -62,13 +62,11 @@ def run_training(config: RunConfig, *, resume: bool) -> RunOutcome:
     with RunRecorder(folder, view, config.observability.tensorboard) as recorder:
         try:
             recorder.message("preparing prompts, tokenizer and initial model")
-            began = time.perf_counter()
             prepared = prepare(config, folder.root / "initial")
             recorder.message("starting Ray, grader, learner and rollout workers")
             with log_to(recorder), ray_cluster(config.cluster):
                 require_resources(config)
-                run = conduct(config, prepared, folder, recorder, progress, checkpoint, began)
-                asyncio.run(run)
+                asyncio.run(conduct(config, prepared, folder, recorder, progress, checkpoint))
             status = "solved" if progress.solved else "finished"
         except (RunInterrupted, KeyboardInterrupt) as interruption:
             status, error = "interrupted", interruption
@@ -87,13 +85,8 @@ async def conduct(
     recorder: RunRecorder,
     progress: Progress,
     checkpoint: tuple[RunState, Path] | None,
-    began: float,
 ) -> None:
-    """Start the parts and run the session; Ctrl-C and SIGTERM end it after the step.
-
-    ``began`` is when start-up did, by ``time.perf_counter``.
-    """
-    spent_before = sum(progress.seconds.values())
+    """Start the parts and run the session; Ctrl-C and SIGTERM end it after the step."""
     stop = asyncio.Event()
     me = asyncio.current_task()
     assert me is not None
@@ -110,10 +103,10 @@ async def conduct(
         event_loop.add_signal_handler(number, request_stop)
     try:
         async with started_parts(config, prepared) as parts:
-            progress.spend("startup", time.perf_counter() - began)
+            progress.enter("other")
             if stop.is_set():
                 raise RunInterrupted
-            session = Session(parts, folder, recorder, progress, stop, began - spent_before)
+            session = Session(parts, folder, recorder, progress, stop)
             resume_from = (checkpoint[0], str(checkpoint[1])) if checkpoint else None
             await session.run(resume_from)
     except asyncio.CancelledError:
@@ -146,6 +139,7 @@ def summarise(
     error: BaseException | None,
 ) -> RunSummary:
     """The outcome on one page."""
+    progress.settle()
     totals, before, after = progress.totals, progress.before, progress.after
     accuracies = {
         f"{kind}_{when}": found.get(kind)

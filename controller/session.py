@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 from paceline.configs.errors import RunInterrupted, UserError
@@ -18,7 +17,7 @@ from paceline.controller.checkpoints import CheckpointFolder, RunState
 from paceline.controller.evaluation import accuracy
 from paceline.controller.freshness import FreshnessBudget, freshness_budget
 from paceline.controller.loop import Loop
-from paceline.controller.metering import RunTotals, StepMeter
+from paceline.controller.metering import StepMeter
 from paceline.controller.observe.folder import RunFolder
 from paceline.controller.observe.recorder import Recorder
 from paceline.controller.observe.records import (
@@ -28,26 +27,10 @@ from paceline.controller.observe.records import (
     Generation,
 )
 from paceline.controller.phases import TrainingObserver, WarmStartObserver
+from paceline.controller.progress import Progress
 
 SOLVED_REWARD = 0.99
 """Mean reward from which a run without learning signal counts as solved rather than stuck."""
-
-
-@dataclass
-class Progress:
-    """What is known of a run so far; part of it travels in checkpoints."""
-
-    totals: RunTotals = field(default_factory=RunTotals)
-    seconds: dict[str, float] = field(default_factory=dict)
-    before: dict[str, Any] = field(default_factory=dict)
-    after: dict[str, Any] = field(default_factory=dict)
-    warm_start: dict[str, float] | None = None
-    step: int = 0
-    solved: bool = False
-
-    def spend(self, part: str, seconds: float) -> None:
-        """Add wall time to a part of the run."""
-        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
 
 
 class Session:
@@ -60,7 +43,6 @@ class Session:
         recorder: Recorder,
         progress: Progress,
         stop: asyncio.Event,
-        started: float,
     ) -> None:
         self._parts = parts
         self._config: RunConfig = parts.config
@@ -68,7 +50,7 @@ class Session:
         self._recorder = recorder
         self._progress = progress
         self._stop = stop
-        self._started = started
+        self._started = progress.began
         self._feed = parts.prepared.prompts.feed()
         self._checkpoints = CheckpointFolder(folder.checkpoints, self._config.checkpoint.keep)
         self._held_out = parts.prepared.prompts.held_out
@@ -84,11 +66,13 @@ class Session:
             await self._restore(*resume_from)
         else:
             if self._config.warm_start is not None:
-                await self._warm_start(self._config.warm_start)
+                with self._progress.spending("warm_start"):
+                    await self._warm_start(self._config.warm_start)
             await self._begin_training()
             await self._serve(0)
             await self._evaluate_whole("before", 0)
-        await self._train()
+        with self._progress.spending("train"):
+            await self._train()
         await self._evaluate_whole("after", self._progress.step)
         self._recorder.message("writing the final model")
         await self._parts.learner.export(str(self._folder.final))
@@ -133,7 +117,6 @@ class Session:
         self._raise_if_stopped()
         self._feed.position = observer.next_position
         seconds = time.perf_counter() - began
-        self._progress.spend("warm_start", seconds)
         self._progress.warm_start = {"steps": loop.steps_done, "seconds": seconds}
         if observer.reached < config.target_accuracy:
             raise UserError(
@@ -147,7 +130,6 @@ class Session:
         config, parts, progress = self._config, self._parts, self._progress
         if progress.step >= config.loop.num_steps:
             return
-        began = time.perf_counter()
         loop_config = config.loop
         budget = freshness_budget(
             loop_config.groups_per_step, loop_config.max_lag, loop_config.window_fraction
@@ -187,11 +169,10 @@ class Session:
             f"policy age at most {budget.max_age}"
         )
         observer.meter.restart(await parts.pool.counters())
-        evaluation_before = progress.seconds.get("evaluation", 0.0)
-        await loop.run()
-        evaluated = progress.seconds.get("evaluation", 0.0) - evaluation_before
-        progress.spend("train", time.perf_counter() - began - evaluated)
-        progress.step = loop.first_step + loop.steps_done
+        try:
+            await loop.run()
+        finally:
+            progress.step = loop.first_step + loop.steps_done
         await self._save(progress.step)
         self._raise_if_stopped()
         if loop.exhausted is not None:
@@ -218,6 +199,7 @@ class Session:
     async def _save(self, step: int) -> None:
         """Write a checkpoint; called with every trained group's slot released."""
         assert self._buffer is not None
+        self._progress.settle()
         state = RunState(
             step=step,
             feed=self._feed.state(),
@@ -238,17 +220,16 @@ class Session:
         return found
 
     async def _evaluate_during(self, step: int) -> None:
-        began = time.perf_counter()
-        greedy = accuracy(await self._parts.evaluator().greedy(self._held_out))
+        with self._progress.spending("evaluation"):
+            greedy = accuracy(await self._parts.evaluator().greedy(self._held_out))
         self._record_evaluation("during", step, greedy, None, len(self._held_out))
-        self._progress.spend("evaluation", time.perf_counter() - began)
 
     async def _evaluate_whole(self, label: EvaluationLabel, step: int) -> None:
         """Greedy and T=1 accuracy, and example generations for the report."""
         self._recorder.message(f"evaluating {len(self._held_out)} held-out prompts")
-        began = time.perf_counter()
-        greedy = await self._parts.evaluator().greedy(self._held_out)
-        sampled = await self._parts.evaluator().sampled(self._held_out)
+        with self._progress.spending("evaluation"):
+            greedy = await self._parts.evaluator().greedy(self._held_out)
+            sampled = await self._parts.evaluator().sampled(self._held_out)
         self._record_evaluation(
             label, step, accuracy(greedy), accuracy(sampled), len(self._held_out)
         )
@@ -262,7 +243,6 @@ class Session:
         else:
             self._progress.after = found
         self._folder.write_examples(self._examples())
-        self._progress.spend("evaluation", time.perf_counter() - began)
         self._raise_if_stopped()
 
     @property

@@ -33,10 +33,10 @@ class RunSummary:
     Accuracies are fractions of the ``num_held_out`` held-out prompts, ``None`` where not measured:
     ``greedy_*`` at temperature 0, ``sampled_*`` at temperature 1; ``standard_errors`` has theirs
     under the same names. ``wall_seconds`` has ``total`` and its parts ``startup``, ``warm_start``,
-    ``train`` and ``evaluation``; ``tokens`` has ``prompt``, ``completion`` and ``trained``;
-    ``groups`` has ``generated``, ``trained`` and ``dropped`` (by reason). ``max_age`` is the
-    greatest age, in weight versions, of any trained token, ``max_lag`` the bound on it. ``error``
-    is the one-line cause of a failure.
+    ``train``, ``evaluation`` and ``other``; ``tokens`` has ``prompt``, ``completion`` and
+    ``trained``; ``groups`` has ``generated``, ``trained`` and ``dropped`` (by reason). ``max_age``
+    is the greatest age, in weight versions, of any trained token, ``max_lag`` the bound on it.
+    ``error`` is the one-line cause of a failure.
     """
 
     name: str
