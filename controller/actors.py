@@ -145,8 +145,11 @@ async def result_of(reference: Awaitable[T], dead: type[Exception], who: str) ->
     try:
         return await reference
     except RayActorError as error:
-        reason = str(error).strip().splitlines()
-        raise dead(f"{who} died: {reason[0] if reason else type(error).__name__}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise dead(
+            f"{who} died ({reason}): if memory ran out, lower learner.tokens_per_microbatch or "
+            "rollout.max_num_seqs; a run goes on from its last checkpoint with --resume"
+        ) from error
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None

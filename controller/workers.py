@@ -177,17 +177,18 @@ class WorkerPool:
         try:
             while not seat.serving:
                 seat.num_restarts += 1
-                logger.warning("rollout worker %d died", seat.index)
                 if seat.num_restarts > self._max_restarts:
                     raise ClusterError(
                         f"rollout worker {seat.index} died {times(seat.num_restarts)} and "
                         f"rollout.max_restarts is {self._max_restarts}: its log says why; if "
                         "memory ran out, lower rollout.max_num_seqs or rollout.kv_cache_mb"
                     )
+                logger.warning("rollout worker %d died: starting another", seat.index)
                 seat.worker = await self._start_worker(seat.index)
                 seat.outstanding = 0
                 with contextlib.suppress(WorkerLost):
                     await self._acknowledge(seat)
+            logger.warning("rollout worker %d serves again", seat.index)
         except Exception as error:
             self._failure = error
             async with self._changed:
