@@ -182,6 +182,10 @@ def summarise(
 
 
 def one_line(error: BaseException) -> str:
-    """An error as one line: a user's by its message, any other with its type."""
+    """An error as one line: a user's by its message, any other with its type.
+
+    What failed inside an actor arrives wrapped, with its whole traceback as the message.
+    """
+    error = getattr(error, "cause", None) or error
     text = " ".join(str(error).split())
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from paceline.configs.errors import UserError
 from paceline.configs.vocabulary import WeightVersion
 from paceline.weights_sync.layout import Layout
 
@@ -18,5 +19,6 @@ class WeightHandle:
     layout: Layout
 
 
-class WeightSyncError(RuntimeError):
-    """Published weights are missing, torn or not those announced: they must not be served."""
+class WeightSyncError(UserError):
+    """Weights cannot be published, or are missing, torn or not those announced: they must not be
+    served."""

@@ -92,10 +92,19 @@ def map_file(path: Path, num_bytes: int, *, create: bool) -> torch.Tensor:
 
     Pages of a new file are reserved at once: on a full ``/dev/shm`` this raises, where a write into
     a sparse mapping would kill the process with SIGBUS.
+
+    Raises:
+        WeightSyncError: there is no room for the file.
     """
     if create:
-        with path.open("ab") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))
+        try:
+            with path.open("ab") as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, num_bytes))
+        except OSError as error:
+            raise WeightSyncError(
+                f"{path.parent} has no room for {num_bytes / 2**20:.0f} MiB of weights "
+                f"({error.strerror}): enlarge it (a container's --shm-size) or remove what fills it"
+            ) from error
     return torch.from_file(str(path), shared=True, size=max(1, num_bytes), dtype=torch.uint8)
 
 

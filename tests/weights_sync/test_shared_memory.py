@@ -1,6 +1,7 @@
 """Published weights arrive whole, cast and checked, whatever shards they were written in."""
 
 import dataclasses
+import errno
 
 import pytest
 import torch
@@ -92,3 +93,12 @@ def test_weights_of_another_machine_are_missing_in_words(tmp_path):
 def test_an_unknown_number_format_is_refused():
     with pytest.raises(ValueError, match="float16"):
         Layout((TensorSpec("t", (1,), "float16"),))
+
+
+def test_a_full_memory_is_an_error_in_words_and_not_a_dead_process(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(WeightSyncError, match="no room for .* MiB of weights"):
+        published(tmp_path, 1)
