@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,8 @@ class RunTotals:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        # Not dataclasses.asdict: it rebuilds a Counter from pairs, and so counts the pairs.
+        return {**vars(self), "groups_dropped": dict(self.groups_dropped)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunTotals:
