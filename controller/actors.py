@@ -31,6 +31,8 @@ from paceline.weights_sync.handle import WeightHandle
 
 T = TypeVar("T")
 
+SAVE_MEMORY = "lower learner.tokens_per_microbatch, rollout.max_num_seqs or rollout.kv_cache_mb"
+
 
 @dataclass(frozen=True)
 class LateClass:
@@ -141,19 +143,40 @@ async def start_learner_ranks(
 
 
 async def result_of(reference: Awaitable[T], dead: type[Exception], who: str) -> T:
-    """Await an actor's answer; a dead actor raises ``dead``, its own error is raised as itself."""
+    """Await an actor's answer; a dead actor raises ``dead``, a user's mistake is raised as itself.
+
+    Raises:
+        ClusterError: the actor ran out of memory.
+    """
     try:
         return await reference
     except RayActorError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise dead(
-            f"{who} died ({reason}): if memory ran out, lower learner.tokens_per_microbatch or "
-            "rollout.max_num_seqs; a run goes on from its last checkpoint with --resume"
+            f"{who} died ({one_line(error)}): if memory ran out, {SAVE_MEMORY}; "
+            "--resume continues from the last checkpoint"
         ) from error
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None
+        if is_out_of_memory(error.cause):
+            raise ClusterError(
+                f"{who} ran out of memory ({one_line(error.cause)}): {SAVE_MEMORY}"
+            ) from error
         raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: Python's and numpy's error, torch's on GPU, torch's on CPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """The beginning of what an error says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 class RolloutActor:

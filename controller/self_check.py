@@ -46,7 +46,7 @@ async def check_greedy_tokens(
         for (completion,) in answers
     ]
     if not sequences:
-        return 0  # every worker died over it: their replacements are checked after the next update
+        return 0  # every worker died over it
     mismatches = await learner.greedy_mismatches(sequences, TOLERANCES[precision])
     if mismatches:
         raise WeightSyncError(

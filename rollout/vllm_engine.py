@@ -59,7 +59,7 @@ class VLLMEngine:
             disable_log_stats=True,
             seed=seed,
         )
-        self._engine = vllm.LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
+        self._engine = start_engine(arguments)
         if current_platform.is_cpu():
             require_cpu_head_size(self._engine.vllm_config.model_config.get_head_size())
         self._max_length = max_length
@@ -112,6 +112,23 @@ class VLLMEngine:
         self._engine.reset_prefix_cache(reset_running_requests=True)
         self._engine.set_weight_version(str(handle.version))
         self._version = handle.version
+
+
+def start_engine(arguments: vllm.EngineArgs) -> vllm.LLMEngine:
+    """Load the model into an engine in this process.
+
+    Raises:
+        ModelError: vLLM refuses it.
+    """
+    try:
+        return vllm.LLMEngine.from_engine_args(arguments, enable_multiprocessing=False)
+    except Exception as error:
+        # vLLM and what it loads raise all sorts: about the model's files, its kind, or its size.
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"vLLM cannot serve the model {arguments.model} ({type(error).__name__}: {reason}): "
+            "choose another model, or correct the rollout section"
+        ) from error
 
 
 def require_cpu_head_size(head_size: int) -> None:

@@ -207,3 +207,31 @@ def test_a_replacement_that_was_overtaken_by_an_update_catches_up_before_it_serv
         assert spare.requests == [("a", 1)]
 
     asyncio.run(scenario())
+
+
+def test_a_check_of_every_worker_survives_the_death_of_one_and_has_it_replaced():
+    async def scenario():
+        workers, spare = [FakeWorker(), FakeWorker()], FakeWorker()
+        pool = pool_of(workers, [spare])
+        await pool.update_weights(handle(0))
+        assert len(await pool.generate_everywhere(request("a"))) == 2
+        workers[0].dead = True
+        assert len(await pool.generate_everywhere(request("b"))) == 1
+        while pool.states()["rollout 0"] == "restarting":
+            await asyncio.sleep(0)
+        assert len(await pool.generate_everywhere(request("c"))) == 2
+        assert spare.requests == [("c", 0)]
+
+    asyncio.run(scenario())
+
+
+def test_the_last_death_says_how_often_it_died():
+    async def scenario():
+        worker = FakeWorker()
+        worker.dead = True
+        pool = pool_of([worker], max_restarts=0)
+        await pool.update_weights(handle(0))
+        with pytest.raises(ClusterError, match="worker 0 died once and rollout.max_restarts is 0"):
+            await pool.generate(request("a"))
+
+    asyncio.run(scenario())

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from paceline.configs.errors import DataError
+from paceline.configs.errors import DataError, ModelError
 from paceline.learner.model import write_initial_model
 from paceline.weights_sync.handle import WeightSyncError
 from tests.rollout.conftest import (
@@ -174,3 +174,12 @@ def test_more_prompt_tokens_than_one_engine_step_takes_are_sampled_all_the_same(
     assert len(results) == 128
     (alone,) = run_to_end(engine, dataclasses.replace(requests[7], request_id="alone"))["alone"]
     assert alone.token_ids.tolist() == results["7"][0].token_ids.tolist()
+
+
+def test_a_model_that_vllm_cannot_load_is_the_users_to_correct(tmp_path):
+    write_initial_model(tiny_model_config(), 128, STOP, seed=0, folder=str(tmp_path))
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=f"vLLM cannot serve the model {tmp_path}") as caught:
+        build_engine(str(tmp_path))
+    assert "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from paceline.controller.observe.folder import RunFolder
 from paceline.controller.observe.jsonl import read_lines
-from paceline.controller.observe.recorder import RunRecorder, read_records
+from paceline.controller.observe.recorder import RunRecorder, log_to, read_records
 from paceline.controller.observe.records import EvaluationRecord, SampleRecord, StepRecord
 
 STEP = StepRecord("train", 1, 0.6, reward=0.25, metrics={"entropy": 0.5}, time={"train": 0.3})
@@ -81,6 +82,21 @@ def test_closing_twice_closes_once(tmp_path: Path) -> None:
     with RunRecorder(RunFolder.create(tmp_path / "run"), view, tensorboard=False) as recorder:
         recorder.close()
     assert view.events.count("close") == 1
+
+
+def test_what_rooms_log_is_shown_as_messages_and_not_on_standard_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, view = RunFolder.create(tmp_path / "run"), SpyView()
+    logger = logging.getLogger("paceline.controller.workers")
+    with RunRecorder(folder, view, tensorboard=False) as recorder:
+        with log_to(recorder):
+            logger.warning("worker %d died", 3)
+        logger.warning("after the run")
+    assert "worker 3 died" in view.events
+    assert "after the run" not in view.events
+    assert "worker 3 died" in folder.log.read_text()
+    assert "worker 3 died" not in capfd.readouterr().err
 
 
 def test_a_resumed_run_shows_what_went_before_and_continues_its_curve(
