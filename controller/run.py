@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from paceline.configs.errors import RunInterrupted, UserError
-from paceline.configs.load import dump_config
+from paceline.configs.errors import ConfigError, RunInterrupted, UserError
+from paceline.configs.load import dump_config, load_config
 from paceline.configs.schema import RunConfig
 from paceline.controller.checkpoints import CheckpointFolder, RunState
 from paceline.controller.cluster import ray_cluster, require_resources
@@ -28,6 +29,8 @@ from paceline.controller.session import Session
 from paceline.controller.wiring import Preparation, prepare, started_parts
 
 RESUME_STEP_OF_NOTHING = -1
+FIXED_SECTIONS = ("seed", "model", "data", "warm_start")
+"""What may not change when a run is resumed; everything else may, the number of steps above all."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def run_training(config: RunConfig, *, resume: bool) -> RunOutcome:
     checkpoint = CheckpointFolder(folder.checkpoints, config.checkpoint.keep).latest()
     progress = Progress()
     if resume:
+        keep_previous_config(folder, config)
         progress = restored_progress(folder, checkpoint[0] if checkpoint else None)
     folder.write_config(dump_config(config))
     versions = collect_versions(config.seed)
@@ -114,6 +118,24 @@ async def conduct(
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             event_loop.remove_signal_handler(number)
+
+
+def keep_previous_config(folder: RunFolder, config: RunConfig) -> None:
+    """Check that a resumed configuration is of the same run; keep a copy of one it replaces.
+
+    Raises:
+        ConfigError: what the run is made of changed: nothing was written.
+    """
+    previous = load_config(folder.config)
+    changed = [name for name in FIXED_SECTIONS if getattr(previous, name) != getattr(config, name)]
+    if changed:
+        raise ConfigError(
+            f"--resume: {', '.join(changed)} differ from {folder.config}: resume with the same, or "
+            "start a new run under another name"
+        )
+    if previous != config:
+        number = len(list(folder.root.glob("config.*.yaml"))) + 1
+        shutil.copyfile(folder.config, folder.config.with_name(f"config.{number}.yaml"))
 
 
 def restored_progress(folder: RunFolder, state: RunState | None) -> Progress:

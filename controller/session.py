@@ -129,6 +129,10 @@ class Session:
         """Reinforcement learning: the loop with everything in its place."""
         config, parts, progress = self._config, self._parts, self._progress
         if progress.step >= config.loop.num_steps:
+            self._recorder.message(
+                f"all {config.loop.num_steps} steps were done before: nothing is trained; raise "
+                "loop.num_steps to go on"
+            )
             return
         loop_config = config.loop
         budget = freshness_budget(
