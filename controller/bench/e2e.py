@@ -31,12 +31,12 @@ from paceline.controller.bench.workload import LONG, SHORT
 
 PACELINE_VARIANTS: Mapping[str, Mapping[str, str]] = {
     SYNCHRONOUS: {"loop.max_lag": "0", "algorithm.zero_signal": "keep"},
-    ASYNCHRONOUS: {"loop.max_lag": "2", "algorithm.zero_signal": "keep"},
-    DEFAULTS: {"loop.max_lag": "2", "algorithm.zero_signal": "drop"},
+    ASYNCHRONOUS: {"algorithm.zero_signal": "keep"},
+    DEFAULTS: {},
 }
 
 _ONE, _BOTH = {PEER: 1}, {PEER: 1, PEER_ON_ALL_CORES: 2}
-QUICK = (Plan(SHORT, num_rounds=1, num_warmup=2, num_timed=3, peer_threads=_ONE),)
+QUICK = (Plan(SHORT, num_rounds=1, num_warmup=3, num_timed=3, peer_threads=_ONE),)
 FULL = (
     Plan(SHORT, num_rounds=3, num_warmup=3, num_timed=8, peer_threads=_BOTH),
     Plan(LONG, num_rounds=3, num_warmup=3, num_timed=6, peer_threads=_BOTH),

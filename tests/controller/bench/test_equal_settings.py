@@ -50,7 +50,7 @@ def test_equal_settings_means_that_nothing_is_dropped(workload: Workload) -> Non
     assert config_of(workload, SYNCHRONOUS).algorithm.zero_signal == "keep"
     assert config_of(workload, SYNCHRONOUS).loop.max_lag == 0
     assert config_of(workload, ASYNCHRONOUS).algorithm.zero_signal == "keep"
-    assert config_of(workload, ASYNCHRONOUS).loop.max_lag == 2
+    assert config_of(workload, ASYNCHRONOUS).loop.max_lag == resolve({}).loop.max_lag > 0
 
 
 def test_the_defaults_are_the_quick_starts() -> None:
