@@ -46,7 +46,8 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
         where = f"no Ray cluster at {address}" if address else "a local Ray cluster did not start"
         raise ClusterError(
             f"{where} ({type(error).__name__}: {reason}): start one with `ray start --head`, "
-            "correct cluster.address, or leave it out to run locally"
+            "correct cluster.address, export RAY_AUTH_MODE=token if it wants a token, or leave the "
+            "address out to run locally"
         ) from error
     try:
         yield

@@ -64,14 +64,18 @@ class Command:
     """A started ``paceline`` command. Leaving the block ends whatever is left of it."""
 
     def __init__(
-        self, *arguments: str, cwd: Path, environment: Mapping[str, str] | None = None
+        self,
+        *arguments: str,
+        cwd: Path,
+        environment: Mapping[str, str] | None = None,
+        program: str = "paceline",
     ) -> None:
         self._mark = uuid.uuid4().hex
         self._output = cwd / f"output-{self._mark}.txt"
         self._errors = cwd / f"errors-{self._mark}.txt"
         with self._output.open("w") as output, self._errors.open("w") as errors:
             self.process = subprocess.Popen(
-                [str(SCRIPTS / "paceline"), *arguments],
+                [str(SCRIPTS / program), *arguments],
                 cwd=cwd,
                 env=user_environment() | dict(environment or {}) | {MARK: self._mark},
                 stdin=subprocess.DEVNULL,
@@ -174,9 +178,14 @@ class Ended:
     errors: str
 
 
-def run(*arguments: str, cwd: Path, environment: Mapping[str, str] | None = None) -> Ended:
+def run(
+    *arguments: str,
+    cwd: Path,
+    environment: Mapping[str, str] | None = None,
+    program: str = "paceline",
+) -> Ended:
     """Run a command to its end."""
-    with Command(*arguments, cwd=cwd, environment=environment) as command:
+    with Command(*arguments, cwd=cwd, environment=environment, program=program) as command:
         code = command.wait()
         return Ended(code, command.output, command.errors)
 

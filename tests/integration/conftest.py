@@ -38,7 +38,13 @@ class FinishedRun:
 def finished_run(tmp_path_factory) -> FinishedRun:
     """An asynchronous run of the debug recipe, undisturbed."""
     root = tmp_path_factory.mktemp("finished")
-    arguments = train("finished", "loop.num_steps=12", "checkpoint.every_steps=5", *LEARNS_QUICKLY)
+    arguments = train(
+        "finished",
+        "loop.num_steps=12",
+        "loop.max_lag=1",
+        "checkpoint.every_steps=5",
+        *LEARNS_QUICKLY,
+    )
     began = time.monotonic()
     with Command(*arguments, cwd=root) as command:
         code = command.wait()

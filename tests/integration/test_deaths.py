@@ -55,7 +55,7 @@ def test_killed_rollout_workers_are_replaced_and_nothing_is_lost_or_trained_twic
         assert command.shared_folders() == []
     assert min(worked) > 0.2 * max(worked), f"only one of two engines worked: {worked}"
     assert run.summary.status == "finished"
-    assert run.summary.max_age <= 1
+    assert run.summary.max_age <= run.summary.max_lag
     assert [record.step for record in run.steps] == list(range(1, num_steps + 1))
     assert run.summary.groups["trained"] == 8 * num_steps
     for index in (0, 1):
