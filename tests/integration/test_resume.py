@@ -112,11 +112,16 @@ def resumptions(run: Run) -> list[tuple[str, int]]:
 
 def test_a_resumed_run_has_every_step_once_and_counts_it_once(resumed, uninterrupted):
     assert [record.step for record in resumed.run.steps] == list(range(1, NUM_STEPS + 1))
-    seconds = [record.seconds for record in resumed.run.steps]
-    assert seconds == sorted(seconds)
     mine, whole = resumed.run.summary, uninterrupted.summary
-    assert seconds[-1] < mine.wall_seconds["total"]
     assert (mine.steps, mine.groups, mine.tokens) == (whole.steps, whole.groups, whole.tokens)
+
+
+def test_the_clock_of_a_resumed_run_counts_all_its_parts(resumed):
+    seconds = [record.seconds for record in resumed.run.steps]
+    wall = resumed.run.summary.wall_seconds
+    assert seconds == sorted(seconds)
+    assert seconds[-1] < wall["total"]
+    assert sum(record.time["step"] for record in resumed.run.steps) <= wall["train"]
 
 
 def test_a_resumed_run_trains_on_the_same_samples_with_the_same_rewards(resumed, uninterrupted):
