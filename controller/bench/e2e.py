@@ -38,8 +38,8 @@ PACELINE_VARIANTS: Mapping[str, Mapping[str, str]] = {
 _ONE, _BOTH = {PEER: 1}, {PEER: 1, PEER_ON_ALL_CORES: 2}
 QUICK = (Plan(SHORT, num_rounds=1, num_warmup=3, num_timed=3, peer_threads=_ONE),)
 FULL = (
-    Plan(SHORT, num_rounds=3, num_warmup=3, num_timed=8, peer_threads=_BOTH),
-    Plan(LONG, num_rounds=3, num_warmup=3, num_timed=6, peer_threads=_BOTH),
+    Plan(SHORT, num_rounds=3, num_warmup=3, num_timed=6, peer_threads=_ONE),
+    Plan(LONG, num_rounds=1, num_warmup=3, num_timed=6, peer_threads=_BOTH),
 )
 
 
