@@ -2,8 +2,9 @@
 
 The prompts, the random stream of every sample and the order of summation in the learner are fixed
 by the configuration. What is not fixed is which requests share an engine's batch: it depends on
-when they arrive. On the CPU the products of this small model do not depend on it, row by row, and
-the runs were found bitwise equal; ``TOLERANCE`` leaves room for other kernels' last digits.
+when they arrive. On the CPU the products of this small model do not depend on it, row by row: runs
+with 64 or 7 sequences a batch, with one worker or two, were found bitwise equal (AVX-512, float32).
+``TOLERANCE`` leaves room for other kernels' last digits.
 """
 
 from __future__ import annotations
