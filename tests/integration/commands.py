@@ -100,15 +100,19 @@ class Command:
         pids = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
         return [Process(pid) for pid in pids if mark in _read(pid, "environ").split("\0")]
 
+    def actors(self) -> list[Process]:
+        """Its rollout workers and learner ranks."""
+        return [each for each in self.processes() if each.title.startswith("ray::ActorHost")]
+
     def rollout_workers(self) -> list[Process]:
         """Its actors with an engine in them."""
-        return [actor for actor in self._actors() if actor.has_mapped("/vllm/")]
+        return [actor for actor in self.actors() if actor.has_mapped("/vllm/")]
 
     def learner_ranks(self) -> list[Process]:
         """Its actors that publish weights."""
         return [
             actor
-            for actor in self._actors()
+            for actor in self.actors()
             if actor.has_mapped("/dev/shm/paceline-") and not actor.has_mapped("/vllm/")
         ]
 
@@ -156,9 +160,6 @@ class Command:
                 process.kill()
             self.process.poll()
             time.sleep(0.1)
-
-    def _actors(self) -> list[Process]:
-        return [each for each in self.processes() if each.title.startswith("ray::ActorHost")]
 
     def _check_patience(self, what: str) -> None:
         assert time.monotonic() < self._deadline, f"waited too long until {what}:\n" + (
