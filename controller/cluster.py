@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 
@@ -14,6 +15,10 @@ from paceline.configs.errors import ClusterError
 from paceline.configs.schema.run import ClusterConfig, RunConfig
 
 PROBE_SECONDS = 5.0
+LOCAL_START_ATTEMPTS = 3
+QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -28,20 +33,13 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
     # Ray tells GPU-less processes to hide GPUs by itself; the warning about it is noise here.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = config.address or os.environ.get("RAY_ADDRESS")
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         if address:
             probe(address)
-            ray.init(address=address, **quiet)
+            ray.init(address=address, **QUIET)
         else:
-            # Without an address Ray would join whatever cluster was last started on this machine.
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=config.object_store_mb << 20,
-                **quiet,
-            )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            start_local_cluster(config)
+    except Exception as error:  # Ray raises bare ones, where a node is slow to come up for example
         reason = " ".join(str(error).split())[:200]
         where = f"no Ray cluster at {address}" if address else "a local Ray cluster did not start"
         raise ClusterError(
@@ -53,6 +51,25 @@ def ray_cluster(config: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def start_local_cluster(config: ClusterConfig) -> None:
+    """Start a private cluster; try again where a busy machine outlasts Ray's fixed 30 seconds."""
+    for attempts_left in reversed(range(LOCAL_START_ATTEMPTS)):
+        try:
+            # Without an address Ray would join whatever cluster was last started on this machine.
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=config.object_store_mb << 20,
+                **QUIET,
+            )
+            return
+        except Exception as error:
+            ray.shutdown()
+            if not attempts_left:
+                raise
+            logger.warning("Ray did not start (%s), trying again", " ".join(str(error).split()))
 
 
 def probe(address: str) -> None:

@@ -136,3 +136,27 @@ def test_more_than_the_cluster_has_is_refused_before_anything_waits(
 def test_what_the_cluster_just_has_is_enough(start_fake):
     start_fake(CPU=2.0)
     cluster.require_resources(load_config("debug", ["rollout.cpus_per_worker=2"]))
+
+
+def test_a_local_cluster_that_is_slow_to_start_is_started_again(start_fake):
+    fake = start_fake(Exception("The current node timed out during startup."))
+    start = fake.init
+
+    def second_time_lucky(**arguments):
+        if fake.started_with:
+            fake.error = None
+        start(**arguments)
+
+    fake.init = second_time_lucky
+    with cluster.ray_cluster(ClusterConfig()):
+        assert len(fake.started_with) == 2
+
+
+def test_a_local_cluster_that_never_starts_is_one_line(start_fake):
+    fake = start_fake(Exception("The current node timed out during startup."))
+    with (
+        pytest.raises(ClusterError, match="a local Ray cluster did not start .*timed out"),
+        cluster.ray_cluster(ClusterConfig()),
+    ):
+        pass
+    assert len(fake.started_with) == cluster.LOCAL_START_ATTEMPTS
