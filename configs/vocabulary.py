@@ -18,7 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 WeightVersion = NewType("WeightVersion", int)
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "segment", "abort"]
+"""Why sampling ended. ``stop`` and ``length`` (the whole ``max_tokens``) finish a sample; after
+``segment`` (the turn's budget is used up) and ``abort`` (weights changed, or the claim was taken
+back) it can be continued by any worker."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,14 @@ class SamplingParameters:
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """Ask an engine for ``num_samples`` completions of one prompt.
+    """Ask an engine for ``num_samples`` completions of one prompt, or to go on with them.
 
     Sample ``i`` draws from its own random stream, seeded with ``seed + i``: what is sampled does
     not depend on which other requests share the engine's batch.
+
+    ``partial`` is what earlier turns left of every sample, in order (empty: nothing yet): finished
+    ones are returned as they are, the others continued after their last token. ``segment_tokens``
+    is the most tokens this turn may add to a sample; 0 means no such limit.
     """
 
     request_id: str
@@ -73,6 +80,8 @@ class RolloutRequest:
     sampling: SamplingParameters
     num_samples: int
     seed: int
+    partial: tuple[Completion, ...] = ()
+    segment_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,11 @@ class Completion:
     logprobs: NDArray[np.float32]
     versions: tuple[VersionSpan, ...]
     finish_reason: FinishReason
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to be sampled."""
+        return self.finish_reason in ("stop", "length")
 
 
 @dataclass(frozen=True)
@@ -165,6 +179,14 @@ class Group:
         """The oldest weights that sampled any token of the group; None for demonstrations."""
         spans = (span for trajectory in self.trajectories for span in trajectory.versions)
         return min((span.version for span in spans), default=None)
+
+
+@dataclass(frozen=True)
+class UnfinishedGroup:
+    """A group that goes back to be continued: what was sampled so far, in sample order."""
+
+    group_id: int
+    partial: tuple[Completion, ...]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from paceline.configs.schema.base import Section
@@ -59,6 +61,22 @@ class RolloutConfig(Section):
 
     max_restarts: int = Field(default=1, ge=0)
     """How often a dead worker is replaced before the run ends with its error."""
+
+    on_weight_update: Literal["recompute", "keep", "abort"] = "recompute"
+    """What a weight update does to running sequences. `recompute`: their KV is rebuilt by the new
+    weights; `keep`: they continue on the old KV, a mixture of versions; `abort`: they are given
+    back and continued from their tokens by whichever worker is free."""
+
+    segment_tokens: int = Field(default=0, ge=0)
+    """Most tokens a sample grows by before its group goes back to be continued, perhaps elsewhere;
+    0 samples to the end in one turn."""
+
+    claim_seconds: float = Field(default=600.0, gt=0)
+    """Longest a worker may hold a request: what it has by then is taken back and continued
+    elsewhere."""
+
+    answer_seconds: float = Field(default=30.0, gt=0)
+    """A worker that does not answer a control call within this time is replaced."""
 
     sampling: SamplingConfig = SamplingConfig()
     """How training completions are drawn."""
