@@ -1,0 +1,96 @@
+"""A finished group as bytes: safetensors arrays, the rest as JSON in their header, a checksum."""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any
+
+import numpy as np
+import xxhash
+from safetensors import SafetensorError, numpy as safetensors
+
+from paceline.configs.vocabulary import Group, Prompt, Trajectory, VersionSpan, WeightVersion
+from paceline.controller.ledger.records import LedgerError
+
+_CHECKSUM = struct.Struct("<Q")
+
+
+def encode_group(group: Group) -> bytes:
+    """Samples of a group in one piece; its prompt is named, not kept: the feed has it."""
+    lengths = [len(trajectory.token_ids) for trajectory in group.trajectories]
+    samples = [_facts(trajectory) for trajectory in group.trajectories]
+    facts = {
+        "group_id": group.group_id,
+        "prompt": group.prompt.id,
+        "fault": group.fault,
+        "lengths": lengths,
+        "samples": samples,
+    }
+    arrays = {
+        name: np.concatenate([getattr(t, name) for t in group.trajectories])
+        for name in ("token_ids", "loss_mask", "logprobs")
+    }
+    body = safetensors.save(arrays, {"group": json.dumps(facts)})
+    return _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body)) + body
+
+
+def decode_group(content: bytes, prompt: Prompt, group_id: int) -> Group:
+    """What `encode_group` wrote, with its prompt.
+
+    Raises:
+        LedgerError: the bytes are damaged, or of another group or prompt.
+    """
+    body = content[_CHECKSUM.size :]
+    if len(content) < _CHECKSUM.size or _CHECKSUM.unpack_from(content)[0] != (
+        xxhash.xxh3_64_intdigest(body)
+    ):
+        raise LedgerError(
+            f"the stored samples of group {group_id} are damaged: their checksum does not match; "
+            "start the run anew under another name, or restore the ledger from a copy"
+        )
+    arrays, facts = _read(body, group_id)
+    if (facts["group_id"], facts["prompt"]) != (group_id, prompt.id):
+        raise LedgerError(
+            f"the ledger holds group {facts['group_id']} of prompt {facts['prompt']} where group "
+            f"{group_id} of prompt {prompt.id} was expected: the data changed, or the ledger is "
+            "of another run; resume with the same data"
+        )
+    ends = np.cumsum(facts["lengths"])[:-1]
+    parts = {name: np.split(array, ends) for name, array in arrays.items()}
+    trajectories = tuple(
+        _trajectory(sample, {name: parts[name][index] for name in parts})
+        for index, sample in enumerate(facts["samples"])
+    )
+    return Group(group_id, prompt, trajectories, facts["fault"])
+
+
+def _read(body: bytes, group_id: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    header_length = struct.unpack_from("<Q", body)[0]
+    header = json.loads(body[8 : 8 + header_length])
+    try:
+        return safetensors.load(body), json.loads(header["__metadata__"]["group"])
+    except (SafetensorError, KeyError) as error:  # whole, but not written by `encode_group`
+        raise LedgerError(f"the stored samples of group {group_id} are unreadable: {error}") from (
+            error
+        )
+
+
+def _facts(trajectory: Trajectory) -> dict[str, Any]:
+    return {
+        "versions": [(span.version, span.start, span.end) for span in trajectory.versions],
+        "finish_reason": trajectory.finish_reason,
+        "reward": trajectory.reward,
+        "text": trajectory.text,
+    }
+
+
+def _trajectory(facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trajectory:
+    spans = (VersionSpan(WeightVersion(v), start, end) for v, start, end in facts["versions"])
+    return Trajectory(
+        **arrays,
+        versions=tuple(spans),
+        finish_reason=facts["finish_reason"],
+        reward=facts["reward"],
+        text=facts["text"],
+    )

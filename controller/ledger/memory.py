@@ -1,0 +1,50 @@
+"""A journal in this process's memory: for tests, and for runs that need no more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from paceline.configs.vocabulary import Group, Prompt
+from paceline.controller.ledger.records import Kind, LedgerError, Record
+
+
+class MemoryStore:
+    """Holds groups as they are; keeps no history before the last snapshot."""
+
+    survives = False
+
+    def __init__(self) -> None:
+        self._records: list[Record] = []
+        self._groups: dict[int, Group] = {}
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Keep records and groups."""
+        for record in records:
+            if record.kind is Kind.SNAPSHOT:
+                self._records.clear()
+            if record.group is not None:
+                self._groups[record.key] = record.group
+            self._records.append(record._replace(group=None) if record.group else record)
+
+    def history(self, *, whole: bool = False) -> Iterator[Record]:
+        """Records since the last snapshot, with it."""
+        return iter(tuple(self._records))
+
+    def group(self, group_id: int, prompt: Prompt) -> Group:
+        """A finished group."""
+        group = self._groups.get(group_id)
+        if group is None or group.prompt.id != prompt.id:
+            raise LedgerError(f"the ledger has no samples of group {group_id}, prompt {prompt.id}")
+        return group
+
+    def group_ids(self) -> set[int]:
+        """Finished groups that are kept."""
+        return set(self._groups)
+
+    def forget(self, group_ids: Sequence[int]) -> None:
+        """Let go of groups."""
+        for group_id in group_ids:
+            self._groups.pop(group_id, None)
+
+    def close(self) -> None:
+        """Nothing is open."""

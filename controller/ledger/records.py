@@ -1,0 +1,46 @@
+"""What the journal is made of: one record for everything that happens to a group or a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from paceline.configs.errors import UserError
+from paceline.configs.vocabulary import Group
+
+SCHEMA = 1
+"""Version of what a store holds; a store with a newer one is refused and left as it is."""
+
+
+class LedgerError(UserError):
+    """The ledger cannot be reached or read, or what it says cannot be."""
+
+
+class Kind(StrEnum):
+    """What happened; the comment says what `Record.key` and `Record.detail` are."""
+
+    ADMITTED = "admitted"  # group id; prompt: its id
+    CLAIMED = "claimed"  # group id
+    RETURNED = "returned"  # group id; reason
+    FINISHED = "finished"  # group id; oldest, newest: versions that sampled it
+    BATCHED = "batched"  # step; trained, held: group ids; dropped: reasons by group id
+    TRAINED = "trained"  # step: version step became step + 1
+    SET_ASIDE = "set_aside"  # group id, finished and not batched; reason it will not be trained
+    RESUMED = "resumed"  # step: training goes on from that version; later steps are done again
+    SETTLED = "settled"  # step: no checkpoint before it is left; steps before it are final
+    SNAPSHOT = "snapshot"  # step; the whole `LedgerState`, in place of all records before
+
+
+class Record(NamedTuple):
+    """One line of the journal.
+
+    ``time`` is in seconds since the epoch; ``detail`` holds JSON values; ``group`` is the finished
+    group, whose samples are stored beside the record.
+    """
+
+    kind: Kind
+    key: int
+    time: float
+    detail: Mapping[str, Any] = {}
+    group: Group | None = None

@@ -1,0 +1,260 @@
+"""What a journal adds up to: where every group stands, and whether the books balance (pure).
+
+A group's life, by the record that moves it on::
+
+    ADMITTED -> WAITING -> CLAIMED -> CLAIMED -> FINISHED -> FINISHED -> BATCHED -> BATCHED
+                   ^---- RETURNED ----|                           |
+                                             SET_ASIDE, or BATCHED as dropped: gone, counted
+    BATCHED -> TRAINED -> TRAINED -> SETTLED -> gone, counted
+       ^----- RESUMED -------|
+
+``TRAINED`` can be taken back as long as an older checkpoint may be resumed from: training is then
+done again from the recorded batch, on weights that do not know it yet. ``SETTLED`` makes it final.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from paceline.controller.ledger.records import Kind, LedgerError, Record
+
+
+class Status(StrEnum):
+    """Where a group stands."""
+
+    WAITING = "waiting"
+    CLAIMED = "claimed"
+    FINISHED = "finished"
+    BATCHED = "batched"
+    TRAINED = "trained"
+
+
+PENDING = (Status.WAITING, Status.CLAIMED, Status.FINISHED, Status.BATCHED)
+
+
+@dataclass(slots=True)
+class Life:
+    """One group that is pending, or trained but not settled; ``claims`` counts its attempts."""
+
+    status: Status
+    claims: int = 0
+    oldest: int | None = None
+    newest: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step trains on; see `AssembledBatch` for ``held``."""
+
+    step: int
+    trained: tuple[int, ...]
+    held: tuple[int, ...]
+    dropped: Mapping[int, str]
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Groups whose slots the step holds."""
+        return self.trained + self.held
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Counts of groups; ``admitted = trained + dropped + pending`` in an intact ledger."""
+
+    admitted: int
+    trained: int
+    dropped: Mapping[str, int]
+    pending: Mapping[str, int]
+
+    @property
+    def missing(self) -> int:
+        """Admitted groups that are nowhere (positive), or groups too many (negative)."""
+        accounted = self.trained + sum(self.dropped.values()) + sum(self.pending.values())
+        return self.admitted - accounted
+
+
+@dataclass
+class LedgerState:
+    """The sum of all records so far. Its size is that of what is pending or not settled.
+
+    ``step`` is the next to train, ``last`` the highest id admitted, ``settled`` the step before
+    which training is final; ``trained`` and ``dropped`` count groups that are gone.
+    """
+
+    live: dict[int, Life] = field(default_factory=dict)
+    batches: dict[int, Batch] = field(default_factory=dict)
+    step: int = 0
+    settled: int = 0
+    last: int = -1
+    admitted: int = 0
+    trained: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def apply(self, record: Record) -> None:
+        """Move on by one record.
+
+        Raises:
+            LedgerError: it cannot follow what came before: something is lost, or twice.
+        """
+        _ACTIONS[record.kind](self, record)
+
+    def balance(self) -> Balance:
+        """The books as they stand."""
+        counts = Counter(life.status for life in self.live.values())
+        return Balance(
+            admitted=self.admitted,
+            trained=self.trained + counts[Status.TRAINED],
+            dropped=dict(self.dropped),
+            pending={status.value: counts[status] for status in PENDING},
+        )
+
+    def with_status(self, *statuses: Status) -> list[int]:
+        """Ids of groups that stand there, ascending."""
+        return sorted(i for i, life in self.live.items() if life.status in statuses)
+
+    def untrained_batches(self) -> list[Batch]:
+        """Recorded batches that are still to be trained, in order."""
+        return [self.batches[step] for step in sorted(self.batches) if step >= self.step]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: a snapshot."""
+        lives = {i: [v.status, v.claims, v.oldest, v.newest] for i, v in self.live.items()}
+        batches = [[b.step, b.trained, b.held, dict(b.dropped)] for b in self.batches.values()]
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        return {**counts, "dropped": dict(self.dropped), "live": lives, "batches": batches}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LedgerState:
+        """What `as_dict` gave, before or after it was JSON."""
+        batches = {
+            step: Batch(step, tuple(trained), tuple(held), _reasons(dropped))
+            for step, trained, held, dropped in values["batches"]
+        }
+        return cls(
+            live={int(i): Life(Status(s), *rest) for i, (s, *rest) in values["live"].items()},
+            batches=batches,
+            dropped=Counter(values["dropped"]),
+            **{name: values[name] for name in _COUNTS},
+        )
+
+    def _admitted(self, record: Record) -> None:
+        if record.key <= self.last:
+            raise LedgerError(
+                f"the ledger admits group {record.key} after group {self.last}: expected ids to "
+                "grow; two runs may share it, or it was edited"
+            )
+        self.last = record.key
+        self.admitted += 1
+        self.live[record.key] = Life(Status.WAITING)
+
+    def _claimed(self, record: Record) -> None:
+        self._move(record.key, Status.WAITING, Status.CLAIMED).claims += 1
+
+    def _returned(self, record: Record) -> None:
+        self._move(record.key, Status.CLAIMED, Status.WAITING)
+
+    def _finished(self, record: Record) -> None:
+        life = self._move(record.key, Status.CLAIMED, Status.FINISHED)
+        life.oldest, life.newest = record.detail["oldest"], record.detail["newest"]
+
+    def _batched(self, record: Record) -> None:
+        step, detail = record.key, record.detail
+        batch = Batch(
+            step, tuple(detail["trained"]), tuple(detail["held"]), _reasons(detail["dropped"])
+        )
+        if step != max(self.batches, default=self.step - 1) + 1:
+            raise LedgerError(f"the ledger has a batch for step {step} out of order: it is damaged")
+        for group_id in batch.trained:
+            self._move(group_id, Status.FINISHED, Status.BATCHED)
+        for group_id, reason in batch.dropped.items():
+            self._drop(group_id, reason)
+        self.batches[step] = batch
+
+    def _set_aside(self, record: Record) -> None:
+        self._drop(record.key, record.detail["reason"])
+
+    def _trained(self, record: Record) -> None:
+        if record.key != self.step or record.key not in self.batches:
+            raise LedgerError(
+                f"the ledger trains step {record.key}, expected step {self.step} and its batch: it "
+                "is damaged"
+            )
+        for group_id in self.batches[record.key].trained:
+            self._move(group_id, Status.BATCHED, Status.TRAINED)
+        self.step += 1
+
+    def _resumed(self, record: Record) -> None:
+        if not self.settled <= record.key <= self.step:
+            raise LedgerError(
+                f"the ledger has steps {self.settled} to {self.step}, the checkpoint is of step "
+                f"{record.key}: one of them is of another time or run; resume from the newest "
+                "checkpoint, or move the ledger away to sample anew what was not trained by then"
+            )
+        self.step = record.key
+        for batch in self.untrained_batches():
+            for group_id in batch.trained:
+                self.live[group_id].status = Status.BATCHED
+        for group_id in self.with_status(Status.CLAIMED):
+            self._move(group_id, Status.CLAIMED, Status.WAITING)
+
+    def _settled(self, record: Record) -> None:
+        assert record.key <= self.step, f"step {record.key} is settled before it was trained"
+        for step in [step for step in self.batches if step < record.key]:
+            for group_id in self.batches.pop(step).trained:
+                del self.live[group_id]
+                self.trained += 1
+        self.settled = record.key
+
+    def _snapshot(self, record: Record) -> None:
+        vars(self).update(vars(LedgerState.from_dict(record.detail)))
+
+    def _move(self, group_id: int, expected: Status, status: Status) -> Life:
+        life = self.live.get(group_id)
+        if life is None or life.status is not expected:
+            raise LedgerError(
+                f"the ledger has group {group_id} {life.status if life else 'gone or unknown'} "
+                f"where it becomes {status}; expected it {expected}: a record is lost or doubled"
+            )
+        life.status = status
+        return life
+
+    def _drop(self, group_id: int, reason: str) -> None:
+        self._move(group_id, Status.FINISHED, Status.BATCHED)
+        del self.live[group_id]
+        self.dropped[reason] += 1
+
+
+_COUNTS = ("step", "settled", "last", "admitted", "trained")
+_ACTIONS = {
+    Kind.ADMITTED: LedgerState._admitted,
+    Kind.CLAIMED: LedgerState._claimed,
+    Kind.RETURNED: LedgerState._returned,
+    Kind.FINISHED: LedgerState._finished,
+    Kind.BATCHED: LedgerState._batched,
+    Kind.TRAINED: LedgerState._trained,
+    Kind.SET_ASIDE: LedgerState._set_aside,
+    Kind.RESUMED: LedgerState._resumed,
+    Kind.SETTLED: LedgerState._settled,
+    Kind.SNAPSHOT: LedgerState._snapshot,
+}
+
+
+def fold(records: Iterable[Record]) -> LedgerState:
+    """The state after all records.
+
+    Raises:
+        LedgerError: one of them cannot follow those before.
+    """
+    state = LedgerState()
+    for record in records:
+        state.apply(record)
+    return state
+
+
+def _reasons(dropped: Mapping[Any, str]) -> dict[int, str]:
+    """Reasons by group id; JSON made the ids strings."""
+    return {int(group_id): reason for group_id, reason in dropped.items()}
