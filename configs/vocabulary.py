@@ -10,7 +10,7 @@ and training step ``v`` consumes version ``v`` and produces version ``v + 1``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NewType
 
@@ -112,6 +112,11 @@ class Completion:
         """Whether nothing is left to be sampled."""
         return self.finish_reason in ("stop", "length")
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of its arrays."""
+        return self.token_ids.nbytes + self.logprobs.nbytes
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -177,8 +182,22 @@ class Group:
     @property
     def oldest_version(self) -> WeightVersion | None:
         """The oldest weights that sampled any token of the group; None for demonstrations."""
-        spans = (span for trajectory in self.trajectories for span in trajectory.versions)
-        return min((span.version for span in spans), default=None)
+        return min(self._versions(), default=None)
+
+    @property
+    def newest_version(self) -> WeightVersion | None:
+        """The newest weights that sampled any token of the group; None for demonstrations."""
+        return max(self._versions(), default=None)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its arrays."""
+        return sum(
+            t.token_ids.nbytes + t.loss_mask.nbytes + t.logprobs.nbytes for t in self.trajectories
+        )
+
+    def _versions(self) -> Iterator[WeightVersion]:
+        return (span.version for t in self.trajectories for span in t.versions)
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,17 @@ the engines serve the weights trained on it, or at once when it was dropped.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, OrderedDict
-from collections.abc import Callable
+import heapq
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from paceline.configs.vocabulary import Group, Prompt
+from paceline.configs.vocabulary import Completion, Group, Prompt
 from paceline.controller.freshness import FreshnessBudget
+from paceline.controller.ledger.journal import Journal
+from paceline.controller.ledger.memory import MemoryStore
+from paceline.controller.ledger.records import Kind
 
 
 class State(Enum):
@@ -29,20 +33,36 @@ class State(Enum):
     FINISHED = "finished"
 
 
-@dataclass
+@dataclass(slots=True)
 class Work:
-    """One prompt to be sampled; ``group_id`` is its position in the feed and orders training."""
+    """One prompt to be sampled; ``group_id`` is its position in the feed and orders training.
+
+    ``partial`` is what earlier turns left of every sample, empty before the first.
+    """
 
     group_id: int
     prompt: Prompt
     state: State = State.WAITING
     group: Group | None = None
+    partial: tuple[Completion, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its samples, finished or not."""
+        if self.group is not None:
+            return self.group.num_bytes
+        return sum(completion.num_bytes for completion in self.partial)
 
 
 class WorkBuffer:
     """Bounded hand-over between feed, generate, assemble and sync, on one event loop.
 
+    Admission waits for a slot below ``limit``, which a pacer may set below the budget's capacity.
+    Claims wait where the samples in the buffer could outgrow ``max_bytes``: only groups that the
+    collector may be waiting for, those in the window, are then sampled.
+
     Every wait ends when its condition holds or the buffer is closed; a closed buffer answers None.
+    Each operation costs the same however many groups are in it, but for the heaps' logarithm.
 
     Example, P = 2 and S = 1, so 4 slots::
 
@@ -52,12 +72,54 @@ class WorkBuffer:
         buffer.release((0,))                               # its weights are served: 3 / 4
     """
 
-    def __init__(self, budget: FreshnessBudget) -> None:
+    def __init__(
+        self,
+        budget: FreshnessBudget,
+        journal: Journal | None = None,
+        max_bytes: int = 1 << 30,
+    ) -> None:
+        self.journal = journal or Journal(MemoryStore())
         self._budget = budget
+        self._limit = budget.capacity
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._largest = 0  # of all groups so far: what another claim may turn out to be
         self._entries: OrderedDict[int, Work] = OrderedDict()
         self._slots: set[int] = set()
-        self._changed = asyncio.Condition()
+        self._waiting: list[int] = []
+        self._finished: list[int] = []
+        self._feeders: deque[asyncio.Future[None]] = deque()
+        self._claimers: deque[asyncio.Future[None]] = deque()
+        self._takers: deque[asyncio.Future[None]] = deque()
         self._closed = False
+
+    @property
+    def limit(self) -> int:
+        """Slots that may be held now; at most the budget's capacity."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, limit: int) -> None:
+        assert self._budget.groups_per_step <= limit <= self._budget.capacity
+        self._limit = limit
+        self._wake()
+
+    def restore(self, works: Iterable[Work], slots: Iterable[int]) -> None:
+        """Put recovered entries, waiting or finished, into an empty buffer, in order of their ids.
+
+        ``slots`` are those of batches that are still to be trained. Together they may be more than
+        the capacity: then nothing is admitted, and nothing sampled, until training made room. A
+        group is thus never sampled with more than ``capacity - 1`` others before it.
+        """
+        assert not self._entries and not self._slots, "only an empty buffer is restored"
+        self._slots.update(slots)
+        for work in sorted(works, key=lambda work: work.group_id):
+            assert work.state is not State.CLAIMED, "claims died with who held them"
+            self._slots.add(work.group_id)
+            self._entries[work.group_id] = work
+            heap = self._waiting if work.state is State.WAITING else self._finished
+            heapq.heappush(heap, work.group_id)
+            self._num_bytes += work.num_bytes
 
     async def admit(self, draw: Callable[[], tuple[int, Prompt]]) -> Work | None:
         """Wait for a free slot, then draw a (position, prompt) and let it in.
@@ -65,40 +127,56 @@ class WorkBuffer:
         Drawn only once it can be admitted, so that a checkpoint's cursor never counts a prompt
         nobody holds. Positions must grow: they are the order of training.
         """
-        async with self._changed:
-            await self._wait_for(lambda: len(self._slots) < self._budget.capacity)
-            if self._closed:
-                return None
-            work = Work(*draw())
-            self._slots.add(work.group_id)
-            self._entries[work.group_id] = work
-            self._changed.notify_all()
-            return work
+        await self._wait(self._feeders, self._has_room)
+        if self._closed:
+            return None
+        work = Work(*draw())
+        self.journal.note(Kind.ADMITTED, work.group_id, {"prompt": work.prompt.id})
+        self._slots.add(work.group_id)
+        self._entries[work.group_id] = work
+        heapq.heappush(self._waiting, work.group_id)
+        self._wake()
+        return work
 
     async def claim(self) -> Work | None:
         """Wait for a waiting entry; the oldest becomes the caller's."""
-        async with self._changed:
-            await self._wait_for(lambda: self._oldest_waiting() is not None)
-            work = self._oldest_waiting()
-            if self._closed or work is None:
-                return None
-            work.state = State.CLAIMED
-            return work
+        await self._wait(self._claimers, self._may_claim)
+        if self._closed:
+            return None
+        work = self._entries[heapq.heappop(self._waiting)]
+        self.journal.note(Kind.CLAIMED, work.group_id)
+        work.state = State.CLAIMED
+        self._wake()
+        return work
 
-    async def give_back(self, work: Work) -> None:
-        """Return a claim that could not be carried out; somebody else will claim it."""
-        async with self._changed:
-            assert work.state is State.CLAIMED, f"group {work.group_id} is {work.state.value}"
-            work.state = State.WAITING
-            self._changed.notify_all()
+    async def give_back(
+        self, work: Work, partial: tuple[Completion, ...] | None = None, reason: str = "worker_lost"
+    ) -> None:
+        """Return a claim that was not carried out, with what was sampled; somebody goes on."""
+        assert work.state is State.CLAIMED, f"group {work.group_id} is {work.state.value}"
+        self.journal.note(Kind.RETURNED, work.group_id, {"reason": reason})
+        if partial is not None:
+            self._num_bytes -= work.num_bytes
+            work.partial = partial
+            self._num_bytes += work.num_bytes
+        work.state = State.WAITING
+        heapq.heappush(self._waiting, work.group_id)
+        self._wake()
 
     async def finish(self, group: Group) -> None:
-        """Hand in a claimed group, sampled and graded."""
-        async with self._changed:
-            work = self._entries[group.group_id]
-            assert work.state is State.CLAIMED, f"group {group.group_id} is {work.state.value}"
-            work.state, work.group = State.FINISHED, group
-            self._changed.notify_all()
+        """Hand in a claimed group, sampled and graded: it counts once the ledger has it."""
+        work = self._entries[group.group_id]
+        assert work.state is State.CLAIMED and work.group is None, (
+            f"group {group.group_id} is {work.state.value}"
+        )
+        self._num_bytes += group.num_bytes - work.num_bytes
+        self._largest = max(self._largest, group.num_bytes)
+        work.group, work.partial = group, ()
+        versions = {"oldest": group.oldest_version, "newest": group.newest_version}
+        await self.journal.write(Kind.FINISHED, group.group_id, versions, at=group)
+        work.state = State.FINISHED
+        heapq.heappush(self._finished, group.group_id)
+        self._wake()
 
     async def take(self) -> Group | None:
         """Wait for a finished group among the ``window`` oldest admissions; it leaves the buffer.
@@ -106,51 +184,82 @@ class WorkBuffer:
         The window is anchored at the oldest entry: taking a younger one does not move it, so a slow
         group is overtaken at most ``window - 1`` times.
         """
-        async with self._changed:
-            await self._wait_for(lambda: self._next_finished() is not None)
-            work = self._next_finished()
-            if self._closed or work is None:
-                return None
-            del self._entries[work.group_id]
-            self._changed.notify_all()
-            return work.group
+        await self._wait(self._takers, self._may_take)
+        if self._closed:
+            return None
+        work = self._entries.pop(heapq.heappop(self._finished))
+        self._num_bytes -= work.num_bytes
+        self._wake()
+        return work.group
 
     async def release(self, group_ids: tuple[int, ...]) -> None:
         """Free the slots of groups that were dropped, or whose weights the engines now serve."""
-        async with self._changed:
-            for group_id in group_ids:
-                self._slots.remove(group_id)
-            self._changed.notify_all()
+        for group_id in group_ids:
+            self._slots.remove(group_id)
+        self._wake()
 
     async def close(self) -> None:
         """End every wait; nothing is admitted, claimed or taken afterwards."""
-        async with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+        self._closed = True
+        self._wake()
 
     def unreleased(self) -> tuple[int, ...]:
         """Ids of groups whose slot is held, ascending: what a resumed run must do again."""
         return tuple(sorted(self._slots))
 
     def occupancy(self) -> dict[str, int]:
-        """Entries by state, and slots held."""
-        states = Counter(work.state.value for work in self._entries.values())
-        return {state.value: states[state.value] for state in State} | {"slots": len(self._slots)}
+        """Entries by state, slots held, slots allowed now, and bytes of samples."""
+        waiting, finished = len(self._waiting), len(self._finished)
+        return {
+            State.WAITING.value: waiting,
+            State.CLAIMED.value: len(self._entries) - waiting - finished,
+            State.FINISHED.value: finished,
+            "slots": len(self._slots),
+            "limit": self._limit,
+            "bytes": self._num_bytes,
+        }
 
-    async def _wait_for(self, condition: Callable[[], bool]) -> None:
-        await self._changed.wait_for(lambda: self._closed or condition())
+    def _has_room(self) -> bool:
+        return len(self._slots) < self._limit
 
-    def _oldest_waiting(self) -> Work | None:
-        waiting = (work for work in self._entries.values() if work.state is State.WAITING)
-        return next(waiting, None)
+    def _may_claim(self) -> bool:
+        if not self._waiting or len(self._slots) > self._budget.capacity:
+            return False
+        if self._waiting[0] < self._window_end():
+            return True
+        claimed = len(self._entries) - len(self._waiting) - len(self._finished)
+        return self._num_bytes + (claimed + 1) * self._largest <= self._max_bytes
 
-    def _next_finished(self) -> Work | None:
-        if not self._entries:
-            return None
-        end = next(iter(self._entries)) + self._budget.window
-        for work in self._entries.values():
-            if work.group_id >= end:
-                return None
-            if work.state is State.FINISHED:
-                return work
-        return None
+    def _may_take(self) -> bool:
+        return bool(self._finished) and self._finished[0] < self._window_end()
+
+    def _window_end(self) -> int:
+        return next(iter(self._entries)) + self._budget.window
+
+    async def _wait(
+        self, queue: deque[asyncio.Future[None]], condition: Callable[[], bool]
+    ) -> None:
+        """Wait for one's turn: until the condition holds for the first in the queue."""
+        while not self._closed and not condition():
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            queue.append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._wake()  # it was somebody's turn who left: the next one's, then
+                raise
+
+    def _wake(self) -> None:
+        """Let those at the heads of the queues look again; all of them at the end."""
+        for queue, condition in (
+            (self._feeders, self._has_room),
+            (self._claimers, self._may_claim),
+            (self._takers, self._may_take),
+        ):
+            while queue and (self._closed or condition()):
+                turn = queue.popleft()
+                if not turn.done():
+                    turn.set_result(None)
+                    if not self._closed:
+                        break

@@ -25,7 +25,7 @@ class Kind(StrEnum):
     RETURNED = "returned"  # group id; reason
     FINISHED = "finished"  # group id; oldest, newest: versions that sampled it
     BATCHED = "batched"  # step; trained, held: group ids; dropped: reasons by group id
-    TRAINED = "trained"  # step: version step became step + 1
+    TRAINED = "trained"  # step; checksum: of the weights it made
     SET_ASIDE = "set_aside"  # group id, finished and not batched; reason it will not be trained
     RESUMED = "resumed"  # step: training goes on from that version; later steps are done again
     SETTLED = "settled"  # step: no checkpoint before it is left; steps before it are final

@@ -82,7 +82,10 @@ class LedgerState:
     """The sum of all records so far. Its size is that of what is pending or not settled.
 
     ``step`` is the next to train, ``last`` the highest id admitted, ``settled`` the step before
-    which training is final; ``trained`` and ``dropped`` count groups that are gone.
+    which training is final; ``trained`` and ``dropped`` count groups that are gone. ``checksums``
+    are of the weights that each step since then made, and ``diverged`` the steps that made others
+    when they were done again. ``gone`` collects groups whose samples nobody needs any more, for
+    whoever empties it.
     """
 
     live: dict[int, Life] = field(default_factory=dict)
@@ -93,6 +96,9 @@ class LedgerState:
     admitted: int = 0
     trained: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    checksums: dict[int, int] = field(default_factory=dict)
+    diverged: list[int] = field(default_factory=list)
+    gone: list[int] = field(default_factory=list)
 
     def apply(self, record: Record) -> None:
         """Move on by one record.
@@ -125,7 +131,14 @@ class LedgerState:
         lives = {i: [v.status, v.claims, v.oldest, v.newest] for i, v in self.live.items()}
         batches = [[b.step, b.trained, b.held, dict(b.dropped)] for b in self.batches.values()]
         counts = {name: getattr(self, name) for name in _COUNTS}
-        return {**counts, "dropped": dict(self.dropped), "live": lives, "batches": batches}
+        return {
+            **counts,
+            "dropped": dict(self.dropped),
+            "live": lives,
+            "batches": batches,
+            "checksums": dict(self.checksums),
+            "diverged": list(self.diverged),
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LedgerState:
@@ -138,6 +151,8 @@ class LedgerState:
             live={int(i): Life(Status(s), *rest) for i, (s, *rest) in values["live"].items()},
             batches=batches,
             dropped=Counter(values["dropped"]),
+            checksums={int(step): checksum for step, checksum in values["checksums"].items()},
+            diverged=list(values["diverged"]),
             **{name: values[name] for name in _COUNTS},
         )
 
@@ -185,6 +200,10 @@ class LedgerState:
             )
         for group_id in self.batches[record.key].trained:
             self._move(group_id, Status.BATCHED, Status.TRAINED)
+        checksum = record.detail.get("checksum")
+        if self.checksums.setdefault(record.key, checksum) != checksum:
+            self.diverged.append(record.key)
+            self.checksums[record.key] = checksum
         self.step += 1
 
     def _resumed(self, record: Record) -> None:
@@ -204,13 +223,16 @@ class LedgerState:
     def _settled(self, record: Record) -> None:
         assert record.key <= self.step, f"step {record.key} is settled before it was trained"
         for step in [step for step in self.batches if step < record.key]:
-            for group_id in self.batches.pop(step).trained:
+            batch = self.batches.pop(step)
+            self.checksums.pop(step, None)
+            for group_id in batch.trained:
                 del self.live[group_id]
-                self.trained += 1
+            self.trained += len(batch.trained)
+            self.gone += batch.trained
         self.settled = record.key
 
     def _snapshot(self, record: Record) -> None:
-        vars(self).update(vars(LedgerState.from_dict(record.detail)))
+        vars(self).update(vars(LedgerState.from_dict(record.detail)), gone=self.gone)
 
     def _move(self, group_id: int, expected: Status, status: Status) -> Life:
         life = self.live.get(group_id)
@@ -226,6 +248,7 @@ class LedgerState:
         self._move(group_id, Status.FINISHED, Status.BATCHED)
         del self.live[group_id]
         self.dropped[reason] += 1
+        self.gone.append(group_id)
 
 
 _COUNTS = ("step", "settled", "last", "admitted", "trained")

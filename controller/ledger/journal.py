@@ -1,0 +1,144 @@
+"""The ledger at work: every record is checked against the state, and committed in groups."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from paceline.configs.vocabulary import Group
+from paceline.controller.ledger.records import Kind, Record
+from paceline.controller.ledger.state import LedgerState, fold
+from paceline.controller.ledger.store import Store
+
+SNAPSHOT_EVERY = 64
+"""Settlings after which the state is written whole and the records before it are not needed."""
+
+
+class Journal:
+    """What the loop tells of groups and steps; the only way to the store while a run is going.
+
+    Records reach the store in the order they were noted, so whatever a crash loses is the end of
+    the story, never its middle. All that were noted while one commit was under way go into the
+    next. Nobody can note without bound: each record belongs to a group that holds a slot, or to a
+    step.
+
+    ``revocable`` says that steps may be done again from a checkpoint: batches then stay until they
+    are settled. Otherwise a step is final as soon as it was trained.
+    """
+
+    def __init__(self, store: Store, *, revocable: bool = False) -> None:
+        """Take up the story where the store's history ends.
+
+        Raises:
+            LedgerError: it cannot be read, or contradicts itself.
+        """
+        self.store = store
+        self.state: LedgerState = fold(store.history())
+        store.forget(sorted(store.group_ids() - self.state.live.keys()))
+        self.state.gone.clear()
+        self._revocable = revocable
+        self._settlings = 0
+        self._noted: list[Record] = []
+        self._filling: asyncio.Future[None] | None = None  # done when what is noted is durable
+        self._sending: asyncio.Future[None] | None = None  # done when what is being sent is
+        self._failure: Exception | None = None
+
+    def note(
+        self,
+        kind: Kind,
+        key: int,
+        detail: Mapping[str, Any] | None = None,
+        *,
+        at: Group | None = None,
+    ) -> None:
+        """Record something; it is durable soon, and before anything noted later.
+
+        Raises:
+            LedgerError: it cannot follow what came before, or an earlier record was not written.
+        """
+        record = Record(kind, key, time.time(), detail or {}, at)
+        self.state.apply(record)
+        self._append(record)
+        if kind is Kind.TRAINED and not self._revocable:
+            self.settle(key + 1)
+
+    async def write(
+        self,
+        kind: Kind,
+        key: int,
+        detail: Mapping[str, Any] | None = None,
+        *,
+        at: Group | None = None,
+    ) -> None:
+        """`note`, and wait until it is durable."""
+        self.note(kind, key, detail, at=at)
+        await self.flush()
+
+    def settle(self, step: int) -> None:
+        """Make training before ``step`` final: no checkpoint before it will be resumed from."""
+        self._note_settled(step)
+        self._settlings += 1
+        if self._revocable or self._settlings % SNAPSHOT_EVERY == 0:
+            self._append(Record(Kind.SNAPSHOT, step, time.time(), self.state.as_dict()))
+
+    async def flush(self) -> None:
+        """Return once all that was noted is durable."""
+        last = self._filling or self._sending
+        if last is not None:
+            await asyncio.shield(last)
+
+    async def close(self) -> None:
+        """Write what is left and let go of the store."""
+        try:
+            await self.flush()
+        finally:
+            self.store.close()
+
+    def _note_settled(self, step: int) -> None:
+        record = Record(Kind.SETTLED, step, time.time())
+        self.state.apply(record)
+        self._append(record)
+
+    def _append(self, record: Record) -> None:
+        if self._failure is not None:
+            raise self._failure
+        self._noted.append(record)
+        if not self.store.survives:
+            self._send(*self._taken())
+        elif self._filling is None:
+            self._filling = asyncio.get_running_loop().create_future()
+            if self._sending is None:
+                self._writer = asyncio.create_task(self._commit(), name="journal")
+
+    async def _commit(self) -> None:
+        """Send what was noted until nothing is left, telling those who wait for it."""
+        while self._filling is not None:
+            self._sending, self._filling = self._filling, None
+            try:
+                await asyncio.to_thread(self._send, *self._taken())
+            except Exception as error:
+                self._fail(error)
+                return
+            self._sending.set_result(None)
+            self._sending = None
+
+    def _taken(self) -> tuple[list[Record], list[int]]:
+        """What is to be sent, and whose samples are not needed once it was."""
+        taken = self._noted, self.state.gone
+        self._noted, self.state.gone = [], []
+        return taken
+
+    def _send(self, records: list[Record], gone: list[int]) -> None:
+        self.store.append(records)
+        if gone:
+            self.store.forget(gone)
+
+    def _fail(self, error: Exception) -> None:
+        """Nothing can be written any more: fail who waits, and who notes from now on."""
+        self._failure = error
+        for future in (self._sending, self._filling):
+            if future is not None:
+                future.set_exception(error)
+                future.exception()  # perhaps nobody waits for it: the next note will raise it
