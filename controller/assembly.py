@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,8 @@ from paceline.configs.errors import UserError
 from paceline.configs.vocabulary import Group, TrainBatch, TrainSample
 from paceline.controller.algorithms import Algorithm
 from paceline.controller.buffer import WorkBuffer
+from paceline.controller.ledger.records import Kind
+from paceline.controller.ledger.state import Batch
 
 
 class NoSignalError(UserError):
@@ -53,8 +56,19 @@ class AssembledBatch:
         return max(self.ages, default=0)
 
 
+@dataclass(frozen=True)
+class RecordedBatch:
+    """A batch the ledger has, made before the run was interrupted, with its groups."""
+
+    batch: Batch
+    groups: tuple[Group, ...]
+
+
 class Collector:
-    """Collects the groups of one step at a time; ``temperature`` is that of the sampling."""
+    """Collects the groups of one step at a time; ``temperature`` is that of the sampling.
+
+    ``recorded`` batches come first, as they were: those steps are done again.
+    """
 
     def __init__(
         self,
@@ -62,7 +76,9 @@ class Collector:
         algorithm: Algorithm,
         groups_per_step: int,
         temperature: float = 1.0,
+        recorded: Sequence[RecordedBatch] = (),
     ) -> None:
+        self._recorded = deque(recorded)
         self._buffer = buffer
         self._algorithm = algorithm
         self._groups_per_step = groups_per_step
@@ -76,10 +92,12 @@ class Collector:
         Raises:
             NoSignalError: it then has nothing at all.
         """
+        if self._recorded:
+            return self._again(step, self._recorded.popleft())
         kept: list[Group] = []
         held: list[int] = []
         rewards: list[float] = []
-        dropped: Counter[str] = Counter()
+        dropped: dict[int, str] = {}
         num_draws = self._groups_per_step * self._algorithm.max_draws
         for draws_left in reversed(range(num_draws)):
             group = await self._buffer.take()
@@ -88,7 +106,7 @@ class Collector:
             if (reason := group.fault or self._algorithm.drop_reason(group)) is None:
                 kept.append(group)
             else:
-                dropped[reason] += 1
+                dropped[group.group_id] = reason
                 if len(kept) + len(held) + draws_left < self._groups_per_step:
                     held.append(group.group_id)
                 else:
@@ -96,11 +114,23 @@ class Collector:
             if len(kept) + len(held) == self._groups_per_step:
                 break
         if not kept:
+            for group_id, reason in dropped.items():
+                self._buffer.journal.note(Kind.SET_ASIDE, group_id, {"reason": reason})
             raise NoSignalError(num_draws, float(np.mean(rewards)))
-        slots = tuple(group.group_id for group in kept) + tuple(held)
-        return AssembledBatch(self._train_batch(step, kept), tuple(kept), slots, dropped)
+        batch = Batch(step, tuple(group.group_id for group in kept), tuple(held), dropped)
+        await self._buffer.journal.write(Kind.BATCHED, step, batch.as_detail())
+        return self._assembled(batch, kept)
 
-    def _train_batch(self, step: int, groups: list[Group]) -> TrainBatch:
+    def _again(self, step: int, recorded: RecordedBatch) -> AssembledBatch:
+        assert recorded.batch.step == step, f"step {step} got step {recorded.batch.step} again"
+        return self._assembled(recorded.batch, recorded.groups)
+
+    def _assembled(self, batch: Batch, groups: Sequence[Group]) -> AssembledBatch:
+        dropped = Counter(batch.dropped.values())
+        train_batch = self._train_batch(batch.step, groups)
+        return AssembledBatch(train_batch, tuple(groups), batch.slots, dropped)
+
+    def _train_batch(self, step: int, groups: Sequence[Group]) -> TrainBatch:
         samples = tuple(
             TrainSample(
                 token_ids=trajectory.token_ids,

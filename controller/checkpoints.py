@@ -26,7 +26,8 @@ class RunState:
     """The controller's part of a checkpoint, at a step boundary.
 
     ``feed`` is the prompt feed's own state; ``pending`` are the positions before it whose prompts
-    were admitted and neither trained nor dropped: they are fed again first. ``seconds`` are spent
+    were admitted and neither trained nor dropped: where no ledger tells more, they are sampled
+    again. ``seconds`` are spent
     so far, by part of the run; ``before`` is what the held-out evaluation before training found.
     """
 
@@ -64,6 +65,10 @@ class CheckpointFolder:
         for old in self._complete()[: -self._keep]:
             shutil.rmtree(old)
         return target
+
+    def oldest_step(self) -> int:
+        """The step of the oldest checkpoint: training before it is final."""
+        return int(self._complete()[0].name.removeprefix("step-"))
 
     def latest(self) -> tuple[RunState, Path] | None:
         """The newest checkpoint's state and the folder of the learner's shards; None without any.

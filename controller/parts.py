@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from paceline.configs.vocabulary import Group, StepReport, TrainBatch
+from paceline.configs.vocabulary import Group, StepReport, TrainBatch, UnfinishedGroup
 from paceline.controller.buffer import Work
+from paceline.controller.pacing import Flow
 from paceline.weights_sync.handle import WeightHandle
 
 if TYPE_CHECKING:
@@ -24,8 +25,12 @@ class WorkerLost(Exception):
 class Generate(Protocol):
     """Fills a claimed group: sampling and grading, or looking up a demonstration."""
 
-    async def __call__(self, work: Work) -> Group:
-        """The finished group; raises `WorkerLost` where another attempt can succeed."""
+    async def __call__(self, work: Work) -> Group | UnfinishedGroup:
+        """The finished group, or what there is of it where it is to be continued by another turn.
+
+        Raises:
+            WorkerLost: nothing came of it; another attempt can succeed.
+        """
 
 
 class Learner(Protocol):
@@ -46,6 +51,13 @@ class WeightsPart(Protocol):
 
     async def push(self, handle: WeightHandle | None) -> None:
         """Return once every engine serves the published version."""
+
+
+class Pace(Protocol):
+    """Says how many slots may be held."""
+
+    def observe(self, flow: Flow) -> int:
+        """The limit from now on, after what a step saw."""
 
 
 class StepObserver(Protocol):

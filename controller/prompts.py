@@ -8,7 +8,6 @@ hold a question twice.
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -160,7 +159,6 @@ class PromptFeed(Iterator[tuple[int, Prompt]]):
         self._renderer = renderer
         self._kept_apart = kept_apart
         self._fingerprint = _fingerprint(kept_apart)
-        self._again: deque[int] = deque()
         self.position = position
 
     def __next__(self) -> tuple[int, Prompt]:
@@ -169,11 +167,8 @@ class PromptFeed(Iterator[tuple[int, Prompt]]):
         Raises:
             DataError: no prompt is left besides those kept apart, or one cannot be rendered.
         """
-        if self._again:
-            position = self._again.popleft()
-            return position, self._at(position)
         for _ in range(_patience(self._source)):
-            position, prompt = self.position, self._at(self.position)
+            position, prompt = self.position, self.at(self.position)
             self.position += 1
             if prompt.text not in self._kept_apart:
                 return position, prompt
@@ -186,10 +181,8 @@ class PromptFeed(Iterator[tuple[int, Prompt]]):
         """What a checkpoint keeps, in plain values."""
         return {"position": self.position, "kept_apart": self._fingerprint}
 
-    def restore(self, state: Mapping[str, Any], again: Iterable[int] = ()) -> None:
-        """Yield the prompts at the positions ``again``, then go on from ``state``.
-
-        ``again`` are the prompts that the interrupted run had drawn and not finished, ascending.
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``.
 
         Raises:
             CheckpointError: other prompts were kept apart then, so that training might meet them.
@@ -200,9 +193,9 @@ class PromptFeed(Iterator[tuple[int, Prompt]]):
                 "or its settings changed; resume with the same data, or start a new run"
             )
         self.position = int(state["position"])
-        self._again = deque(again)
 
-    def _at(self, position: int) -> Prompt:
+    def at(self, position: int) -> Prompt:
+        """The prompt at a position, drawn before or not."""
         return self._renderer.prompt(self._source.record(position))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import signal
 import sys
@@ -15,6 +16,9 @@ from paceline.configs.load import dump_config, load_config
 from paceline.configs.schema import RunConfig
 from paceline.controller.checkpoints import CheckpointFolder, RunState
 from paceline.controller.cluster import ray_cluster, require_resources
+from paceline.controller.ledger.journal import Journal
+from paceline.controller.ledger.memory import MemoryStore
+from paceline.controller.ledger.store import Store
 from paceline.controller.metering import RunTotals
 from paceline.controller.observe.folder import RunFolder
 from paceline.controller.observe.progress import RunPlan
@@ -25,7 +29,8 @@ from paceline.controller.observe.summary import RunStatus, RunSummary
 from paceline.controller.observe.versions import collect_versions, command_line
 from paceline.controller.observe.view import open_view
 from paceline.controller.progress import Progress
-from paceline.controller.session import Session
+from paceline.controller.recovery import groups_fit
+from paceline.controller.session import Resumption, Session
 from paceline.controller.wiring import Preparation, prepare, started_parts
 
 RESUME_STEP_OF_NOTHING = -1
@@ -53,9 +58,9 @@ def run_training(config: RunConfig, *, resume: bool) -> RunOutcome:
     root = Path(config.output_dir) / config.name
     folder = RunFolder.open(root) if resume else RunFolder.create(root)
     checkpoint = CheckpointFolder(folder.checkpoints, config.checkpoint.keep).latest()
-    progress = Progress()
+    progress, fits = Progress(), True
     if resume:
-        keep_previous_config(folder, config)
+        fits = groups_fit(keep_previous_config(folder, config), config)
         progress = restored_progress(folder, checkpoint[0] if checkpoint else None)
     folder.write_config(dump_config(config))
     versions = collect_versions(config.seed)
@@ -67,10 +72,16 @@ def run_training(config: RunConfig, *, resume: bool) -> RunOutcome:
         try:
             recorder.message("preparing prompts, tokenizer and initial model")
             prepared = prepare(config, folder.root / "initial")
-            recorder.message("starting Ray, grader, learner and rollout workers")
-            with log_to(recorder), ray_cluster(config.cluster):
-                require_resources(config)
-                asyncio.run(conduct(config, prepared, folder, recorder, progress, checkpoint))
+            resumption = checkpoint and Resumption(checkpoint[0], str(checkpoint[1]), fits)
+            with contextlib.closing(MemoryStore()) as store:
+                journal = Journal(store, revocable=is_revocable(store, config))
+                recorder.message("starting Ray, grader, learner and rollout workers")
+                with log_to(recorder), ray_cluster(config.cluster):
+                    require_resources(config)
+                    work = conduct(
+                        config, prepared, folder, recorder, progress, journal, resumption
+                    )
+                    asyncio.run(work)
             status = "solved" if progress.solved else "finished"
         except (RunInterrupted, KeyboardInterrupt) as interruption:
             status, error = "interrupted", interruption
@@ -88,7 +99,8 @@ async def conduct(
     folder: RunFolder,
     recorder: RunRecorder,
     progress: Progress,
-    checkpoint: tuple[RunState, Path] | None,
+    journal: Journal,
+    resumption: Resumption | None,
 ) -> None:
     """Start the parts and run the session; Ctrl-C and SIGTERM end it after the step."""
     stop = asyncio.Event()
@@ -110,18 +122,25 @@ async def conduct(
             progress.enter("other")
             if stop.is_set():
                 raise RunInterrupted
-            session = Session(parts, folder, recorder, progress, stop)
-            resume_from = (checkpoint[0], str(checkpoint[1])) if checkpoint else None
-            await session.run(resume_from)
+            session = Session(parts, folder, recorder, progress, journal, stop)
+            await session.run(resumption)
     except asyncio.CancelledError:
         raise RunInterrupted from None
     finally:
+        await journal.flush()
         for number in (signal.SIGINT, signal.SIGTERM):
             event_loop.remove_signal_handler(number)
 
 
-def keep_previous_config(folder: RunFolder, config: RunConfig) -> None:
+def is_revocable(store: Store, config: RunConfig) -> bool:
+    """Whether steps may be done again: there will be checkpoints, and a ledger that outlives us."""
+    return store.survives and config.checkpoint.every_steps is not None
+
+
+def keep_previous_config(folder: RunFolder, config: RunConfig) -> RunConfig:
     """Check that a resumed configuration is of the same run; keep a copy of one it replaces.
+
+    Returns the configuration it was run with before.
 
     Raises:
         ConfigError: what the run is made of changed: nothing was written.
@@ -136,6 +155,7 @@ def keep_previous_config(folder: RunFolder, config: RunConfig) -> None:
     if previous != config:
         number = len(list(folder.root.glob("config.*.yaml"))) + 1
         shutil.copyfile(folder.config, folder.config.with_name(f"config.{number}.yaml"))
+    return previous
 
 
 def restored_progress(folder: RunFolder, state: RunState | None) -> Progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from paceline.configs.errors import RunInterrupted, UserError
@@ -16,6 +17,7 @@ from paceline.controller.buffer import WorkBuffer
 from paceline.controller.checkpoints import CheckpointFolder, RunState
 from paceline.controller.evaluation import accuracy
 from paceline.controller.freshness import FreshnessBudget, freshness_budget
+from paceline.controller.ledger.journal import Journal
 from paceline.controller.loop import Loop
 from paceline.controller.metering import StepMeter
 from paceline.controller.observe.folder import RunFolder
@@ -26,8 +28,20 @@ from paceline.controller.observe.records import (
     ExampleRecord,
     Generation,
 )
+from paceline.controller.pacing import Pacer, Unpaced
 from paceline.controller.phases import TrainingObserver, WarmStartObserver
 from paceline.controller.progress import Progress
+from paceline.controller.recovery import Recovered, recover, require_empty
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """A checkpoint to continue from, and whether groups sampled before fit today's settings."""
+
+    state: RunState
+    learner_folder: str
+    groups_fit: bool
+
 
 SOLVED_REWARD = 0.99
 """Mean reward from which a run without learning signal counts as solved rather than stuck."""
@@ -42,6 +56,7 @@ class Session:
         folder: RunFolder,
         recorder: Recorder,
         progress: Progress,
+        journal: Journal,
         stop: asyncio.Event,
     ) -> None:
         self._parts = parts
@@ -49,28 +64,35 @@ class Session:
         self._folder = folder
         self._recorder = recorder
         self._progress = progress
+        self._journal = journal
         self._stop = stop
         self._started = progress.began
         self._feed = parts.prepared.prompts.feed()
         self._checkpoints = CheckpointFolder(folder.checkpoints, self._config.checkpoint.keep)
         self._held_out = parts.prepared.prompts.held_out
-        self._buffer: WorkBuffer | None = None
+        self._recovered = Recovered()
+        loop = self._config.loop
+        self._budget = freshness_budget(loop.groups_per_step, loop.max_lag, loop.window_fraction)
+        self._buffer = WorkBuffer(self._budget, journal, loop.buffer_mb << 20)
 
-    async def run(self, resume_from: tuple[RunState, str] | None) -> None:
+    async def run(self, resume_from: Resumption | None) -> None:
         """Everything between started parts and a finished run.
 
         Raises:
             RunInterrupted: a stop was asked for; the run was saved as far as it got.
         """
         if resume_from is not None:
-            await self._restore(*resume_from)
+            await self._restore(resume_from)
         else:
+            require_empty(self._journal, self._config.name)
             if self._config.warm_start is not None:
                 with self._progress.spending("warm_start"):
                     await self._warm_start(self._config.warm_start)
             await self._begin_training()
             await self._serve(0)
             await self._evaluate_whole("before", 0)
+            if self._config.checkpoint.every_steps is not None:
+                await self._save(0)
         with self._progress.spending("train"):
             await self._train()
         await self._evaluate_whole("after", self._progress.step)
@@ -110,6 +132,7 @@ class Session:
             observer=observer,
             budget=budget,
             buffer=buffer,
+            pace=Unpaced(budget),
             num_steps=config.max_steps,
             stop=self._stop,
         )
@@ -134,11 +157,8 @@ class Session:
                 "loop.num_steps to go on"
             )
             return
-        loop_config = config.loop
-        budget = freshness_budget(
-            loop_config.groups_per_step, loop_config.max_lag, loop_config.window_fraction
-        )
-        self._buffer = WorkBuffer(budget)
+        loop_config, recovered = config.loop, self._recovered
+        self._buffer.restore(recovered.works, recovered.slots)
         algorithm, loss = wiring.algorithm(config.algorithm)
         temperature = config.rollout.sampling.temperature
         observer = TrainingObserver(
@@ -157,20 +177,28 @@ class Session:
         loop = Loop(
             prompts=self._feed,
             generate=parts.training_rollouts(),
-            collector=Collector(self._buffer, algorithm, loop_config.groups_per_step, temperature),
+            collector=Collector(
+                self._buffer,
+                algorithm,
+                loop_config.groups_per_step,
+                temperature,
+                recovered.batches,
+            ),
             loss=loss,
             learner=parts.learner,
             weights=parts.weights,
             observer=observer,
-            budget=budget,
+            budget=self._budget,
             buffer=self._buffer,
+            pace=Pacer(self._budget) if loop_config.pacing else Unpaced(self._budget),
+            max_claims=wiring.max_claims(config),
             num_steps=loop_config.num_steps,
             first_step=progress.step,
             stop=self._stop,
         )
         self._recorder.message(
             f"training: {loop_config.num_steps - progress.step} steps, "
-            f"policy age at most {budget.max_age}"
+            f"policy age at most {self._budget.max_age}"
         )
         observer.meter.restart(await parts.pool.counters())
         try:
@@ -184,13 +212,19 @@ class Session:
                 raise loop.exhausted
             progress.solved = True
 
-    async def _restore(self, state: RunState, learner_folder: str) -> None:
-        """Continue from a checkpoint, with the prompts that were in flight first."""
+    async def _restore(self, resumption: Resumption) -> None:
+        """Continue from a checkpoint, with what the ledger knows of the time since."""
+        state = resumption.state
         self._recorder.message(f"resuming after step {state.step}")
+        self._feed.restore(state.feed)
+        self._recovered = await recover(
+            self._journal, state, self._feed.at, fits=resumption.groups_fit
+        )
+        self._feed.position = self._recovered.next_position
+        self._recorder.message(f"recovered {self._recovered}")
         await self._begin_training()
-        await self._parts.learner.load(learner_folder)
+        await self._parts.learner.load(resumption.learner_folder)
         await self._serve(state.step)
-        self._feed.restore(state.feed, again=state.pending)
 
     async def _begin_training(self) -> None:
         optimizer, num_steps = self._config.learner.optimizer, self._config.loop.num_steps
@@ -202,8 +236,8 @@ class Session:
 
     async def _save(self, step: int) -> None:
         """Write a checkpoint; called with every trained group's slot released."""
-        assert self._buffer is not None
         self._progress.settle()
+        await self._journal.flush()
         state = RunState(
             step=step,
             feed=self._feed.state(),
@@ -214,6 +248,7 @@ class Session:
             before=self._progress.before,
         )
         await self._checkpoints.save(state, self._parts.learner.save)
+        self._journal.settle(self._checkpoints.oldest_step())
 
     async def _validate(self, step: int) -> float:
         """Greedy accuracy on the warm start's validation prompts."""

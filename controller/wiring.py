@@ -156,6 +156,16 @@ class Parts:
         )
 
 
+def max_claims(config: RunConfig) -> int:
+    """Groups that may be with the workers: twice what their engines decode together.
+
+    What does not run yet is being sent, waiting in the pool, or being graded.
+    """
+    rollout = config.rollout
+    groups_an_engine = max(1, rollout.max_num_seqs // config.loop.samples_per_group)
+    return 2 * rollout.num_workers * groups_an_engine
+
+
 def algorithm(config: GRPOConfig) -> tuple[Algorithm, Loss]:
     """The configured objective: its advantages and its loss."""
     return (

@@ -35,6 +35,13 @@ class LoopConfig(Section):
     budget; 0 trains in strict order of admission. The budget shrinks so that `max_lag` still
     holds."""
 
+    pacing: bool = True
+    """Let only as much work in as keeps the learner busy, below the freshness budget where rollouts
+    are fast; false always uses the whole budget."""
+
+    buffer_mb: int = Field(default=1024, ge=1)
+    """Samples the controller may hold in memory, in MiB; sampling ahead stops there."""
+
 
 class EvaluationConfig(Section):
     """Accuracy on the held-out prompts, greedy and at temperature 1."""

@@ -13,7 +13,7 @@ from paceline.controller.ledger.state import LedgerState, fold
 from paceline.controller.ledger.store import Store
 
 SNAPSHOT_EVERY = 64
-"""Settlings after which the state is written whole and the records before it are not needed."""
+"""Steps after which the state is written whole, where there are no checkpoints to do it at."""
 
 
 class Journal:
@@ -39,7 +39,6 @@ class Journal:
         store.forget(sorted(store.group_ids() - self.state.live.keys()))
         self.state.gone.clear()
         self._revocable = revocable
-        self._settlings = 0
         self._noted: list[Record] = []
         self._filling: asyncio.Future[None] | None = None  # done when what is noted is durable
         self._sending: asyncio.Future[None] | None = None  # done when what is being sent is
@@ -62,7 +61,7 @@ class Journal:
         self.state.apply(record)
         self._append(record)
         if kind is Kind.TRAINED and not self._revocable:
-            self.settle(key + 1)
+            self._settle(key + 1, whole=key % SNAPSHOT_EVERY == 0)
 
     async def write(
         self,
@@ -76,12 +75,19 @@ class Journal:
         self.note(kind, key, detail, at=at)
         await self.flush()
 
+    def begin(self, step: int) -> None:
+        """Begin an empty ledger at a later step: the story of a run whose own is not kept."""
+        assert self.state == LedgerState(), "only an empty ledger can begin elsewhere"
+        self.state = LedgerState(step=step, settled=step)
+        self._append(Record(Kind.SNAPSHOT, step, time.time(), self.state.as_dict()))
+
     def settle(self, step: int) -> None:
-        """Make training before ``step`` final: no checkpoint before it will be resumed from."""
-        self._note_settled(step)
-        self._settlings += 1
-        if self._revocable or self._settlings % SNAPSHOT_EVERY == 0:
-            self._append(Record(Kind.SNAPSHOT, step, time.time(), self.state.as_dict()))
+        """Make training before ``step`` final: no checkpoint before it will be resumed from.
+
+        Without anything to resume from, all that was trained is final already.
+        """
+        if self._revocable:
+            self._settle(step, whole=True)
 
     async def flush(self) -> None:
         """Return once all that was noted is durable."""
@@ -96,10 +102,12 @@ class Journal:
         finally:
             self.store.close()
 
-    def _note_settled(self, step: int) -> None:
+    def _settle(self, step: int, *, whole: bool) -> None:
         record = Record(Kind.SETTLED, step, time.time())
         self.state.apply(record)
         self._append(record)
+        if whole:
+            self._append(Record(Kind.SNAPSHOT, step, time.time(), self.state.as_dict()))
 
     def _append(self, record: Record) -> None:
         if self._failure is not None:

@@ -27,7 +27,7 @@ class Kind(StrEnum):
     BATCHED = "batched"  # step; trained, held: group ids; dropped: reasons by group id
     TRAINED = "trained"  # step; checksum: of the weights it made
     SET_ASIDE = "set_aside"  # group id, finished and not batched; reason it will not be trained
-    RESUMED = "resumed"  # step: training goes on from that version; later steps are done again
+    RESUMED = "resumed"  # step training goes back to; keep_batches: later ones are done again
     SETTLED = "settled"  # step: no checkpoint before it is left; steps before it are final
     SNAPSHOT = "snapshot"  # step; the whole `LedgerState`, in place of all records before
 

@@ -60,6 +60,10 @@ class Batch:
         """Groups whose slots the step holds."""
         return self.trained + self.held
 
+    def as_detail(self) -> dict[str, Any]:
+        """What its record says besides the step."""
+        return {"trained": self.trained, "held": self.held, "dropped": dict(self.dropped)}
+
 
 @dataclass(frozen=True)
 class Balance:
@@ -96,7 +100,7 @@ class LedgerState:
     admitted: int = 0
     trained: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    checksums: dict[int, int] = field(default_factory=dict)
+    checksums: dict[int, int | None] = field(default_factory=dict)
     diverged: list[int] = field(default_factory=list)
     gone: list[int] = field(default_factory=list)
 
@@ -214,9 +218,13 @@ class LedgerState:
                 "checkpoint, or move the ledger away to sample anew what was not trained by then"
             )
         self.step = record.key
+        kept = record.detail.get("keep_batches", True)
         for batch in self.untrained_batches():
             for group_id in batch.trained:
-                self.live[group_id].status = Status.BATCHED
+                self.live[group_id].status = Status.BATCHED if kept else Status.FINISHED
+            if not kept:
+                del self.batches[batch.step]
+                self.checksums.pop(batch.step, None)
         for group_id in self.with_status(Status.CLAIMED):
             self._move(group_id, Status.CLAIMED, Status.WAITING)
 

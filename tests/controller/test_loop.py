@@ -14,6 +14,7 @@ from paceline.controller.assembly import Collector
 from paceline.controller.buffer import WorkBuffer
 from paceline.controller.freshness import freshness_budget
 from paceline.controller.loop import Loop
+from paceline.controller.pacing import Pacer
 from paceline.controller.parts import WorkerLost
 from paceline.weights_sync.handle import WeightHandle
 from paceline.weights_sync.layout import Layout
@@ -76,6 +77,7 @@ class World:
 def build_loop(world, *, groups=2, lag=1, window=0.0, steps=6, first_step=0, max_draws=1000):
     budget = freshness_budget(groups, lag, window)
     buffer = WorkBuffer(budget)
+    buffer.journal.begin(first_step)
     prompts = ((position, make_prompt(position)) for position in itertools.count())
     return Loop(
         prompts=prompts,
@@ -87,6 +89,7 @@ def build_loop(world, *, groups=2, lag=1, window=0.0, steps=6, first_step=0, max
         observer=world,
         budget=budget,
         buffer=buffer,
+        pace=Pacer(budget),
         num_steps=steps,
         first_step=first_step,
     )

@@ -93,15 +93,12 @@ def test_a_restored_feed_goes_on_exactly_where_the_other_stopped(
     assert resumed.position == feed.position
 
 
-def test_a_restored_feed_first_repeats_the_unfinished_prompts() -> None:
+def test_a_prompt_can_be_looked_up_by_its_position() -> None:
     prompts = PromptSet(CyclingSource(list("abcdefgh")), renderer(), 2)
+    drawn = draw(prompts.feed(), 4)
     feed = prompts.feed()
-    drawn = draw(feed, 4)
-    state = feed.state()
-    expected = [drawn[1], drawn[3], *draw(feed, 5)]
-    resumed = prompts.feed()
-    resumed.restore(state, again=[drawn[1][0], drawn[3][0]])
-    assert draw(resumed, 7) == expected
+    assert [(position, feed.at(position)) for position, _ in drawn] == drawn
+    assert draw(feed, 4) == drawn
 
 
 def test_positions_grow() -> None:
