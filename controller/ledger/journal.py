@@ -77,7 +77,7 @@ class Journal:
 
     def begin(self, step: int) -> None:
         """Begin an empty ledger at a later step: the story of a run whose own is not kept."""
-        assert self.state == LedgerState(), "only an empty ledger can begin elsewhere"
+        assert not self.state.admitted, "only an empty ledger can begin elsewhere"
         self.state = LedgerState(step=step, settled=step)
         self._append(Record(Kind.SNAPSHOT, step, time.time(), self.state.as_dict()))
 
