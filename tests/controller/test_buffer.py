@@ -8,9 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.controller.buffer import State, WorkBuffer
+from paceline.controller.buffer import State, Work, WorkBuffer
 from paceline.controller.freshness import FreshnessBudget
-from tests.controller.builders import make_group, make_prompt
+from paceline.controller.ledger.records import Kind
+from tests.controller.builders import make_completion, make_group, make_prompt
+
+GROUP_BYTES = make_group(0).num_bytes
 
 
 def feed():
@@ -105,6 +108,89 @@ def test_taking_a_younger_group_does_not_move_the_window():
             await buffer.finish(make_group(finished))
         assert (await buffer.take()).group_id == 1
         assert await is_blocked(buffer.take())
+
+    asyncio.run(scenario())
+
+
+def test_a_lower_limit_lets_nothing_in_until_slots_are_free():
+    async def scenario():
+        buffer, draw = WorkBuffer(FreshnessBudget(4, 1, 1)), feed()
+        await buffer.admit(draw)
+        buffer.limit = 2
+        await buffer.admit(draw)
+        admission = asyncio.ensure_future(buffer.admit(draw))
+        await asyncio.sleep(0)
+        assert not admission.done()
+        buffer.limit = 3
+        assert (await asyncio.wait_for(admission, 1)).group_id == 2
+
+    asyncio.run(scenario())
+
+
+def test_full_memory_stops_sampling_ahead_but_not_the_group_that_is_waited_for():
+    async def scenario():
+        buffer, draw = WorkBuffer(FreshnessBudget(8, 1, 1), max_bytes=3 * GROUP_BYTES), feed()
+        for _ in range(8):
+            await buffer.admit(draw)
+        first, *ahead = [await buffer.claim() for _ in range(3)]
+        for work in ahead:
+            await buffer.finish(make_group(work.group_id))
+        assert buffer.occupancy()["bytes"] == 2 * GROUP_BYTES
+        assert await is_blocked(buffer.claim())  # the first may yet bring as much: 3 of 3
+        await buffer.give_back(first)
+        assert (await buffer.claim()).group_id == 0  # without it nothing would ever be taken
+        await buffer.finish(make_group(0))
+        assert await is_blocked(buffer.claim())
+        await buffer.take()
+        await buffer.take()
+        assert (await buffer.claim()).group_id == 3
+        assert buffer.occupancy()["bytes"] == GROUP_BYTES
+
+    asyncio.run(scenario())
+
+
+def test_what_was_sampled_of_a_group_that_goes_back_is_there_for_the_next_claim():
+    async def scenario():
+        buffer, draw = WorkBuffer(FreshnessBudget(2, 1, 1)), feed()
+        await buffer.admit(draw)
+        partial = (make_completion(3), make_completion(4))
+        await buffer.give_back(await buffer.claim(), partial)
+        assert buffer.occupancy()["bytes"] == sum(each.num_bytes for each in partial)
+        again = await buffer.claim()
+        assert again.partial == partial
+        await buffer.give_back(again)  # its worker died: what there was before is still there
+        assert (await buffer.claim()).partial == partial
+
+    asyncio.run(scenario())
+
+
+def test_a_restored_buffer_samples_nothing_until_there_is_as_much_room_as_ever():
+    """Else a group would be sampled before more others than the bound on its age allows for."""
+
+    async def scenario():
+        buffer = WorkBuffer(FreshnessBudget(3, 1, 1))
+        admit = [(i, {"prompt": f"p{i}"}) for i in (4, 5)]
+        for group_id, detail in admit:
+            buffer.journal.note(Kind.ADMITTED, group_id, detail)
+        buffer.restore([Work(i, make_prompt(i)) for i, _ in admit], slots=(0, 1, 2))
+        claim = asyncio.ensure_future(buffer.claim())
+        await buffer.release((0,))
+        await asyncio.sleep(0)
+        assert not claim.done()  # 4 of 3 slots
+        await buffer.release((1,))
+        assert (await asyncio.wait_for(claim, 1)).group_id == 4
+
+    asyncio.run(scenario())
+
+
+def test_a_cancelled_wait_takes_nothing_away_from_the_others():
+    async def scenario():
+        buffer, draw = WorkBuffer(FreshnessBudget(2, 1, 1)), feed()
+        leaves, stays = (asyncio.ensure_future(buffer.claim()) for _ in range(2))
+        await asyncio.sleep(0)
+        await buffer.admit(draw)  # wakes the first of them
+        leaves.cancel()
+        assert (await asyncio.wait_for(stays, 1)).group_id == 0
 
     asyncio.run(scenario())
 
