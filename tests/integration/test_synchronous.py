@@ -1,0 +1,201 @@
+"""``max_lag: 0`` is synchronous training: the loop against one written by hand, weight by weight.
+
+Both use the real vLLM engine and the real learner, each pair of its own, in this process. The hand
+loop knows no buffer, no tasks and no ledger: it samples, grades, scores, trains and updates, one
+thing after the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from paceline.configs.schema.learner import LearnerConfig, OptimizerConfig
+from paceline.configs.schema.rollout import RolloutConfig
+from paceline.configs.vocabulary import (
+    Prompt,
+    RolloutRequest,
+    SamplingParameters,
+    TrainBatch,
+    TrainSample,
+    Trajectory,
+    WeightVersion,
+)
+from paceline.controller.algorithms import GRPO
+from paceline.controller.assembly import Collector
+from paceline.controller.buffer import WorkBuffer
+from paceline.controller.freshness import freshness_budget
+from paceline.controller.generation import Rollouts, request_seed
+from paceline.controller.loop import Loop
+from paceline.controller.pacing import Pacer
+from paceline.learner.losses import ClippedPolicyLoss
+from paceline.learner.model import write_initial_model
+from paceline.learner.worker import LearnerWorker
+from paceline.rollout.worker import RolloutWorker
+from tests.rollout.conftest import MAX_LENGTH, STOP, tiny_model_config
+
+pytestmark = pytest.mark.slow
+
+STEPS, GROUPS, SAMPLES, SEED, VOCABULARY = 5, 4, 4, 11, 128
+SAMPLING = SamplingParameters(max_tokens=12, stop_token_ids=(STOP,))
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=1)
+LOSS = ClippedPolicyLoss(0.2, 0.28)
+
+
+def prompt_at(position: int) -> Prompt:
+    generator = np.random.default_rng(position)
+    token_ids = tuple(int(t) for t in generator.integers(2, VOCABULARY, 3 + position % 5))
+    return Prompt(f"p{position}", "", token_ids)
+
+
+def reward_of(token_ids) -> float:
+    """Some groups agree about it and are replaced, most do not."""
+    return float(np.asarray(token_ids)[0] % 4 == 0)
+
+
+class Pair:
+    """A learner and an engine that agree on version 0."""
+
+    def __init__(self, root) -> None:
+        config = tiny_model_config()
+        folder = str(root / "model")
+        write_initial_model(config, VOCABULARY, STOP, seed=0, folder=folder)
+        (root / "weights").mkdir()
+        self.learner = LearnerWorker(
+            folder,
+            config,
+            LearnerConfig(tokens_per_microbatch=256),
+            rank=0,
+            rendezvous=None,
+            weights_folder=str(root / "weights"),
+            seed=0,
+        )
+        self.worker = RolloutWorker(lambda: self._engine(folder))
+
+    @staticmethod
+    def _engine(folder):
+        from paceline.rollout.vllm_engine import VLLMEngine
+
+        rollout = RolloutConfig(max_num_seqs=16, kv_cache_mb=16)
+        return VLLMEngine(folder, rollout, max_length=MAX_LENGTH, dtype="float32", seed=0)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().clone() for name, p in self.learner._policy.named_parameters()}
+
+    # what the loop asks of its parts
+
+    async def forward_backward(self, batch, loss):
+        return self.learner.forward_backward(batch, loss)
+
+    async def optimizer_step(self, step, report):
+        self.learner.optimizer_step(step + 1, OPTIMIZER, step, STEPS)
+        return replace(report, version=WeightVersion(step + 1))
+
+    async def publish(self, version):
+        return self.learner.publish(version)
+
+    async def push(self, handle):
+        assert await self.worker.update_weights(handle) == (handle.version, handle.checksum)
+
+    async def after_step(self, batch, report, loop):
+        return False
+
+
+async def grade(prompt, texts):
+    return [reward_of(text) for text in texts]
+
+
+async def train_with_the_loop(pair: Pair) -> list[tuple[int, ...]]:
+    budget = freshness_budget(GROUPS, max_lag=0)
+    buffer = WorkBuffer(budget)
+    trained = []
+
+    async def after_step(batch, report, loop):
+        trained.append(batch.batch.group_ids)
+        assert batch.max_age == 0
+        return False
+
+    pair.after_step = after_step
+    await pair.push(pair.learner.publish(0))
+    await Loop(
+        prompts=((position, prompt_at(position)) for position in itertools.count()),
+        generate=Rollouts(
+            sample=pair.worker.generate,
+            grade=grade,
+            decode=lambda token_ids: token_ids,
+            sampling=SAMPLING,
+            num_samples=SAMPLES,
+            seed=SEED,
+            require_finish=False,
+        ),
+        collector=Collector(buffer, GRPO(), GROUPS),
+        loss=LOSS,
+        learner=pair,
+        weights=pair,
+        observer=pair,
+        budget=budget,
+        buffer=buffer,
+        pace=Pacer(budget),
+        num_steps=STEPS,
+    ).run()
+    return trained
+
+
+async def train_by_hand(pair: Pair) -> list[tuple[int, ...]]:
+    positions = itertools.count()
+    trained = []
+    handle = pair.learner.publish(0)
+    for step in range(STEPS):
+        await pair.worker.update_weights(handle)
+        samples, group_ids = [], []
+        while len(group_ids) < GROUPS:
+            position = next(positions)
+            group = await sampled_by_hand(pair, position)
+            rewards = np.array([reward_of(t.token_ids[t.loss_mask]) for t in group])
+            if rewards.min() == rewards.max():
+                continue
+            advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+            samples += [scored(t, a) for t, a in zip(group, advantages, strict=True)]
+            group_ids.append(position)
+        batch = TrainBatch(step, tuple(group_ids), tuple(samples))
+        pair.learner.forward_backward(batch, LOSS)
+        pair.learner.optimizer_step(step + 1, OPTIMIZER, step, STEPS)
+        handle = pair.learner.publish(step + 1)
+        trained.append(tuple(group_ids))
+    return trained
+
+
+async def sampled_by_hand(pair: Pair, position: int) -> list[Trajectory]:
+    prompt = prompt_at(position)
+    seed = request_seed(SEED, 0, position)
+    request = RolloutRequest(f"{position}", prompt.token_ids, SAMPLING, SAMPLES, seed)
+    completions = await pair.worker.generate(request)
+    return [Trajectory.from_completion(prompt, completion) for completion in completions]
+
+
+def scored(trajectory: Trajectory, advantage: float) -> TrainSample:
+    advantages = np.where(trajectory.loss_mask, advantage, 0).astype(np.float32)
+    return TrainSample(
+        trajectory.token_ids, trajectory.loss_mask, trajectory.logprobs, advantages
+    )
+
+
+def test_without_lag_the_loop_makes_the_weights_of_a_synchronous_loop_written_by_hand(tmp_path):
+    outcomes = []
+    for name, train in (("loop", train_with_the_loop), ("hand", train_by_hand)):
+        (tmp_path / name).mkdir()
+        pair = Pair(tmp_path / name)
+        before = pair.weights()
+        outcomes.append((asyncio.run(train(pair)), pair.weights()))
+        asyncio.run(pair.worker.close())
+    (order, mine), (hand_order, hand) = outcomes
+    assert order == hand_order
+    assert max(group for step in order for group in step) >= STEPS * GROUPS, "none was replaced"
+    for name in hand:
+        torch.testing.assert_close(mine[name], hand[name], rtol=0, atol=1e-6)
+        assert (hand[name] - before[name]).abs().max() > 1e-3, f"{name} was hardly trained"
