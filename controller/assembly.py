@@ -12,7 +12,7 @@ from paceline.configs.errors import UserError
 from paceline.configs.vocabulary import Group, TrainBatch, TrainSample
 from paceline.controller.algorithms import Algorithm
 from paceline.controller.buffer import WorkBuffer
-from paceline.controller.ledger.records import Kind
+from paceline.controller.ledger.events import Kind
 from paceline.controller.ledger.state import Batch
 
 

@@ -20,9 +20,9 @@ from enum import Enum
 
 from paceline.configs.vocabulary import Completion, Group, Prompt
 from paceline.controller.freshness import FreshnessBudget
+from paceline.controller.ledger.events import Kind
 from paceline.controller.ledger.journal import Journal
 from paceline.controller.ledger.memory import MemoryStore
-from paceline.controller.ledger.records import Kind
 
 
 class State(Enum):

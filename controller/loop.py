@@ -17,7 +17,7 @@ from paceline.controller.assembly import AssembledBatch, Collector, NoSignalErro
 from paceline.controller.buffer import WorkBuffer
 from paceline.controller.clock import StepClock
 from paceline.controller.freshness import FreshnessBudget
-from paceline.controller.ledger.records import Kind
+from paceline.controller.ledger.events import Kind
 from paceline.controller.pacing import Flow
 from paceline.controller.parts import (
     Generate,

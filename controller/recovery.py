@@ -18,8 +18,8 @@ from paceline.configs.vocabulary import Group, Prompt
 from paceline.controller.assembly import RecordedBatch
 from paceline.controller.buffer import State, Work
 from paceline.controller.checkpoints import RunState
+from paceline.controller.ledger.events import Kind, LedgerError
 from paceline.controller.ledger.journal import Journal
-from paceline.controller.ledger.records import Kind, LedgerError
 from paceline.controller.ledger.state import LedgerState, Status
 
 PromptAt = Callable[[int], Prompt]

@@ -17,7 +17,7 @@ from paceline.configs.schema import RunConfig
 from paceline.controller.checkpoints import CheckpointFolder, RunState
 from paceline.controller.cluster import ray_cluster, require_resources
 from paceline.controller.ledger.journal import Journal
-from paceline.controller.ledger.memory import MemoryStore
+from paceline.controller.ledger.opening import open_store
 from paceline.controller.ledger.store import Store
 from paceline.controller.metering import RunTotals
 from paceline.controller.observe.folder import RunFolder
@@ -73,7 +73,7 @@ def run_training(config: RunConfig, *, resume: bool) -> RunOutcome:
             recorder.message("preparing prompts, tokenizer and initial model")
             prepared = prepare(config, folder.root / "initial")
             resumption = checkpoint and Resumption(checkpoint[0], str(checkpoint[1]), fits)
-            with contextlib.closing(MemoryStore()) as store:
+            with contextlib.closing(open_store(config.store, folder.root, config.name)) as store:
                 journal = Journal(store, revocable=is_revocable(store, config))
                 recorder.message("starting Ray, grader, learner and rollout workers")
                 with log_to(recorder), ray_cluster(config.cluster):

@@ -13,6 +13,7 @@ from paceline.configs.schema.learner import LearnerConfig
 from paceline.configs.schema.model import ModelConfig
 from paceline.configs.schema.reward import GraderConfig
 from paceline.configs.schema.rollout import RolloutConfig
+from paceline.configs.schema.store import SQLiteStoreConfig, StoreConfig
 
 
 class LoopConfig(Section):
@@ -132,6 +133,9 @@ class RunConfig(Section):
 
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+
+    store: StoreConfig = SQLiteStoreConfig()
+    """The ledger."""
 
     observability: ObservabilityConfig = ObservabilityConfig()
     """What is shown and written."""

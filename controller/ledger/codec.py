@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from safetensors import SafetensorError, numpy as safetensors
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors
 
 from paceline.configs.vocabulary import Group, Prompt, Trajectory, VersionSpan, WeightVersion
-from paceline.controller.ledger.records import LedgerError
+from paceline.controller.ledger.events import LedgerError
 
 _CHECKSUM = struct.Struct("<Q")
 

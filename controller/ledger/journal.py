@@ -1,4 +1,4 @@
-"""The ledger at work: every record is checked against the state, and committed in groups."""
+"""The ledger at work: every event is checked against the state, and committed in groups."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from paceline.configs.vocabulary import Group
-from paceline.controller.ledger.records import Kind, Record
+from paceline.controller.ledger.events import Event, Kind
 from paceline.controller.ledger.state import LedgerState, fold
 from paceline.controller.ledger.store import Store
 
@@ -21,7 +21,7 @@ class Journal:
 
     Records reach the store in the order they were noted, so whatever a crash loses is the end of
     the story, never its middle. All that were noted while one commit was under way go into the
-    next. Nobody can note without bound: each record belongs to a group that holds a slot, or to a
+    next. Nobody can note without bound: each event belongs to a group that holds a slot, or to a
     step.
 
     ``revocable`` says that steps may be done again from a checkpoint: batches then stay until they
@@ -39,7 +39,7 @@ class Journal:
         store.forget(sorted(store.group_ids() - self.state.live.keys()))
         self.state.gone.clear()
         self._revocable = revocable
-        self._noted: list[Record] = []
+        self._noted: list[Event] = []
         self._filling: asyncio.Future[None] | None = None  # done when what is noted is durable
         self._sending: asyncio.Future[None] | None = None  # done when what is being sent is
         self._failure: Exception | None = None
@@ -52,14 +52,14 @@ class Journal:
         *,
         at: Group | None = None,
     ) -> None:
-        """Record something; it is durable soon, and before anything noted later.
+        """Event something; it is durable soon, and before anything noted later.
 
         Raises:
-            LedgerError: it cannot follow what came before, or an earlier record was not written.
+            LedgerError: it cannot follow what came before, or an earlier event was not written.
         """
-        record = Record(kind, key, time.time(), detail or {}, at)
-        self.state.apply(record)
-        self._append(record)
+        event = Event(kind, key, time.time(), detail or {}, at)
+        self.state.apply(event)
+        self._append(event)
         if kind is Kind.TRAINED and not self._revocable:
             self._settle(key + 1, whole=key % SNAPSHOT_EVERY == 0)
 
@@ -79,7 +79,7 @@ class Journal:
         """Begin an empty ledger at a later step: the story of a run whose own is not kept."""
         assert not self.state.admitted, "only an empty ledger can begin elsewhere"
         self.state = LedgerState(step=step, settled=step)
-        self._append(Record(Kind.SNAPSHOT, step, time.time(), self.state.as_dict()))
+        self._append(Event(Kind.SNAPSHOT, step, time.time(), self.state.as_dict()))
 
     def settle(self, step: int) -> None:
         """Make training before ``step`` final: no checkpoint before it will be resumed from.
@@ -103,16 +103,16 @@ class Journal:
             self.store.close()
 
     def _settle(self, step: int, *, whole: bool) -> None:
-        record = Record(Kind.SETTLED, step, time.time())
-        self.state.apply(record)
-        self._append(record)
+        event = Event(Kind.SETTLED, step, time.time())
+        self.state.apply(event)
+        self._append(event)
         if whole:
-            self._append(Record(Kind.SNAPSHOT, step, time.time(), self.state.as_dict()))
+            self._append(Event(Kind.SNAPSHOT, step, time.time(), self.state.as_dict()))
 
-    def _append(self, record: Record) -> None:
+    def _append(self, event: Event) -> None:
         if self._failure is not None:
             raise self._failure
-        self._noted.append(record)
+        self._noted.append(event)
         if not self.store.survives:
             self._send(*self._taken())
         elif self._filling is None:
@@ -132,14 +132,14 @@ class Journal:
             self._sending.set_result(None)
             self._sending = None
 
-    def _taken(self) -> tuple[list[Record], list[int]]:
+    def _taken(self) -> tuple[list[Event], list[int]]:
         """What is to be sent, and whose samples are not needed once it was."""
         taken = self._noted, self.state.gone
         self._noted, self.state.gone = [], []
         return taken
 
-    def _send(self, records: list[Record], gone: list[int]) -> None:
-        self.store.append(records)
+    def _send(self, events: list[Event], gone: list[int]) -> None:
+        self.store.append(events)
         if gone:
             self.store.forget(gone)
 

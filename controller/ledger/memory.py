@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from paceline.configs.vocabulary import Group, Prompt
-from paceline.controller.ledger.records import Kind, LedgerError, Record
+from paceline.controller.ledger.events import Event, Kind, LedgerError
 
 
 class MemoryStore:
@@ -14,21 +14,21 @@ class MemoryStore:
     survives = False
 
     def __init__(self) -> None:
-        self._records: list[Record] = []
+        self._events: list[Event] = []
         self._groups: dict[int, Group] = {}
 
-    def append(self, records: Sequence[Record]) -> None:
-        """Keep records and groups."""
-        for record in records:
-            if record.kind is Kind.SNAPSHOT:
-                self._records.clear()
-            if record.group is not None:
-                self._groups[record.key] = record.group
-            self._records.append(record._replace(group=None) if record.group else record)
+    def append(self, events: Sequence[Event]) -> None:
+        """Keep events and groups."""
+        for event in events:
+            if event.kind is Kind.SNAPSHOT:
+                self._events.clear()
+            if event.group is not None:
+                self._groups[event.key] = event.group
+            self._events.append(event._replace(group=None) if event.group else event)
 
-    def history(self, *, whole: bool = False) -> Iterator[Record]:
+    def history(self, *, whole: bool = False) -> Iterator[Event]:
         """Records since the last snapshot, with it."""
-        return iter(tuple(self._records))
+        return iter(tuple(self._events))
 
     def group(self, group_id: int, prompt: Prompt) -> Group:
         """A finished group."""

@@ -1,6 +1,6 @@
 """What a journal adds up to: where every group stands, and whether the books balance (pure).
 
-A group's life, by the record that moves it on::
+A group's life, by the event that moves it on::
 
     ADMITTED -> WAITING -> CLAIMED -> CLAIMED -> FINISHED -> FINISHED -> BATCHED -> BATCHED
                    ^---- RETURNED ----|                           |
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from paceline.controller.ledger.records import Kind, LedgerError, Record
+from paceline.controller.ledger.events import Event, Kind, LedgerError
 
 
 class Status(StrEnum):
@@ -61,7 +61,7 @@ class Batch:
         return self.trained + self.held
 
     def as_detail(self) -> dict[str, Any]:
-        """What its record says besides the step."""
+        """What its event says besides the step."""
         return {"trained": self.trained, "held": self.held, "dropped": dict(self.dropped)}
 
 
@@ -83,7 +83,7 @@ class Balance:
 
 @dataclass
 class LedgerState:
-    """The sum of all records so far. Its size is that of what is pending or not settled.
+    """The sum of all events so far. Its size is that of what is pending or not settled.
 
     ``step`` is the next to train, ``last`` the highest id admitted, ``settled`` the step before
     which training is final; ``trained`` and ``dropped`` count groups that are gone. ``checksums``
@@ -104,13 +104,13 @@ class LedgerState:
     diverged: list[int] = field(default_factory=list)
     gone: list[int] = field(default_factory=list)
 
-    def apply(self, record: Record) -> None:
-        """Move on by one record.
+    def apply(self, event: Event) -> None:
+        """Move on by one event.
 
         Raises:
             LedgerError: it cannot follow what came before: something is lost, or twice.
         """
-        _ACTIONS[record.kind](self, record)
+        _ACTIONS[event.kind](self, event)
 
     def balance(self) -> Balance:
         """The books as they stand."""
@@ -160,65 +160,67 @@ class LedgerState:
             **{name: values[name] for name in _COUNTS},
         )
 
-    def _admitted(self, record: Record) -> None:
-        if record.key <= self.last:
+    def _admitted(self, event: Event) -> None:
+        if event.key <= self.last:
             raise LedgerError(
-                f"the ledger admits group {record.key} after group {self.last}: expected ids to "
+                f"the ledger admits group {event.key} after group {self.last}: expected ids to "
                 "grow; two runs may share it, or it was edited"
             )
-        self.last = record.key
+        self.last = event.key
         self.admitted += 1
-        self.live[record.key] = Life(Status.WAITING)
+        self.live[event.key] = Life(Status.WAITING)
 
-    def _claimed(self, record: Record) -> None:
-        self._move(record.key, Status.WAITING, Status.CLAIMED).claims += 1
+    def _claimed(self, event: Event) -> None:
+        self._move(event.key, Status.WAITING, Status.CLAIMED).claims += 1
 
-    def _returned(self, record: Record) -> None:
-        self._move(record.key, Status.CLAIMED, Status.WAITING)
+    def _returned(self, event: Event) -> None:
+        self._move(event.key, Status.CLAIMED, Status.WAITING)
 
-    def _finished(self, record: Record) -> None:
-        life = self._move(record.key, Status.CLAIMED, Status.FINISHED)
-        life.oldest, life.newest = record.detail["oldest"], record.detail["newest"]
+    def _finished(self, event: Event) -> None:
+        life = self._move(event.key, Status.CLAIMED, Status.FINISHED)
+        life.oldest, life.newest = event.detail["oldest"], event.detail["newest"]
 
-    def _batched(self, record: Record) -> None:
-        step, detail = record.key, record.detail
+    def _batched(self, event: Event) -> None:
+        step, detail = event.key, event.detail
         batch = Batch(
             step, tuple(detail["trained"]), tuple(detail["held"]), _reasons(detail["dropped"])
         )
         if step != max(self.batches, default=self.step - 1) + 1:
             raise LedgerError(f"the ledger has a batch for step {step} out of order: it is damaged")
+        for group_id in (*batch.trained, *batch.dropped):
+            self._require(group_id, Status.FINISHED, Status.BATCHED)
         for group_id in batch.trained:
             self._move(group_id, Status.FINISHED, Status.BATCHED)
         for group_id, reason in batch.dropped.items():
             self._drop(group_id, reason)
         self.batches[step] = batch
 
-    def _set_aside(self, record: Record) -> None:
-        self._drop(record.key, record.detail["reason"])
+    def _set_aside(self, event: Event) -> None:
+        self._drop(event.key, event.detail["reason"])
 
-    def _trained(self, record: Record) -> None:
-        if record.key != self.step or record.key not in self.batches:
+    def _trained(self, event: Event) -> None:
+        if event.key != self.step or event.key not in self.batches:
             raise LedgerError(
-                f"the ledger trains step {record.key}, expected step {self.step} and its batch: it "
+                f"the ledger trains step {event.key}, expected step {self.step} and its batch: it "
                 "is damaged"
             )
-        for group_id in self.batches[record.key].trained:
+        for group_id in self.batches[event.key].trained:
             self._move(group_id, Status.BATCHED, Status.TRAINED)
-        checksum = record.detail.get("checksum")
-        if self.checksums.setdefault(record.key, checksum) != checksum:
-            self.diverged.append(record.key)
-            self.checksums[record.key] = checksum
+        checksum = event.detail.get("checksum")
+        if self.checksums.setdefault(event.key, checksum) != checksum:
+            self.diverged.append(event.key)
+            self.checksums[event.key] = checksum
         self.step += 1
 
-    def _resumed(self, record: Record) -> None:
-        if not self.settled <= record.key <= self.step:
+    def _resumed(self, event: Event) -> None:
+        if not self.settled <= event.key <= self.step:
             raise LedgerError(
                 f"the ledger has steps {self.settled} to {self.step}, the checkpoint is of step "
-                f"{record.key}: one of them is of another time or run; resume from the newest "
+                f"{event.key}: one of them is of another time or run; resume from the newest "
                 "checkpoint, or move the ledger away to sample anew what was not trained by then"
             )
-        self.step = record.key
-        kept = record.detail.get("keep_batches", True)
+        self.step = event.key
+        kept = event.detail.get("keep_batches", True)
         for batch in self.untrained_batches():
             for group_id in batch.trained:
                 self.live[group_id].status = Status.BATCHED if kept else Status.FINISHED
@@ -228,28 +230,36 @@ class LedgerState:
         for group_id in self.with_status(Status.CLAIMED):
             self._move(group_id, Status.CLAIMED, Status.WAITING)
 
-    def _settled(self, record: Record) -> None:
-        assert record.key <= self.step, f"step {record.key} is settled before it was trained"
-        for step in [step for step in self.batches if step < record.key]:
+    def _settled(self, event: Event) -> None:
+        if not self.settled <= event.key <= self.step:
+            raise LedgerError(
+                f"the ledger settles step {event.key}, expected {self.settled} to {self.step}: it "
+                "is damaged"
+            )
+        for step in [step for step in self.batches if step < event.key]:
             batch = self.batches.pop(step)
             self.checksums.pop(step, None)
             for group_id in batch.trained:
                 del self.live[group_id]
             self.trained += len(batch.trained)
             self.gone += batch.trained
-        self.settled = record.key
+        self.settled = event.key
 
-    def _snapshot(self, record: Record) -> None:
-        vars(self).update(vars(LedgerState.from_dict(record.detail)), gone=self.gone)
+    def _snapshot(self, event: Event) -> None:
+        vars(self).update(vars(LedgerState.from_dict(event.detail)), gone=self.gone)
 
     def _move(self, group_id: int, expected: Status, status: Status) -> Life:
+        life = self._require(group_id, expected, status)
+        life.status = status
+        return life
+
+    def _require(self, group_id: int, expected: Status, status: Status) -> Life:
         life = self.live.get(group_id)
         if life is None or life.status is not expected:
             raise LedgerError(
                 f"the ledger has group {group_id} {life.status if life else 'gone or unknown'} "
-                f"where it becomes {status}; expected it {expected}: a record is lost or doubled"
+                f"where it becomes {status}; expected it {expected}: an event is lost or doubled"
             )
-        life.status = status
         return life
 
     def _drop(self, group_id: int, reason: str) -> None:
@@ -274,15 +284,15 @@ _ACTIONS = {
 }
 
 
-def fold(records: Iterable[Record]) -> LedgerState:
-    """The state after all records.
+def fold(events: Iterable[Event]) -> LedgerState:
+    """The state after all events.
 
     Raises:
         LedgerError: one of them cannot follow those before.
     """
     state = LedgerState()
-    for record in records:
-        state.apply(record)
+    for event in events:
+        state.apply(event)
     return state
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from paceline.configs.vocabulary import Group, Prompt
-from paceline.controller.ledger.records import Record
+from paceline.controller.ledger.events import Event
 
 
 class Store(Protocol):
@@ -20,14 +20,14 @@ class Store(Protocol):
     def survives(self) -> bool:
         """Whether what was appended outlives this process."""
 
-    def append(self, records: Sequence[Record]) -> None:
-        """Write records behind all others, in order, all or none.
+    def append(self, events: Sequence[Event]) -> None:
+        """Write events behind all others, in order, all or none.
 
         When this returns they survive the death of any process, the store's own included. After a
         lost connection the same call can be repeated: nothing is written twice.
         """
 
-    def history(self, *, whole: bool = False) -> Iterator[Record]:
+    def history(self, *, whole: bool = False) -> Iterator[Event]:
         """Records in order, without groups: from the last snapshot on, or all that is kept."""
 
     def group(self, group_id: int, prompt: Prompt) -> Group:

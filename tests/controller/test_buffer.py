@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from paceline.controller.buffer import State, Work, WorkBuffer
 from paceline.controller.freshness import FreshnessBudget
-from paceline.controller.ledger.records import Kind
+from paceline.controller.ledger.events import Kind
 from tests.controller.builders import make_completion, make_group, make_prompt
 
 GROUP_BYTES = make_group(0).num_bytes

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 
 from paceline.controller.buffer import WorkBuffer
 from paceline.controller.freshness import FreshnessBudget, freshness_budget
-from paceline.controller.ledger.records import Kind
+from paceline.controller.ledger.events import Kind
 from tests.controller.builders import make_completion, make_group, make_prompt
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from paceline.controller.buffer import WorkBuffer
 from paceline.controller.freshness import FreshnessBudget
+from paceline.controller.ledger.events import Kind, LedgerError
 from paceline.controller.ledger.journal import Journal
 from paceline.controller.ledger.memory import MemoryStore
-from paceline.controller.ledger.records import Kind, LedgerError
 from tests.controller.builders import make_group, make_prompt
 
 

@@ -26,9 +26,9 @@ from paceline.controller.assembly import Collector
 from paceline.controller.buffer import WorkBuffer
 from paceline.controller.checkpoints import RunState
 from paceline.controller.freshness import freshness_budget
+from paceline.controller.ledger.events import LedgerError
 from paceline.controller.ledger.journal import Journal
 from paceline.controller.ledger.memory import MemoryStore
-from paceline.controller.ledger.records import LedgerError
 from paceline.controller.loop import Loop
 from paceline.controller.pacing import Pacer
 from paceline.controller.recovery import groups_fit, recover, require_empty

@@ -180,9 +180,7 @@ async def sampled_by_hand(pair: Pair, position: int) -> list[Trajectory]:
 
 def scored(trajectory: Trajectory, advantage: float) -> TrainSample:
     advantages = np.where(trajectory.loss_mask, advantage, 0).astype(np.float32)
-    return TrainSample(
-        trajectory.token_ids, trajectory.loss_mask, trajectory.logprobs, advantages
-    )
+    return TrainSample(trajectory.token_ids, trajectory.loss_mask, trajectory.logprobs, advantages)
 
 
 def test_without_lag_the_loop_makes_the_weights_of_a_synchronous_loop_written_by_hand(tmp_path):

@@ -1,4 +1,4 @@
-"""What the journal is made of: one record for everything that happens to a group or a step."""
+"""What the journal is made of: one event for everything that happens to a group or a step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LedgerError(UserError):
 
 
 class Kind(StrEnum):
-    """What happened; the comment says what `Record.key` and `Record.detail` are."""
+    """What happened; the comment says what `Event.key` and `Event.detail` are."""
 
     ADMITTED = "admitted"  # group id; prompt: its id
     CLAIMED = "claimed"  # group id
@@ -29,14 +29,14 @@ class Kind(StrEnum):
     SET_ASIDE = "set_aside"  # group id, finished and not batched; reason it will not be trained
     RESUMED = "resumed"  # step training goes back to; keep_batches: later ones are done again
     SETTLED = "settled"  # step: no checkpoint before it is left; steps before it are final
-    SNAPSHOT = "snapshot"  # step; the whole `LedgerState`, in place of all records before
+    SNAPSHOT = "snapshot"  # step; the whole `LedgerState`, in place of all events before
 
 
-class Record(NamedTuple):
+class Event(NamedTuple):
     """One line of the journal.
 
     ``time`` is in seconds since the epoch; ``detail`` holds JSON values; ``group`` is the finished
-    group, whose samples are stored beside the record.
+    group, whose samples are stored beside the event.
     """
 
     kind: Kind

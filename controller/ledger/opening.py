@@ -1,0 +1,47 @@
+"""From a configuration to the store it names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from paceline.configs.errors import ConfigError
+from paceline.configs.schema.store import MemoryStoreConfig, RedisStoreConfig, StoreConfig
+from paceline.controller.ledger.memory import MemoryStore
+from paceline.controller.ledger.redis_streams import RedisStore
+from paceline.controller.ledger.sqlite import SQLiteStore
+from paceline.controller.ledger.store import Store
+
+FILE_NAME = "ledger.sqlite"
+
+
+def open_store(config: StoreConfig, folder: Path, name: str, *, read_only: bool = False) -> Store:
+    """The store of the run ``name`` with its files in ``folder``.
+
+    Raises:
+        LedgerError: it cannot be used; see the stores.
+        ConfigError: the environment variable with the password is not set.
+    """
+    if isinstance(config, MemoryStoreConfig):
+        return MemoryStore()
+    if isinstance(config, RedisStoreConfig):
+        return RedisStore(
+            config.url,
+            name,
+            password=_password(config),
+            reconnect_seconds=0.0 if read_only else config.reconnect_seconds,
+            read_only=read_only,
+        )
+    return SQLiteStore(folder / FILE_NAME, config.synchronous, read_only=read_only)
+
+
+def _password(config: RedisStoreConfig) -> str | None:
+    if config.password_env is None:
+        return None
+    password = os.environ.get(config.password_env)
+    if password is None:
+        raise ConfigError(
+            f"store.password_env names {config.password_env}, which is not set in the environment: "
+            "export it"
+        )
+    return password

@@ -1,0 +1,338 @@
+"""A journal in Redis Streams: for a cluster, where the controller may come back on another machine.
+
+Keys of a run, by name:
+
+- ``paceline:NAME:journal``: a stream with an entry for each append, trimmed at every snapshot;
+- ``paceline:NAME:finished``: a stream with the samples of each finished group (``group``: its id,
+  ``content``: see `codec`), deleted once nobody needs them. The consumer group ``learner`` stands
+  for what training has taken over for good; other readers attach groups of their own;
+- ``paceline:NAME:schema``: the version of all this.
+
+Entry ids are not Redis's clock but our own count of appends. An append that is repeated after a
+lost connection therefore cannot be written twice: its ids are taken. The same shows a controller
+that another one has taken its run over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import redis
+from redis import exceptions
+
+from paceline.configs.vocabulary import Group, Prompt
+from paceline.controller.ledger.codec import decode_group, encode_group
+from paceline.controller.ledger.events import SCHEMA, Event, Kind, LedgerError
+from paceline.controller.ledger.text import as_row, from_row
+
+CONSUMERS = "learner"
+CHUNK = 256
+"""Entries that are read at a time."""
+PRESENT = """
+local found = {}
+for i, id in ipairs(ARGV) do found[i] = #redis.call('XRANGE', KEYS[1], id, id) end
+return found
+"""
+"""Which entries exist, without sending what is in them."""
+LONGEST_PAUSE_SECONDS = 2.0
+SOCKET_TIMEOUT_SECONDS = 30.0
+
+
+class RedisStore:
+    """One run in a Redis with an append-only file.
+
+    A lost connection is tried again for ``reconnect_seconds``: a Redis that is restarted from its
+    file has all that it had acknowledged. A ``read_only`` store changes nothing.
+    """
+
+    survives = True
+
+    def __init__(
+        self,
+        url: str,
+        name: str,
+        *,
+        password: str | None = None,
+        reconnect_seconds: float = 60.0,
+        read_only: bool = False,
+    ) -> None:
+        """Connect, and find where the run's journal ends.
+
+        Raises:
+            LedgerError: no answer, refused, volatile, newer, or damaged.
+        """
+        self._url = url
+        self._reconnect_seconds = reconnect_seconds
+        self._owner = uuid.uuid4().hex
+        self._consumer = f"controller-{self._owner}"
+        self._keys = {part: f"paceline:{name}:{part}" for part in ("journal", "finished", "schema")}
+        self._read_only = read_only
+        self._delivered: dict[str, bytes] | None = None
+        with _explained(url):
+            self._redis: Any = redis.Redis.from_url(
+                url, password=password, socket_timeout=SOCKET_TIMEOUT_SECONDS
+            )
+            self._redis.ping()
+            self._check_server()
+            self._check_schema(write=not read_only)
+            if not read_only:
+                self._create_consumers()
+        self._last = 0
+        self._samples: dict[int, str] = {}
+        for number, entry in self._entries():
+            self._last = number
+            self._follow(entry)
+        self._keep_present()
+
+    def append(self, events: Sequence[Event]) -> None:
+        """Write one entry, and one for the samples of each finished group, in one transaction."""
+        number = self._last + 1
+        finished = [event for event in events if event.group is not None]
+        contents = {
+            f"{number}-{i}": (event.key, encode_group(event.group))
+            for i, event in enumerate(finished, 1)
+            if event.group is not None
+        }
+        entry = self._entry(events, contents)
+
+        def send() -> None:
+            with self._redis.pipeline(transaction=True) as pipeline:
+                for sample_id, (group_id, content) in contents.items():
+                    fields = {"group": group_id, "content": content}
+                    pipeline.xadd(self._keys["finished"], fields, id=sample_id)
+                pipeline.xadd(self._keys["journal"], entry, id=f"{number}-1")
+                if "snapshot" in entry:
+                    pipeline.xtrim(self._keys["journal"], minid=f"{number}-1", approximate=False)
+                pipeline.execute()
+
+        try:
+            self._ask(send)
+        except LedgerError as error:
+            if not (_is_taken(error.__cause__) and self._is_ours(number)):
+                raise
+        self._last = number
+        self._follow({key.encode(): str(value).encode() for key, value in entry.items()})
+
+    def history(self, *, whole: bool = False) -> Iterator[Event]:
+        """Events in order, from the last snapshot on: there is no more."""
+        for number, entry in self._entries():
+            where = f"entry {number} of the ledger {self._keys['journal']} in {self._url}"
+            for row in _json(entry[b"events"], where):
+                yield from_row(row, where)
+
+    def group(self, group_id: int, prompt: Prompt) -> Group:
+        """A finished group."""
+        sample_id = self._samples.get(group_id)
+        content = b"" if sample_id is None else self._content(sample_id)
+        return decode_group(content, prompt, group_id)
+
+    def group_ids(self) -> set[int]:
+        """Finished groups whose samples are kept."""
+        return set(self._samples)
+
+    def forget(self, group_ids: Sequence[int]) -> None:
+        """Acknowledge and delete samples."""
+        sample_ids = [self._samples.pop(i) for i in group_ids if i in self._samples]
+        if not sample_ids:
+            return
+
+        def send() -> None:
+            with self._redis.pipeline(transaction=True) as pipeline:
+                pipeline.xack(self._keys["finished"], CONSUMERS, *sample_ids)
+                pipeline.xdel(self._keys["finished"], *sample_ids)
+                pipeline.execute()
+
+        self._ask(send)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._redis.close()
+
+    def _entry(
+        self, events: Sequence[Event], contents: dict[str, tuple[int, bytes]]
+    ) -> dict[str, str]:
+        samples = {group_id: sample_id for sample_id, (group_id, _) in contents.items()}
+        entry = {"owner": self._owner, "events": json.dumps([as_row(event) for event in events])}
+        if any(event.kind is Kind.SNAPSHOT for event in events):
+            # What is trimmed may say where samples are that are still needed: say it here.
+            samples = self._samples | samples
+            entry["snapshot"] = "1"
+        return entry | {"samples": json.dumps(samples)}
+
+    def _follow(self, entry: dict[bytes, bytes]) -> None:
+        """Remember where an entry's samples are."""
+        found = _json(entry[b"samples"], f"the ledger {self._keys['journal']} in {self._url}")
+        self._samples |= {int(group_id): sample_id for group_id, sample_id in found.items()}
+
+    def _keep_present(self) -> None:
+        """Know no more samples than there are: some were deleted since their entry was written."""
+        known = list(self._samples.items())
+        for start in range(0, len(known), CHUNK):
+            chunk = known[start : start + CHUNK]
+            present = self._ask(
+                self._redis.eval, PRESENT, 1, self._keys["finished"], *(key for _, key in chunk)
+            )
+            for (group_id, _), is_there in zip(chunk, present, strict=True):
+                if not is_there:
+                    del self._samples[group_id]
+
+    def _entries(self) -> Iterator[tuple[int, dict[bytes, bytes]]]:
+        """Numbered entries from the last snapshot on.
+
+        Raises:
+            LedgerError: one is missing or lacks a field.
+        """
+        start, expected = "-", None
+        while True:
+            found = self._ask(self._redis.xrange, self._keys["journal"], start, count=CHUNK)
+            for entry_id, entry in found:
+                number = int(entry_id.split(b"-")[0])
+                if expected not in (None, number) or not {b"events", b"samples"} <= entry.keys():
+                    raise LedgerError(
+                        f"entry {expected or number} of the ledger {self._keys['journal']} in "
+                        f"{self._url} is missing or damaged: restore Redis from its append-only "
+                        "file, or continue under another name"
+                    )
+                expected = number + 1
+                yield number, entry
+            if len(found) < CHUNK:
+                return
+            start = f"({found[-1][0].decode()}"
+
+    def _take_over(self) -> dict[str, bytes]:
+        """Have the samples that nobody trained for good delivered to the consumer that we are.
+
+        First what died with another controller, then what none was ever given.
+        """
+        delivered: dict[str, bytes] = {}
+        stream, start = self._keys["finished"], "0-0"
+        while True:
+            start, entries, *_ = self._ask(
+                self._redis.xautoclaim, stream, CONSUMERS, self._consumer, 0, start, count=CHUNK
+            )
+            delivered |= {key.decode(): fields[b"content"] for key, fields in entries if fields}
+            if start in (b"0-0", "0-0"):
+                break
+        while True:
+            answer = self._ask(
+                self._redis.xreadgroup, CONSUMERS, self._consumer, {stream: ">"}, count=CHUNK
+            )
+            if not answer:
+                break
+            delivered |= {key.decode(): fields[b"content"] for key, fields in answer[0][1]}
+        return delivered
+
+    def _content(self, sample_id: str) -> bytes:
+        if self._delivered is None and not self._read_only:
+            self._delivered = self._take_over()
+        if self._delivered and sample_id in self._delivered:
+            return self._delivered.pop(sample_id)
+        found = self._ask(self._redis.xrange, self._keys["finished"], sample_id, sample_id)
+        return bytes(found[0][1][b"content"]) if found else b""
+
+    def _is_ours(self, number: int) -> bool:
+        """Whether an entry that was there already is the one we sent; else we are not alone."""
+        entry_id = f"{number}-1"
+        found = self._ask(self._redis.xrange, self._keys["journal"], entry_id, entry_id)
+        if found and found[0][1].get(b"owner") == self._owner.encode():
+            return True
+        raise LedgerError(
+            f"another controller writes to the ledger {self._keys['journal']} in {self._url}: it "
+            "has taken this run over, or two runs have one name; stop one of them"
+        )
+
+    def _ask(self, call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
+        """The answer of a call, tried again while there is no connection."""
+        deadline, pause = time.monotonic() + self._reconnect_seconds, 0.05
+        while True:
+            try:
+                return call(*arguments, **keywords)
+            except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
+                if time.monotonic() + pause > deadline or isinstance(
+                    error, exceptions.AuthenticationError
+                ):
+                    raise _explanation(self._url, error) from error
+            except exceptions.RedisError as error:
+                raise _explanation(self._url, error) from error
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def _check_server(self) -> None:
+        """Refuse a Redis that would forget."""
+        try:
+            found = self._redis.config_get("appendonly", "maxmemory-policy")
+        except exceptions.ResponseError:
+            return  # a managed Redis that shows its settings to nobody
+        if found.get("appendonly") == "no":
+            raise LedgerError(
+                f"the Redis at {self._url} keeps no append-only file, so a crash of it would lose "
+                "finished rollouts: start it with `appendonly yes`"
+            )
+        if found.get("maxmemory-policy", "noeviction") != "noeviction":
+            raise LedgerError(
+                f"the Redis at {self._url} evicts keys when memory is short (maxmemory-policy "
+                f"{found['maxmemory-policy']}), finished rollouts among them: set it to noeviction"
+            )
+
+    def _check_schema(self, *, write: bool) -> None:
+        version = self._redis.get(self._keys["schema"])
+        if version is None and write:
+            self._redis.set(self._keys["schema"], SCHEMA, nx=True)
+        elif version is not None and int(version) > SCHEMA:
+            raise LedgerError(
+                f"the ledger {self._keys['journal']} in {self._url} has schema {int(version)}, "
+                f"this version of Paceline writes {SCHEMA}: continue the run with the newer "
+                "version that wrote it"
+            )
+
+    def _create_consumers(self) -> None:
+        with contextlib.suppress(exceptions.ResponseError):  # it exists: BUSYGROUP
+            self._redis.xgroup_create(self._keys["finished"], CONSUMERS, id="0", mkstream=True)
+
+
+@contextlib.contextmanager
+def _explained(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (exceptions.RedisError, ValueError) as error:
+        if isinstance(error, LedgerError):
+            raise
+        raise _explanation(url, error) from error
+
+
+def _explanation(url: str, error: Exception) -> LedgerError:
+    """One line for what went wrong."""
+    text = " ".join(str(error).split())[:200]  # a refused command is quoted, samples and all
+    if isinstance(error, exceptions.AuthenticationError) or text.startswith(
+        ("NOAUTH", "WRONGPASS", "invalid username-password")
+    ):
+        return LedgerError(
+            f"the Redis at {url} wants another password ({text}): put it into an environment "
+            "variable and name that in store.password_env"
+        )
+    if isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError):
+        return LedgerError(
+            f"the Redis at {url} does not answer ({text}): check store.url and that it runs; a "
+            "run that was under way is whole and goes on with --resume"
+        )
+    return LedgerError(f"the Redis at {url} refused a command ({text}): see its log")
+
+
+def _is_taken(error: BaseException | None) -> bool:
+    """Whether an entry of this id, or a later one, is in the stream already."""
+    return isinstance(error, exceptions.ResponseError) and "equal or smaller" in str(error)
+
+
+def _json(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise LedgerError(
+            f"{where} is damaged ({error}): restore Redis from its append-only file, or continue "
+            "under another name"
+        ) from error

@@ -1,0 +1,55 @@
+"""A group as bytes: everything comes back, and no damage goes unnoticed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paceline.configs.vocabulary import Group, Trajectory, VersionSpan, WeightVersion
+from paceline.controller.ledger.codec import decode_group, encode_group
+from paceline.controller.ledger.events import LedgerError
+from tests.controller.builders import make_group, make_prompt
+
+
+@st.composite
+def trajectories(draw):
+    length = draw(st.integers(1, 30))
+    generator = np.random.default_rng(draw(st.integers(0, 10**6)))
+    cut = draw(st.integers(0, length))
+    spans = ((3, 0, cut), (2**40, cut, length))
+    return Trajectory(
+        token_ids=generator.integers(0, 2**31, length).astype(np.int32),
+        loss_mask=generator.random(length) < 0.5,
+        logprobs=generator.normal(size=length).astype(np.float32),
+        versions=tuple(VersionSpan(WeightVersion(v), a, b) for v, a, b in spans if a < b),
+        finish_reason=draw(st.sampled_from(["stop", "length"])),
+        reward=draw(st.floats(allow_nan=False)),
+        text=draw(st.text()),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(trajectories(), min_size=1, max_size=5), st.none() | st.text())
+def test_a_group_comes_back_as_it_was(samples, fault):
+    group = Group(7, make_prompt(7), tuple(samples), fault)
+    again = decode_group(encode_group(group), make_prompt(7), 7)
+    assert (again.group_id, again.prompt, again.fault) == (7, group.prompt, fault)
+    for mine, theirs in zip(again.trajectories, group.trajectories, strict=True):
+        for name in ("token_ids", "loss_mask", "logprobs"):
+            np.testing.assert_array_equal(getattr(mine, name), getattr(theirs, name))
+            assert getattr(mine, name).dtype == getattr(theirs, name).dtype
+        for name in ("versions", "finish_reason", "reward", "text"):
+            assert getattr(mine, name) == getattr(theirs, name)
+
+
+def test_every_flipped_byte_and_every_missing_end_is_noticed():
+    content = encode_group(make_group(1))
+    for index in range(len(content)):
+        damaged = bytearray(content)
+        damaged[index] ^= 1
+        with pytest.raises(LedgerError, match="group 1"):
+            decode_group(bytes(damaged), make_prompt(1), 1)
+        with pytest.raises(LedgerError, match="group 1"):
+            decode_group(content[:index], make_prompt(1), 1)
