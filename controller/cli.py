@@ -1,4 +1,4 @@
-"""The command line: ``paceline train | check | eval | report | bench``.
+"""The command line: ``paceline train | check | eval | report | ledger | bench``.
 
 Heavy libraries are imported inside the commands: ``paceline check`` needs neither torch, Ray nor
 vLLM, and ``--help`` answers at once.
@@ -118,6 +118,20 @@ def report(
     from paceline.controller.observe.report import write_report
 
     Console().print(str(write_report(RunFolder.open(run))), soft_wrap=True, highlight=False)
+
+
+@app.command()
+def ledger(
+    run: Annotated[Path, typer.Argument(help="A run's folder, for example runs/quickstart.")],
+) -> None:
+    """What became of every group of a run, going on or over, and whether the books balance.
+
+    Exit code 1 where a group is lost or doubled, or samples that are needed are missing.
+    """
+    from paceline.controller.ledger.balance import print_ledger
+
+    if not print_ledger(run):
+        raise typer.Exit(EXIT_FAILURE)
 
 
 @app.command()
