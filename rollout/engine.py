@@ -11,7 +11,7 @@ from paceline.weights_sync.handle import WeightHandle
 
 @dataclass(frozen=True)
 class RolloutResult:
-    """All completions of one request, in sample order."""
+    """All completions of one request, in sample order, each whole: earlier turns included."""
 
     request_id: str
     completions: tuple[Completion, ...]
@@ -28,13 +28,20 @@ class Engine(Protocol):
         """The version served now; None until the first update: such an engine must not serve."""
 
     def add(self, request: RolloutRequest) -> None:
-        """Queue a request; a `UserError` says why one cannot be served."""
+        """Queue a request, new or to be continued; a `UserError` says why one cannot be served."""
 
     def step(self) -> list[RolloutResult]:
-        """Run one forward pass over the running batch; return the requests it finished."""
+        """Run one forward pass over the running batch; return the requests whose turn it ended."""
 
     def has_work(self) -> bool:
-        """Whether any request is unfinished."""
+        """Whether any request has not been answered."""
 
-    def update_weights(self, handle: WeightHandle) -> None:
-        """Serve the published version from the next step on; running requests continue with it."""
+    def interrupt(self, request_id: str) -> RolloutResult | None:
+        """Take a request back with what it has; None where it is not here any more."""
+
+    def update_weights(self, handle: WeightHandle) -> list[RolloutResult]:
+        """Serve the published version from the next step on.
+
+        Running requests continue with it, or are given back, as `rollout.on_weight_update` says;
+        returns those given back.
+        """

@@ -6,13 +6,13 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any
 
 from paceline.configs.vocabulary import Completion, RolloutRequest, WeightVersion
-from paceline.rollout.engine import Engine
+from paceline.rollout.engine import Engine, RolloutResult
 from paceline.weights_sync.handle import WeightHandle
 
 
@@ -26,10 +26,18 @@ class EngineCounters:
     update_seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class PendingRequest:
+    """A request the engine has not answered, and who waits for the answer."""
+
+    request: RolloutRequest
+    answer: Future[tuple[Completion, ...]]
+
+
 class EngineThread:
     """Builds an engine on a thread of its own and steps it for as long as it has work.
 
-    Consumes an inbox of actions (new requests, weight updates) and runs them between two steps:
+    Consumes an inbox of actions (requests, interruptions, weight updates) and runs them between two steps:
     that is what makes version spans exact. With no request left it blocks on the inbox. An
     exception out of the engine ends the thread and fails every pending and later call with it.
     """
@@ -37,7 +45,7 @@ class EngineThread:
     def __init__(self, build_engine: Callable[[], Engine]) -> None:
         self._inbox: queue.SimpleQueue[tuple[Callable[[], None], Future[Any]] | None]
         self._inbox = queue.SimpleQueue()
-        self._pending: dict[str, Future[tuple[Completion, ...]]] = {}
+        self._pending: dict[str, PendingRequest] = {}
         self._failure: BaseException | None = None
         self._ready: Future[None] = Future()
         self.counters = EngineCounters()
@@ -51,7 +59,7 @@ class EngineThread:
         self._ready.result()
 
     def generate(self, request: RolloutRequest) -> Future[tuple[Completion, ...]]:
-        """Queue a request; the future holds its completions."""
+        """Queue a request; the future holds its completions, unfinished where its turn ended."""
         future: Future[tuple[Completion, ...]] = Future()
 
         def add() -> None:
@@ -59,22 +67,39 @@ class EngineThread:
                 assert self._engine.version is not None, "the engine was never given weights"
                 self._engine.add(request)
             except ValueError as error:  # a request that cannot be served hurts nobody else
-                future.set_exception(error)
+                reject(future, error)
                 return
-            self._pending[request.request_id] = future
+            self._pending[request.request_id] = PendingRequest(request, future)
 
         self._submit(add, future)
         return future
 
+    def interrupt(self, request_id: str) -> Future[bool]:
+        """Answer a request with what it has before the next step; False where it is not here."""
+        future: Future[bool] = Future()
+
+        def interrupt() -> None:
+            result = self._engine.interrupt(request_id)
+            if result is not None:
+                self._answer(result)
+            resolve(future, result is not None)
+
+        self._submit(interrupt, future)
+        return future
+
     def update_weights(self, handle: WeightHandle) -> Future[WeightVersion]:
-        """Load a published version before the next step; the future holds what is then served."""
+        """Load a published version before the next step; the future holds what is then served.
+
+        Requests that the engine gives back are answered with what they have.
+        """
         future: Future[WeightVersion] = Future()
 
         def update() -> None:
             started = time.perf_counter()
-            self._engine.update_weights(handle)
+            for result in self._engine.update_weights(handle):
+                self._answer(result)
             self.counters.update_seconds += time.perf_counter() - started
-            future.set_result(handle.version)
+            resolve(future, handle.version)
 
         self._submit(update, future)
         return future
@@ -123,19 +148,35 @@ class EngineThread:
     def _step(self) -> None:
         started = time.perf_counter()
         for result in self._engine.step():
-            self.counters.num_tokens += sum(len(c.token_ids) for c in result.completions)
-            self._pending.pop(result.request_id).set_result(result.completions)
+            self._answer(result)
         self.counters.num_steps += 1
         self.counters.busy_seconds += time.perf_counter() - started
 
+    def _answer(self, result: RolloutResult) -> None:
+        pending = self._pending.pop(result.request_id)
+        self.counters.num_tokens += num_tokens(result.completions)
+        self.counters.num_tokens -= num_tokens(pending.request.partial)  # of earlier turns
+        resolve(pending.answer, result.completions)
+
     def _fail(self, error: BaseException) -> None:
         self._failure = error
-        for future in self._pending.values():
-            reject(future, error)
+        for pending in self._pending.values():
+            reject(pending.answer, error)
         self._pending.clear()
         with contextlib.suppress(queue.Empty):
             while item := self._inbox.get_nowait():
                 reject(item[1], error)
+
+
+def num_tokens(completions: Iterable[Completion]) -> int:
+    """How many tokens completions hold together."""
+    return sum(len(completion.token_ids) for completion in completions)
+
+
+def resolve(future: Future[Any], value: Any) -> None:
+    """Give a future its result unless whoever waited for it gave up."""
+    with contextlib.suppress(InvalidStateError):
+        future.set_result(value)
 
 
 def reject(future: Future[Any], error: BaseException) -> None:

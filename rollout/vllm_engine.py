@@ -1,9 +1,22 @@
-"""Stock vLLM behind the ``Engine`` protocol: in-process, stepped by us, tokens in, tokens out."""
+"""Stock vLLM behind the ``Engine`` protocol: in-process, stepped by us, tokens in, tokens out.
+
+What a weight update does to running requests is ``rollout.on_weight_update``:
+
+- ``recompute``: their KV is dropped and computed anew. Tokens after the switch are exactly the new
+  policy's, attention to the old version's tokens included.
+- ``keep``: they go on attending to the KV they have: tokens after the switch are a mixture of
+  policies. Only they: what had not begun begins with the new weights alone.
+- ``abort``: they are given back with what they have, to be continued by any engine. What continues
+  them computes all KV by its own weights: exact, as ``recompute``.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import vllm
+from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
@@ -18,7 +31,13 @@ from paceline.configs.vocabulary import (
     WeightVersion,
 )
 from paceline.rollout.engine import RolloutResult
-from paceline.rollout.vllm_patches import keep_cpu_linear_weights
+from paceline.rollout.turns import SampleTask, Turn
+from paceline.rollout.vllm_patches import (
+    abort_with_outputs,
+    has_sampled,
+    keep_cpu_linear_weights,
+    require_known_version,
+)
 from paceline.weights_sync.handle import WeightHandle
 
 MIN_BATCHED_TOKENS = 4096
@@ -35,6 +54,7 @@ class VLLMEngine:
     def __init__(
         self, model_folder: str, config: RolloutConfig, *, max_length: int, dtype: str, seed: int
     ) -> None:
+        require_known_version()
         if current_platform.is_cpu():
             keep_cpu_linear_weights()
         arguments = vllm.EngineArgs(
@@ -63,7 +83,12 @@ class VLLMEngine:
         if current_platform.is_cpu():
             require_cpu_head_size(self._engine.vllm_config.model_config.get_head_size())
         self._max_length = max_length
+        self._on_update = config.on_weight_update
         self._version: WeightVersion | None = None
+        self._num_updates = 0
+        self._turns: dict[str, Turn] = {}
+        self._running: dict[str, RunningSample] = {}
+        self._over: list[Turn] = []
 
     @property
     def version(self) -> WeightVersion | None:
@@ -71,7 +96,7 @@ class VLLMEngine:
         return self._version
 
     def add(self, request: RolloutRequest) -> None:
-        """Queue a request.
+        """Queue a request: every unfinished sample of it, after the tokens it has.
 
         Raises:
             DataError: prompt and completion budget do not fit the context.
@@ -83,35 +108,102 @@ class VLLMEngine:
                 f"{budget} exceed the context of {self._max_length}: shorten it or raise "
                 "model.max_length"
             )
-        self._engine.add_request(
-            request.request_id,
-            {"prompt_token_ids": list(request.prompt_token_ids)},
-            sampling_params(request.sampling, request.num_samples, request.seed),
-        )
+        assert request.request_id not in self._turns, f"{request.request_id} is here already"
+        turn = Turn(request)
+        for index in turn.open_samples:
+            self._enqueue(turn, index)
+        self._turns[request.request_id] = turn
+        if turn.is_over:
+            self._over.append(turn)
 
     def step(self) -> list[RolloutResult]:
-        """One engine step; requests whose every sample ended come back."""
-        outputs = self._engine.step()
-        return [
-            RolloutResult(output.request_id, tuple(map(completion, output.outputs)))
-            for output in outputs
-            if output.finished
-        ]
+        """One engine step; requests whose every sample ended its turn come back."""
+        if self._running:
+            for output in self._engine.step():
+                self._collect(output)
+        return self._take_over()
 
     def has_work(self) -> bool:
-        """Whether any request is unfinished."""
-        return self._engine.has_unfinished_requests()
+        """Whether any request has not been answered."""
+        return bool(self._turns)
 
-    def update_weights(self, handle: WeightHandle) -> None:
-        """Load a published version; KV of running requests is dropped and computed anew.
+    def interrupt(self, request_id: str) -> RolloutResult | None:
+        """Take a request back with what it has; None where it was answered or never came."""
+        turn = self._turns.pop(request_id, None)
+        if turn is None:
+            return None
+        self._take_back([sample_id(request_id, index) for index in turn.open_samples])
+        self._over.remove(turn)
+        return turn.result()
 
-        Tokens after the switch are therefore exactly the new policy's, attention to the old
-        version's tokens included.
-        """
+    def update_weights(self, handle: WeightHandle) -> list[RolloutResult]:
+        """Load a published version; what running requests do is the policy's, see the module."""
+        if self._on_update == "abort":
+            self._take_back(list(self._running))
         self._engine.collective_rpc("load_published_weights", args=(handle,))
-        self._engine.reset_prefix_cache(reset_running_requests=True)
         self._engine.set_weight_version(str(handle.version))
         self._version = handle.version
+        self._num_updates += 1
+        if self._on_update == "keep":
+            self._queue_unstarted_anew()
+        else:
+            self._engine.reset_prefix_cache(reset_running_requests=True)
+        return self._take_over()
+
+    def _enqueue(self, turn: Turn, index: int) -> None:
+        """Give vLLM a sample as a request of its own, so that it can be taken back alone."""
+        task = turn.task(index)
+        prompt: TokensPrompt = {"prompt_token_ids": list(task.token_ids)}
+        if self._on_update == "keep":
+            # Blocks in the prefix cache are found by content and salt: those that older weights
+            # computed stay in use by their own sequences and cannot be hit by later ones.
+            prompt["cache_salt"] = f"update {self._num_updates}"
+        name = sample_id(turn.request.request_id, index)
+        parameters = sampling_params(turn.request.sampling, task)
+        vllm_id = self._engine.add_request(name, prompt, parameters)
+        self._running[name] = RunningSample(turn, index, vllm_id)
+
+    def _collect(self, output: vllm.RequestOutput) -> None:
+        """Close the sample that an output ends."""
+        sample = self._running.pop(output.request_id)
+        sample.turn.close_sample(sample.index, completion(output.outputs[0]))
+        if sample.turn.is_over:
+            self._over.append(sample.turn)
+
+    def _take_over(self) -> list[RolloutResult]:
+        """Results of the turns that are over."""
+        results = [turn.result() for turn in self._over]
+        self._over.clear()
+        for result in results:
+            del self._turns[result.request_id]
+        return results
+
+    def _take_back(self, names: list[str]) -> None:
+        """Close samples with what they have."""
+        vllm_ids = [self._running[name].vllm_id for name in names]
+        for output in abort_with_outputs(self._engine, vllm_ids):
+            self._collect(output)
+
+    def _queue_unstarted_anew(self) -> None:
+        """Bring samples that wait for their first token under the salt of the new weights."""
+        waiting = [s for s in self._running.values() if not has_sampled(self._engine, s.vllm_id)]
+        abort_with_outputs(self._engine, [sample.vllm_id for sample in waiting])
+        for sample in waiting:
+            self._enqueue(sample.turn, sample.index)
+
+
+@dataclass(frozen=True)
+class RunningSample:
+    """A sample that vLLM works on, and the id vLLM knows it by."""
+
+    turn: Turn
+    index: int
+    vllm_id: str
+
+
+def sample_id(request_id: str, index: int) -> str:
+    """The name of one sample of a request."""
+    return f"{request_id}/{index}"
 
 
 def start_engine(arguments: vllm.EngineArgs) -> vllm.LLMEngine:
@@ -145,35 +237,34 @@ def require_cpu_head_size(head_size: int) -> None:
         )
 
 
-def sampling_params(
-    sampling: SamplingParameters, num_samples: int, seed: int
-) -> vllm.SamplingParams:
-    """Our sampling settings in vLLM's terms; sample ``i`` gets seed ``seed + i``."""
+def sampling_params(sampling: SamplingParameters, task: SampleTask) -> vllm.SamplingParams:
+    """Our sampling settings in vLLM's terms, for one sample in one turn."""
     return vllm.SamplingParams(
-        n=num_samples,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k or -1,
-        max_tokens=sampling.max_tokens,
+        max_tokens=task.max_tokens,
         stop_token_ids=list(sampling.stop_token_ids),
         ignore_eos=True,  # what ends a completion is said by the request alone
-        seed=seed,
+        seed=task.seed,
         logprobs=0,  # only the sampled token's
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,  # nobody else holds it
     )
 
 
 def completion(output: vllm.CompletionOutput) -> Completion:
-    """A finished vLLM output as our record."""
+    """What vLLM sampled in one turn as our record; `length` is the turn's budget."""
     spans = tuple(
         VersionSpan(WeightVersion(int(span.version)), span.start, span.end)
         for span in output.weight_versions or ()
     )
+    assert output.finish_reason in ("stop", "length", "abort"), output.finish_reason
     return Completion(
         token_ids=np.asarray(output.token_ids, dtype=np.int32),
         logprobs=np.asarray(output.logprobs.logprobs, dtype=np.float32),
         versions=spans,
-        finish_reason="stop" if output.finish_reason == "stop" else "length",
+        finish_reason=output.finish_reason,
     )

@@ -1,7 +1,7 @@
-"""Every change Paceline makes to vLLM, in one place, each guarded by the version it was read in.
+"""Every change Paceline makes to vLLM, and every use of what vLLM does not offer as an interface.
 
-Nothing here runs at import: ``VLLMEngine`` applies what it needs, explicitly, before it loads a
-model.
+In one place, guarded by the version it was read in. Nothing here runs at import: ``VLLMEngine``
+applies what it needs, explicitly, before it loads a model.
 """
 
 from __future__ import annotations
@@ -12,11 +12,26 @@ from typing import Any
 import vllm
 from torch import nn
 from vllm.model_executor.layers import utils
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.output_processor import RequestOutputCollector
 
 PATCHED_VERSION = "0.32"
 
 _packed_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _original_dispatch: Any = None
+
+
+def require_known_version() -> None:
+    """Refuse a vLLM that this file was not written for.
+
+    Raises:
+        RuntimeError: another vLLM version than the one this was read in.
+    """
+    if not vllm.__version__.startswith(PATCHED_VERSION):
+        raise RuntimeError(
+            f"vLLM {vllm.__version__} is installed; the changes to it were written for "
+            f"{PATCHED_VERSION}: re-read rollout/vllm_patches.py before moving the pin"
+        )
 
 
 def keep_cpu_linear_weights() -> None:
@@ -28,18 +43,11 @@ def keep_cpu_linear_weights() -> None:
     weight is kept, goes on multiplying with the packed copy of the OLD weight: outputs are wrong in
     silence. We keep ``weight`` and remember the layer; ``repack_cpu_linears`` packs again after
     each update.
-
-    Raises:
-        RuntimeError: another vLLM version than the one this was read in.
     """
     global _original_dispatch
     if _original_dispatch is not None:
         return
-    if not vllm.__version__.startswith(PATCHED_VERSION):
-        raise RuntimeError(
-            f"vLLM {vllm.__version__} is installed; the CPU weight patch was written for "
-            f"{PATCHED_VERSION}: re-read rollout/vllm_patches.py before moving the pin"
-        )
+    require_known_version()
     _original_dispatch = utils.dispatch_cpu_unquantized_gemm
 
     def dispatch_and_remember(layer: nn.Module, remove_weight: bool) -> None:
@@ -54,3 +62,29 @@ def repack_cpu_linears(model: nn.Module) -> None:
     for module in model.modules():
         if module in _packed_layers:
             _original_dispatch(module, remove_weight=False)
+
+
+def abort_with_outputs(engine: vllm.LLMEngine, vllm_ids: list[str]) -> list[vllm.RequestOutput]:
+    """End requests of one sample each; returns what they have, ``finish_reason`` ``abort``.
+
+    Gap (vLLM 0.32, ``v1/engine/llm_engine.py::abort_request``): the synchronous engine forgets what
+    an aborted request had sampled. The asynchronous one hands it over: ``OutputProcessor.
+    abort_requests`` makes a last output, with log-probabilities and version spans, wherever a
+    request has a queue to put it in. We give each a queue for that moment.
+    """
+    states = engine.output_processor.request_states
+    queues = []
+    for vllm_id in vllm_ids:
+        queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, vllm_id)
+        states[vllm_id].queue = queue
+        queues.append(queue)
+    engine.abort_request(vllm_ids, internal=True)
+    outputs = [queue.get_nowait() for queue in queues]
+    assert all(isinstance(output, vllm.RequestOutput) for output in outputs), outputs
+    return outputs
+
+
+def has_sampled(engine: vllm.LLMEngine, vllm_id: str) -> bool:
+    """Whether a request has its first token (``RequestState`` of vLLM 0.32 holds what it has)."""
+    state = engine.output_processor.request_states[vllm_id]
+    return state.detokenizer.num_output_tokens() > 0

@@ -18,10 +18,12 @@ class WeightReceiver:
         """Copy every published tensor into the model.
 
         Raises:
-            WeightSyncError: a parameter of the model was left as it was.
+            WeightSyncError: the bytes are not those announced, before or after they were copied, or
+                a parameter of the model was left as it was.
         """
         model = self.model_runner.get_model()
         loaded = model.load_weights(read_weights(handle))
+        require_announced_bytes(handle)
         missing = {name for name, _ in model.named_parameters()} - loaded
         if missing:
             raise WeightSyncError(
@@ -29,3 +31,15 @@ class WeightReceiver:
                 f"{sorted(missing)[0]} among them: published names do not match the architecture"
             )
         repack_cpu_linears(model)
+
+
+def require_announced_bytes(handle: WeightHandle) -> None:
+    """Refuse weights that are no longer those announced.
+
+    They are checked before they are copied; a writer that comes too early may write while they are.
+    It writes later versions, so bytes that are still right were right all along.
+
+    Raises:
+        WeightSyncError: the bytes changed.
+    """
+    next(read_weights(handle), None)  # reading begins with the checksum of all bytes

@@ -26,11 +26,22 @@ class RolloutWorker:
         self._started = time.perf_counter()
 
     async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
-        """All completions of one request, once the last of them ended."""
+        """All completions of one request, once the last of them ended its turn.
+
+        Unfinished ones (`Completion.is_finished`) can be continued here or on any other worker.
+        """
         return await asyncio.wrap_future(self._engine.generate(request))
 
+    async def interrupt(self, request_id: str) -> bool:
+        """Have a pending `generate` answered now, with what there is; False: it is not here."""
+        return await asyncio.wrap_future(self._engine.interrupt(request_id))
+
     async def update_weights(self, handle: WeightHandle) -> tuple[WeightVersion, int]:
-        """Serve a published version; acknowledges it with the checksum of the bytes it loaded."""
+        """Serve a published version; acknowledges it with the checksum of the bytes it loaded.
+
+        The announced checksum is that of the loaded bytes: the engine compares it with the bytes
+        before and after it copies them, and an engine that finds another one stops.
+        """
         version = await asyncio.wrap_future(self._engine.update_weights(handle))
         return version, handle.checksum
 

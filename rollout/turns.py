@@ -1,0 +1,123 @@
+"""A turn: what a request asks of the engine for each sample, and how what came is joined to it.
+
+Pure bookkeeping, without an engine. A sample may be sampled over many turns, on many workers and by
+many weight versions; whoever continues it needs its tokens and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from paceline.configs.vocabulary import Completion, RolloutRequest, VersionSpan
+from paceline.rollout.engine import RolloutResult
+
+NOTHING_YET = Completion(
+    token_ids=np.empty(0, dtype=np.int32),
+    logprobs=np.empty(0, dtype=np.float32),
+    versions=(),
+    finish_reason="abort",
+)
+
+
+@dataclass(frozen=True)
+class SampleTask:
+    """What an unfinished sample asks of the engine: at most ``max_tokens`` after ``token_ids``."""
+
+    index: int
+    token_ids: tuple[int, ...]
+    max_tokens: int
+    seed: int
+
+
+class Turn:
+    """One request while an engine works on it: what each sample has, and which are still open."""
+
+    def __init__(self, request: RolloutRequest) -> None:
+        earlier = request.partial or (NOTHING_YET,) * request.num_samples
+        assert len(earlier) == request.num_samples, "a partial holds every sample of the request"
+        self.request = request
+        self._completions = [ended_by_budget(c, request.sampling.max_tokens) for c in earlier]
+        self._open = {i for i, c in enumerate(self._completions) if not c.is_finished}
+
+    @property
+    def open_samples(self) -> list[int]:
+        """Samples the engine still owes an answer, in order."""
+        return sorted(self._open)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is owed any more."""
+        return not self._open
+
+    def task(self, index: int) -> SampleTask:
+        """What sample ``index`` asks for in this turn."""
+        earlier = self._completions[index].token_ids.tolist()
+        left = self.request.sampling.max_tokens - len(earlier)
+        return SampleTask(
+            index=index,
+            token_ids=(*self.request.prompt_token_ids, *earlier),
+            max_tokens=min(left, self.request.segment_tokens or left),
+            seed=continuation_seed(self.request.seed + index, len(earlier)),
+        )
+
+    def close_sample(self, index: int, new: Completion) -> None:
+        """Take what the engine sampled for ``index`` in this turn.
+
+        Its ``finish_reason`` is the engine's: ``length`` is the budget of the turn.
+        """
+        whole = joined(self._completions[index], new)
+        if new.finish_reason == "length":
+            whole = ended_by_budget(
+                replace(whole, finish_reason="segment"), self.request.sampling.max_tokens
+            )
+        self._completions[index] = whole
+        self._open.remove(index)
+
+    def result(self) -> RolloutResult:
+        """Every sample with all it has."""
+        assert self.is_over, f"samples {self.open_samples} are still open"
+        return RolloutResult(self.request.request_id, tuple(self._completions))
+
+
+def ended_by_budget(completion: Completion, max_tokens: int) -> Completion:
+    """The completion, finished by ``length`` where it is unfinished and has no budget left."""
+    if completion.is_finished or len(completion.token_ids) < max_tokens:
+        return completion
+    return replace(completion, finish_reason="length")
+
+
+def continuation_seed(seed: int, num_earlier: int) -> int:
+    """Seed of a sample's stream after ``num_earlier`` tokens: a stream of its own, never reused.
+
+    With the sample's first seed, the numbers that drew its first tokens would draw again.
+    """
+    if num_earlier == 0:
+        return seed
+    return int(np.random.SeedSequence([seed, num_earlier]).generate_state(1)[0])
+
+
+def joined(earlier: Completion, new: Completion) -> Completion:
+    """``earlier`` continued by ``new``, whose spans count from its own first token."""
+    if not len(earlier.token_ids):
+        return new
+    return Completion(
+        token_ids=np.concatenate([earlier.token_ids, new.token_ids]),
+        logprobs=np.concatenate([earlier.logprobs, new.logprobs]),
+        versions=joined_spans(earlier.versions, new.versions, len(earlier.token_ids)),
+        finish_reason=new.finish_reason,
+    )
+
+
+def joined_spans(
+    earlier: tuple[VersionSpan, ...], new: tuple[VersionSpan, ...], num_earlier: int
+) -> tuple[VersionSpan, ...]:
+    """Spans of both in the whole's coordinates; neighbours of one version become one span."""
+    spans = list(earlier)
+    for span in new:
+        start, end = span.start + num_earlier, span.end + num_earlier
+        if spans and spans[-1].version == span.version:
+            start = spans.pop().start
+        spans.append(VersionSpan(span.version, start, end))
+    return tuple(spans)
