@@ -120,10 +120,13 @@ class RedisStore:
 
     def history(self, *, whole: bool = False) -> Iterator[Event]:
         """Events in order, from the last snapshot on: there is no more."""
+        is_first = True
         for number, entry in self._entries():
             where = f"entry {number} of the ledger {self._keys['journal']} in {self._url}"
-            for row in _json(entry[b"events"], where):
-                yield from_row(row, where)
+            events = [from_row(row, where) for row in _json(entry[b"events"], where)]
+            # What an entry holds before its snapshot was not trimmed with the entries before it.
+            yield from _from_snapshot(events) if is_first else events
+            is_first = False
 
     def group(self, group_id: int, prompt: Prompt) -> Group:
         """A finished group."""
@@ -293,6 +296,12 @@ class RedisStore:
     def _create_consumers(self) -> None:
         with contextlib.suppress(exceptions.ResponseError):  # it exists: BUSYGROUP
             self._redis.xgroup_create(self._keys["finished"], CONSUMERS, id="0", mkstream=True)
+
+
+def _from_snapshot(events: list[Event]) -> list[Event]:
+    """Events from the last snapshot among them on; all where there is none."""
+    snapshots = [i for i, event in enumerate(events) if event.kind is Kind.SNAPSHOT]
+    return events[snapshots[-1] :] if snapshots else events
 
 
 @contextlib.contextmanager

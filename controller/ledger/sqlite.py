@@ -174,7 +174,7 @@ def _locked(path: Path) -> int:
     """
     lock_path = path.with_name(path.name + ".lock")
     try:
-        descriptor = os.open(lock_path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(lock_path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise LedgerError(
             f"the ledger {path} cannot be written ({error.strerror}): check the folder"

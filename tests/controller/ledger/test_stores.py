@@ -59,6 +59,16 @@ def test_history_begins_at_the_last_snapshot(fresh_store):
     assert fold(opener().history()).as_dict() == fold([*first, last]).as_dict()
 
 
+def test_a_snapshot_in_the_middle_of_an_append_is_where_history_begins(fresh_store):
+    opener = fresh_store()
+    before = Event(Kind.ADMITTED, 3, 1.0, {"prompt": "p3"})
+    snapshot = Event(Kind.SNAPSHOT, 0, 2.0, fold([before]).as_dict())
+    after = Event(Kind.CLAIMED, 3, 3.0)
+    opener().append([before])
+    opener().append([Event(Kind.CLAIMED, 3, 1.5), Event(Kind.RETURNED, 3, 1.6), snapshot, after])
+    assert [event.kind for event in opener().history()] == [Kind.SNAPSHOT, Kind.CLAIMED]
+
+
 def test_samples_outlive_the_snapshot_after_them(fresh_store):
     opener = fresh_store()
     opener().append([finished(3)])

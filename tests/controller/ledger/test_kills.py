@@ -1,0 +1,164 @@
+"""kill -9 of whoever writes the ledger, and of the Redis that keeps it: nothing acknowledged is
+lost, nothing is written twice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import redis
+
+from paceline.controller.ledger.events import Event, Kind, LedgerError
+from paceline.controller.ledger.redis_streams import RedisStore
+from paceline.controller.ledger.sqlite import SQLiteStore
+from paceline.controller.ledger.state import Status, fold
+from tests.controller.builders import make_prompt
+from tests.controller.ledger.appender import life_of
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def append_until_killed(kind: str, where: str, first: int) -> list[int]:
+    """Group ids that a process got acknowledged before it was killed in the middle of its work."""
+    arguments = [sys.executable, "-m", "tests.controller.ledger.appender", kind, where, str(first)]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(20)]
+    time.sleep(0.05)
+    process.kill()
+    lines += process.stdout.readlines()
+    process.wait()
+    return [int(line) for line in lines if line.endswith("\n")]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+def test_a_killed_writer_loses_nothing_that_was_acknowledged(kind, tmp_path, request):
+    if kind == "sqlite":
+        where = str(tmp_path / "ledger.sqlite")
+    else:
+        where = request.getfixturevalue("own_redis")().url
+    acknowledged: list[int] = []
+    for _ in range(3):
+        first = max(acknowledged, default=-1) + 2  # one more may have been written unseen
+        acknowledged += append_until_killed(kind, where, first)
+        store = SQLiteStore(Path(where)) if kind == "sqlite" else RedisStore(where, "run")
+        state = fold(store.history())
+        finished = state.with_status(Status.FINISHED)
+        assert set(acknowledged) <= set(finished)
+        assert len(finished) <= len(acknowledged) + 3
+        assert store.group_ids() == set(finished) == set(state.live), "an append was cut in two"
+        for group_id in finished[-3:]:
+            assert store.group(group_id, make_prompt(group_id)).group_id == group_id
+        store.close()
+    assert len(acknowledged) >= 60
+
+
+def test_a_redis_that_is_killed_and_restarted_has_all_it_acknowledged(own_redis):
+    server = own_redis()
+    store = RedisStore(server.url, "run", reconnect_seconds=20)
+    stop, acknowledged, failures = threading.Event(), [], []
+
+    def write():
+        group_id = 0
+        try:
+            while not stop.is_set():
+                store.append(life_of(group_id))
+                acknowledged.append(group_id)
+                group_id += 1
+        except LedgerError as error:
+            failures.append(error)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    for _ in range(4):
+        enough = len(acknowledged) + 20
+        while len(acknowledged) < enough and writer.is_alive():
+            time.sleep(0.005)
+        server.kill()
+        server.start()
+    enough = len(acknowledged) + 20
+    while len(acknowledged) < enough and writer.is_alive():
+        time.sleep(0.005)
+    stop.set()
+    writer.join()
+    assert not failures
+    again = RedisStore(server.url, "run")
+    assert fold(again.history()).with_status(Status.FINISHED) == acknowledged
+    assert again.group_ids() == set(acknowledged)
+
+
+class DroppedReply:
+    """Sends a transaction, then loses the connection before its reply, once."""
+
+    def __init__(self, client):
+        self._client, self.dropped = client, False
+
+    def __getattr__(self, name):
+        return getattr(self._client, name)
+
+    def pipeline(self, **keywords):
+        pipeline = self._client.pipeline(**keywords)
+        execute = pipeline.execute
+
+        def execute_and_lose_the_reply():
+            answer = execute()
+            if not self.dropped:
+                self.dropped = True
+                raise redis.ConnectionError("connection reset by peer")
+            return answer
+
+        pipeline.execute = execute_and_lose_the_reply
+        return pipeline
+
+
+def test_an_append_whose_reply_was_lost_is_not_written_twice(shared_redis):
+    store = RedisStore(shared_redis.url, "lost-reply", reconnect_seconds=5)
+    store._redis = DroppedReply(store._redis)
+    store.append(life_of(0))
+    store.append(life_of(1))
+    assert store._redis.dropped
+    again = RedisStore(shared_redis.url, "lost-reply")
+    assert fold(again.history()).with_status(Status.FINISHED) == [0, 1]
+    assert shared_redis.client().xlen("paceline:lost-reply:finished") == 2
+
+
+def test_a_controller_whose_run_was_taken_over_is_stopped_at_its_next_append(shared_redis):
+    first = RedisStore(shared_redis.url, "taken", reconnect_seconds=1)
+    first.append(life_of(0))
+    second = RedisStore(shared_redis.url, "taken", reconnect_seconds=1)
+    second.append(life_of(1))
+    with pytest.raises(LedgerError, match="another controller writes"):
+        first.append(life_of(2))
+    assert fold(second.history()).with_status(Status.FINISHED) == [0, 1]
+
+
+def test_samples_of_a_dead_controller_are_claimed_from_its_consumer(shared_redis):
+    """Delivered once to a controller that died while recovering, then to the next."""
+    RedisStore(shared_redis.url, "claimed").append(life_of(0) + life_of(1))
+    dead = RedisStore(shared_redis.url, "claimed")
+    assert dead.group(0, make_prompt(0)).group_id == 0
+    key, client = "paceline:claimed:finished", shared_redis.client()
+    assert client.xpending(key, "learner")["pending"] == 2
+    heir = RedisStore(shared_redis.url, "claimed")
+    for group_id in (0, 1):
+        assert heir.group(group_id, make_prompt(group_id)).group_id == group_id
+    assert [each["name"] for each in client.xpending(key, "learner")["consumers"]] == [
+        heir._consumer.encode()
+    ]
+    heir.forget([0, 1])
+    assert client.xpending(key, "learner")["pending"] == client.xlen(key) == 0
+
+
+def test_a_snapshot_keeps_the_journal_in_redis_short(shared_redis):
+    store = RedisStore(shared_redis.url, "short")
+    for group_id in range(50):
+        store.append(life_of(group_id))
+    snapshot = Event(Kind.SNAPSHOT, 0, 0.0, fold(store.history()).as_dict())
+    store.append([snapshot])
+    assert shared_redis.client().xlen("paceline:short:journal") == 1
+    again = RedisStore(shared_redis.url, "short")
+    assert again.group_ids() == set(range(50))

@@ -1,0 +1,112 @@
+"""kill -9 of an asynchronous run, and of the Redis that keeps its ledger.
+
+What had been trained since the checkpoint is trained again from the recorded batches, and must give
+the very same weights: the ledger compares their checksums. On the CPU it does (float32, one learner
+rank).
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from paceline.configs.load import load_config
+from paceline.controller.ledger.balance import Audit, audit
+from paceline.controller.ledger.events import Kind
+from paceline.controller.ledger.opening import open_store
+from paceline.controller.observe.records import StepRecord
+from tests.integration.commands import PATIENCE_SECONDS, Command, Run, run, run_in
+from tests.integration.conftest import train
+from tests.redis_server import RedisServer
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * PATIENCE_SECONDS)]
+
+NUM_STEPS = 26
+CHECKPOINT_EVERY = 10
+KILLED_AFTER = 14
+
+
+def settings(*more: str) -> tuple[str, ...]:
+    return (
+        f"loop.num_steps={NUM_STEPS}",
+        f"checkpoint.every_steps={CHECKPOINT_EVERY}",
+        "loop.max_lag=2",
+        "rollout.max_restarts=3",
+        *more,
+    )
+
+
+def ledger_of(result: Run) -> Audit:
+    config = load_config(str(result.folder.config), ())
+    store = open_store(config.store, result.folder.root, config.name, read_only=True)
+    found = audit(store)
+    store.close()
+    return found
+
+
+def assert_whole(result: Run, resumptions: int) -> None:
+    """Every group of the finished run is accounted for, and none was trained twice."""
+    found = ledger_of(result)
+    assert found.faults == []
+    assert found.state.diverged == []
+    assert found.events[Kind.RESUMED] == resumptions
+    balance = found.state.balance()
+    assert balance.missing == 0
+    assert balance.trained == 8 * NUM_STEPS == result.summary.groups["trained"]
+    assert max(found.ages) <= result.summary.max_lag
+    assert result.summary.max_age <= result.summary.max_lag
+    assert [record.step for record in result.steps] == list(range(1, NUM_STEPS + 1))
+
+
+def what_was_trained(record: StepRecord) -> tuple:
+    return record.step, record.reward, record.loss, record.age_mean, record.metrics["grad_norm"]
+
+
+def test_a_killed_controller_trains_again_what_it_had_and_samples_nothing_finished_twice(tmp_path):
+    result = run_in(tmp_path, "killed")
+    arguments = train("killed", *settings())
+    with Command(*arguments, cwd=tmp_path) as command:
+        command.wait_until(lambda: result.has_done(KILLED_AFTER), "the moment to kill it")
+        command.kill()
+        command.wait_until_nothing_is_left()
+    before = result.steps
+    crashed = ledger_of(result)
+    assert crashed.faults == []
+    checked = run("ledger", "runs/killed", cwd=tmp_path)
+    assert checked.code == 0 and "balanced" in checked.output, checked
+
+    ended = run(*arguments, "--resume", cwd=tmp_path)
+    assert ended.code == 0, ended.errors
+    assert_whole(result, resumptions=1)
+    again = result.steps[: len(before)]
+    assert [what_was_trained(r) for r in again] == [what_was_trained(r) for r in before]
+    finished = ledger_of(result).events[Kind.FINISHED]
+    admitted = ledger_of(result).events[Kind.ADMITTED]
+    assert finished <= admitted, "a finished group was sampled again"
+
+
+def test_a_run_survives_its_redis_and_its_redis_survives_the_run(tmp_path):
+    """Redis is killed twice under the run and comes back from its file; then the run is killed."""
+    (tmp_path / "redis").mkdir()
+    server = RedisServer(tmp_path / "redis")
+    result = run_in(tmp_path, "durable")
+    store = ("store.type=redis", f"store.url={server.url}")
+    arguments = train("durable", *settings(*store))
+    try:
+        with Command(*arguments, cwd=tmp_path) as command:
+            for moment in (3, 7):
+                command.wait_until(
+                    lambda moment=moment: result.has_done(moment), "the moment to kill Redis"
+                )
+                server.kill()
+                server.start()
+            command.wait_until(lambda: result.has_done(KILLED_AFTER), "the moment to kill it")
+            command.kill()
+            command.wait_until_nothing_is_left()
+        assert ledger_of(result).faults == []
+        ended = run(*arguments, "--resume", cwd=tmp_path)
+        assert ended.code == 0, ended.errors
+        assert_whole(result, resumptions=1)
+        checked = run("ledger", "runs/durable", cwd=tmp_path)
+        assert checked.code == 0 and "balanced" in checked.output, checked
+    finally:
+        server.kill()
