@@ -29,7 +29,6 @@ class Audit:
 
     state: LedgerState = field(default_factory=LedgerState)
     events: Counter[Kind] = field(default_factory=Counter)
-    ages: Counter[int] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     began: float | None = None
     ended: float | None = None
@@ -47,9 +46,6 @@ class Audit:
         self.events[event.kind] += 1
         self.began = event.time if self.began is None else self.began
         self.ended = event.time
-        if event.kind is Kind.BATCHED:
-            lives = (self.state.live[group_id] for group_id in event.detail["trained"])
-            self.ages.update(event.key - life.oldest for life in lives if life.oldest is not None)
 
     def _compare(self, event: Event) -> None:
         """A snapshot must say what all events before it add up to."""
@@ -120,9 +116,9 @@ def _lines(found: Audit) -> Iterator[tuple[str, str]]:
     yield "trained", f"{balance.trained} groups in {state.step} steps{since}"
     yield "dropped", _counts(balance.dropped) or "0"
     yield "pending", _counts(balance.pending) or "0"
-    yield "age at training", _counts({f"{age}": n for age, n in sorted(found.ages.items())})
-    yield "claims given back", str(found.events[Kind.RETURNED])
-    yield "resumed", f"{found.events[Kind.RESUMED]} times"
+    yield "age at training", _counts({f"{age}": n for age, n in sorted(state.ages.items())})
+    yield "claims given back", str(state.returned)
+    yield "resumed", f"{state.resumed} times"
     if state.diverged:
         yield "done again with other weights", f"steps {state.diverged}"
     if found.began is not None and found.ended is not None:

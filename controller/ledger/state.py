@@ -88,7 +88,8 @@ class LedgerState:
     ``step`` is the next to train, ``last`` the highest id admitted, ``settled`` the step before
     which training is final; ``trained`` and ``dropped`` count groups that are gone. ``checksums``
     are of the weights that each step since then made, and ``diverged`` the steps that made others
-    when they were done again. ``gone`` collects groups whose samples nobody needs any more, for
+    when they were done again. ``ages`` counts batched groups by the age of their oldest token at
+    their step, ``returned`` claims given back, ``resumed`` resumptions. ``gone`` collects groups whose samples nobody needs any more, for
     whoever empties it.
     """
 
@@ -99,7 +100,10 @@ class LedgerState:
     last: int = -1
     admitted: int = 0
     trained: int = 0
+    returned: int = 0
+    resumed: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    ages: Counter[int] = field(default_factory=Counter)
     checksums: dict[int, int | None] = field(default_factory=dict)
     diverged: list[int] = field(default_factory=list)
     gone: list[int] = field(default_factory=list)
@@ -138,6 +142,7 @@ class LedgerState:
         return {
             **counts,
             "dropped": dict(self.dropped),
+            "ages": dict(self.ages),
             "live": lives,
             "batches": batches,
             "checksums": dict(self.checksums),
@@ -155,6 +160,7 @@ class LedgerState:
             live={int(i): Life(Status(s), *rest) for i, (s, *rest) in values["live"].items()},
             batches=batches,
             dropped=Counter(values["dropped"]),
+            ages=Counter({int(age): count for age, count in values["ages"].items()}),
             checksums={int(step): checksum for step, checksum in values["checksums"].items()},
             diverged=list(values["diverged"]),
             **{name: values[name] for name in _COUNTS},
@@ -175,6 +181,7 @@ class LedgerState:
 
     def _returned(self, event: Event) -> None:
         self._move(event.key, Status.CLAIMED, Status.WAITING)
+        self.returned += 1
 
     def _finished(self, event: Event) -> None:
         life = self._move(event.key, Status.CLAIMED, Status.FINISHED)
@@ -190,7 +197,9 @@ class LedgerState:
         for group_id in (*batch.trained, *batch.dropped):
             self._require(group_id, Status.FINISHED, Status.BATCHED)
         for group_id in batch.trained:
-            self._move(group_id, Status.FINISHED, Status.BATCHED)
+            oldest = self._move(group_id, Status.FINISHED, Status.BATCHED).oldest
+            if oldest is not None:  # a demonstration has no age
+                self.ages[step - oldest] += 1
         for group_id, reason in batch.dropped.items():
             self._drop(group_id, reason)
         self.batches[step] = batch
@@ -220,6 +229,7 @@ class LedgerState:
                 "checkpoint, or move the ledger away to sample anew what was not trained by then"
             )
         self.step = event.key
+        self.resumed += 1
         kept = event.detail.get("keep_batches", True)
         for batch in self.untrained_batches():
             for group_id in batch.trained:
@@ -269,7 +279,7 @@ class LedgerState:
         self.gone.append(group_id)
 
 
-_COUNTS = ("step", "settled", "last", "admitted", "trained")
+_COUNTS = ("step", "settled", "last", "admitted", "trained", "returned", "resumed")
 _ACTIONS = {
     Kind.ADMITTED: LedgerState._admitted,
     Kind.CLAIMED: LedgerState._claimed,

@@ -48,11 +48,11 @@ def assert_whole(result: Run, resumptions: int) -> None:
     found = ledger_of(result)
     assert found.faults == []
     assert found.state.diverged == []
-    assert found.events[Kind.RESUMED] == resumptions
+    assert found.state.resumed == resumptions
     balance = found.state.balance()
     assert balance.missing == 0
     assert balance.trained == 8 * NUM_STEPS == result.summary.groups["trained"]
-    assert max(found.ages) <= result.summary.max_lag
+    assert max(found.state.ages) <= result.summary.max_lag
     assert result.summary.max_age <= result.summary.max_lag
     assert [record.step for record in result.steps] == list(range(1, NUM_STEPS + 1))
 
