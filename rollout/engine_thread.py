@@ -37,8 +37,8 @@ class PendingRequest:
 class EngineThread:
     """Builds an engine on a thread of its own and steps it for as long as it has work.
 
-    Consumes an inbox of actions (requests, interruptions, weight updates) and runs them between two steps:
-    that is what makes version spans exact. With no request left it blocks on the inbox. An
+    Consumes an inbox of actions (requests, interruptions, weight updates) and runs them between two
+    steps: that is what makes version spans exact. With no request left it blocks on the inbox. An
     exception out of the engine ends the thread and fails every pending and later call with it.
     """
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from paceline.configs.schema.model import ModelConfig
 from paceline.configs.schema.rollout import RolloutConfig
-from paceline.configs.vocabulary import RolloutRequest, SamplingParameters
+from paceline.configs.vocabulary import Completion, RolloutRequest, SamplingParameters
 from paceline.learner.model import write_initial_model
 from paceline.weights_sync.layout import Layout, TensorSpec
 from paceline.weights_sync.shared_memory import Shard, SharedMemoryPublisher
@@ -20,7 +22,7 @@ MAX_LENGTH = 64
 STOP = 1
 
 
-def tiny_model_config(**changes) -> ModelConfig:
+def tiny_model_config(max_length: int = MAX_LENGTH, **changes) -> ModelConfig:
     architecture = {
         "model_type": "qwen3",
         "hidden_size": 64,
@@ -31,7 +33,7 @@ def tiny_model_config(**changes) -> ModelConfig:
         "intermediate_size": 128,
         "tie_word_embeddings": True,
     } | changes
-    return ModelConfig(architecture=architecture, tokenizer="characters", max_length=MAX_LENGTH)
+    return ModelConfig(architecture=architecture, tokenizer="characters", max_length=max_length)
 
 
 @dataclass
@@ -71,13 +73,20 @@ def build_reference(folder: str, shared: Path) -> Reference:
     return Reference(model, SharedMemoryPublisher(str(shared), Layout(specs)))
 
 
-def build_engine(folder: str, max_num_seqs: int = 32):
+def build_engine(
+    folder: str, max_num_seqs: int = 32, policy: str = "recompute", max_length: int = MAX_LENGTH
+):
+    from vllm.v1.engine import core
+
     from paceline.rollout.vllm_engine import VLLMEngine
 
+    # An engine that ends, or cannot be built, would take the process's parallel groups with it, and
+    # the tests have several in one process.
+    core.cleanup_dist_env_and_memory = lambda: None
     return VLLMEngine(
         folder,
-        RolloutConfig(max_num_seqs=max_num_seqs, kv_cache_mb=16),
-        max_length=MAX_LENGTH,
+        RolloutConfig(max_num_seqs=max_num_seqs, kv_cache_mb=16, on_weight_update=policy),
+        max_length=max_length,
         dtype="float32",
         seed=0,
     )
@@ -93,6 +102,85 @@ def engine_and_reference(request, tmp_path_factory):
     return engine, build_reference(str(folder), tmp_path_factory.mktemp("weights"))
 
 
+class VersionedReference:
+    """The reference model under the weights of any version, and engines brought to one."""
+
+    def __init__(self, reference: Reference) -> None:
+        self._reference = reference
+        self._initial = [p.detach().clone() for p in reference.model.parameters()]
+
+    def serve(self, engine, version: int):
+        """What the engine gives back when it is updated to a version."""
+        self.load(version)
+        return engine.update_weights(self._reference.publish(version))
+
+    def load(self, version: int) -> torch.nn.Module:
+        """The model with a version's weights."""
+        for parameter, values in zip(
+            self._reference.model.parameters(), self._initial, strict=True
+        ):
+            parameter.data.copy_(values)
+        self._reference.perturb(seed=1000 + version)
+        return self._reference.model
+
+    def chosen(self, version: int, request: RolloutRequest, token_ids) -> np.ndarray:
+        """Log-probabilities [C] of a completion under one version from its first token on."""
+        self.load(version)
+        prompt, temperature = request.prompt_token_ids, request.sampling.temperature
+        logprobs = self._reference.logprobs(prompt, token_ids, temperature)
+        return logprobs.gather(1, torch.tensor(token_ids).long()[:, None])[:, 0].numpy()
+
+    def error(self, request: RolloutRequest, completion: Completion) -> float:
+        """Largest distance of a token's log-probability from that of its span's version."""
+        assert_spans_tile(completion)
+        errors = [
+            self.chosen(span.version, request, completion.token_ids)[span.start : span.end]
+            - completion.logprobs[span.start : span.end]
+            for span in completion.versions
+        ]
+        return spread(np.concatenate(errors)) if errors else 0.0
+
+
+def assert_spans_tile(completion: Completion) -> None:
+    """Spans cover every token once, in order, and no two neighbours are of one version."""
+    ends = [0, *(span.end for span in completion.versions)]
+    assert [span.start for span in completion.versions] == ends[:-1]
+    assert ends[-1] == len(completion.token_ids) == len(completion.logprobs)
+    assert all(span.start < span.end for span in completion.versions)
+    versions = [span.version for span in completion.versions]
+    assert all(left != right for left, right in itertools.pairwise(versions))
+
+
+LONG = 384
+
+
+@dataclass
+class Fleet:
+    """An engine for every policy of a weight update, all of one tiny model."""
+
+    recompute: Any
+    keep: Any
+    abort: Any
+    reference: VersionedReference
+
+
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory) -> Fleet:
+    folder = str(tmp_path_factory.mktemp("fleet-model"))
+    write_initial_model(tiny_model_config(LONG), 128, STOP, seed=0, folder=folder)
+    engines = {
+        policy: build_engine(folder, max_num_seqs=8, policy=policy, max_length=LONG)
+        for policy in ("recompute", "keep", "abort")
+    }
+    reference = build_reference(folder, tmp_path_factory.mktemp("fleet-weights"))
+    return Fleet(reference=VersionedReference(reference), **engines)
+
+
+def steps(engine, count):
+    """Results of so many engine steps."""
+    return [result for _ in range(count) for result in engine.step()]
+
+
 def run_to_end(engine, *requests):
     """Completions by request id."""
     for request in requests:
@@ -103,10 +191,22 @@ def run_to_end(engine, *requests):
     return results
 
 
-def make_request(name, prompt=(5, 6, 7), *, temperature=1.0, num_samples=1, seed=0, **sampling):
+def make_request(
+    name,
+    prompt=(5, 6, 7),
+    *,
+    temperature=1.0,
+    num_samples=1,
+    seed=0,
+    partial=(),
+    segment_tokens=0,
+    **sampling,
+):
     settings = {"max_tokens": 16, "stop_token_ids": (STOP,)} | sampling
     parameters = SamplingParameters(temperature=temperature, **settings)
-    return RolloutRequest(name, tuple(prompt), parameters, num_samples, seed)
+    return RolloutRequest(
+        name, tuple(prompt), parameters, num_samples, seed, tuple(partial), segment_tokens
+    )
 
 
 def spread(values) -> float:

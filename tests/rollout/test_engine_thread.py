@@ -1,7 +1,9 @@
 """The engine's thread: updates between steps, failures reach every caller."""
 
+import asyncio
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -9,16 +11,20 @@ from paceline.configs.errors import DataError
 from paceline.configs.vocabulary import RolloutRequest, SamplingParameters, WeightVersion
 from paceline.rollout.engine import RolloutResult
 from paceline.rollout.engine_thread import EngineThread
+from paceline.rollout.worker import RolloutWorker
 from paceline.weights_sync.handle import WeightHandle
 from paceline.weights_sync.layout import Layout
 from tests.controller.builders import make_completion
 
 
 class FakeEngine:
-    """Finishes each request after ``steps`` steps, with the version it then has."""
+    """Finishes each request after ``steps`` steps, with the version it then has.
 
-    def __init__(self, steps=3):
-        self.version, self.steps, self.broken = None, steps, None
+    Its updates give back what is running where ``aborts`` is set.
+    """
+
+    def __init__(self, steps=3, aborts=False):
+        self.version, self.steps, self.broken, self.aborts = None, steps, None, aborts
         self.running = {}
         self.threads = set()
         self.in_step = False
@@ -44,11 +50,18 @@ class FakeEngine:
     def has_work(self):
         return bool(self.running)
 
+    def interrupt(self, request_id):
+        assert not self.in_step
+        if self.running.pop(request_id, None) is None:
+            return None
+        return RolloutResult(request_id, (replace(make_completion(0), finish_reason="abort"),))
+
     def update_weights(self, handle):
         assert not self.in_step
         if handle.checksum < 0:
             raise OSError("torn")
         self.version = handle.version
+        return [self.interrupt(name) for name in list(self.running)] if self.aborts else []
 
 
 def handle(version, checksum=0):
@@ -119,3 +132,50 @@ def test_without_weights_nothing_is_served():
     with pytest.raises(AssertionError, match="never given weights"):
         thread.generate(request("early")).result(5)
     thread.close()
+
+
+def test_an_interrupted_request_is_answered_with_what_it_has_and_the_others_go_on():
+    async def scenario():
+        worker = RolloutWorker(lambda: FakeEngine(steps=200))
+        await worker.update_weights(handle(0))
+        taken = asyncio.create_task(worker.generate(request("taken")))
+        stays = asyncio.create_task(worker.generate(request("stays")))
+        await asyncio.sleep(0.02)
+        assert await worker.interrupt("taken") is True
+        (completion,) = await asyncio.wait_for(taken, 1)
+        assert not completion.is_finished
+        assert await worker.interrupt("taken") is False
+        assert not stays.done()
+        assert (await stays)[0].is_finished
+        await worker.close()
+
+    asyncio.run(scenario())
+
+
+def test_an_update_that_aborts_answers_every_request_and_is_acknowledged():
+    async def scenario():
+        worker = RolloutWorker(lambda: FakeEngine(steps=10**9, aborts=True))
+        await worker.update_weights(handle(0))
+        calls = [asyncio.create_task(worker.generate(request(f"r{i}"))) for i in range(5)]
+        await asyncio.sleep(0.02)
+        assert await worker.update_weights(handle(1, checksum=77)) == (1, 77)
+        for (completion,) in await asyncio.wait_for(asyncio.gather(*calls), 1):
+            assert completion.finish_reason == "abort"
+        await worker.close()
+
+    asyncio.run(scenario())
+
+
+def test_only_tokens_of_this_turn_are_counted():
+    thread = EngineThread(FakeEngine)
+    thread.update_weights(handle(0)).result(5)
+    earlier = make_completion(0, length=3)
+    thread.generate(replace(request("r"), partial=(earlier,))).result(5)
+    assert thread.counters.num_tokens == 4 - 3
+    thread.close()
+
+
+def test_a_caller_that_gave_up_does_not_stop_the_engine(engine_and_thread):
+    _, thread = engine_and_thread
+    assert thread.generate(request("given up")).cancel()
+    assert len(thread.generate(request("later")).result(5)) == 1
