@@ -20,6 +20,7 @@ quickstart: install ## Train a small model from scratch: install, warm start, GR
 		name=quickstart-seed$(SEED)-$$(date +%Y%m%d-%H%M%S)
 
 test: install ## Run the whole test suite
+	@$(PYTHON) scripts/install_redis.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 lint: install .ns/paceline ## Check style, formatting, types and the import rules
