@@ -10,13 +10,14 @@ from rich.console import Console
 
 from paceline.configs.diagnose import nearest
 from paceline.configs.errors import ConfigError
+from paceline.controller.bench.buffer import bench_buffer
 from paceline.controller.bench.e2e import bench_e2e
 from paceline.controller.bench.result import BenchResult, show
 
 Bench = Callable[[bool, Path], BenchResult]
 """``(quick, output)``: measure (briefly where ``quick``), with files in the folder ``output``."""
 
-BENCHES: Mapping[str, Bench] = {"e2e": bench_e2e}
+BENCHES: Mapping[str, Bench] = {"e2e": bench_e2e, "buffer": bench_buffer}
 
 
 def run_bench(name: str, quick: bool, output: Path) -> int:

@@ -1,13 +1,18 @@
-"""Run one side of a comparison in a process of its own, one torch thread unless told otherwise."""
+"""Run one side of a comparison, or a function, in a process of its own."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 from paceline.controller.bench.result import BenchError
+
+T = TypeVar("T")
 
 TIME_LIMIT_SECONDS = 1800
 
@@ -45,3 +50,10 @@ def run_logged(command: Sequence[str], log: Path, num_threads: int = 1) -> None:
 def _last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")
+
+
+def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
+    """The result of a function that runs in a fresh process: nothing lingers from before."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()

@@ -12,8 +12,9 @@ from paceline.controller.ledger.events import Event, Kind
 from paceline.controller.ledger.state import LedgerState, fold
 from paceline.controller.ledger.store import Store
 
-SNAPSHOT_EVERY = 64
-"""Steps after which the state is written whole, where there are no checkpoints to do it at."""
+SNAPSHOT_FACTOR = 4
+"""The state is written whole after so many times the events that it would take to write it: then it
+adds a quarter to what is written, however much is pending."""
 
 
 class Journal:
@@ -43,6 +44,7 @@ class Journal:
         self._filling: asyncio.Future[None] | None = None  # done when what is noted is durable
         self._sending: asyncio.Future[None] | None = None  # done when what is being sent is
         self._failure: Exception | None = None
+        self._since_snapshot = 0
 
     def note(
         self,
@@ -61,7 +63,7 @@ class Journal:
         self.state.apply(event)
         self._append(event)
         if kind is Kind.TRAINED and not self._revocable:
-            self._settle(key + 1, whole=key % SNAPSHOT_EVERY == 0)
+            self._settle(key + 1)
 
     async def write(
         self,
@@ -79,7 +81,7 @@ class Journal:
         """Begin an empty ledger at a later step: the story of a run whose own is not kept."""
         assert not self.state.admitted, "only an empty ledger can begin elsewhere"
         self.state = LedgerState(step=step, settled=step)
-        self._append(Event(Kind.SNAPSHOT, step, time.time(), self.state.as_dict()))
+        self._snapshot()
 
     def settle(self, step: int) -> None:
         """Make training before ``step`` final: no checkpoint before it will be resumed from.
@@ -87,7 +89,7 @@ class Journal:
         Without anything to resume from, all that was trained is final already.
         """
         if self._revocable:
-            self._settle(step, whole=True)
+            self._settle(step)
 
     async def flush(self) -> None:
         """Return once all that was noted is durable."""
@@ -102,17 +104,23 @@ class Journal:
         finally:
             self.store.close()
 
-    def _settle(self, step: int, *, whole: bool) -> None:
+    def _settle(self, step: int) -> None:
         event = Event(Kind.SETTLED, step, time.time())
         self.state.apply(event)
         self._append(event)
-        if whole:
-            self._append(Event(Kind.SNAPSHOT, step, time.time(), self.state.as_dict()))
+        if self._since_snapshot > SNAPSHOT_FACTOR * (1 + len(self.state.live)):
+            self._snapshot()
+
+    def _snapshot(self) -> None:
+        whole = self.state.as_dict()
+        self._append(Event(Kind.SNAPSHOT, self.state.step, time.time(), whole))
+        self._since_snapshot = 0
 
     def _append(self, event: Event) -> None:
         if self._failure is not None:
             raise self._failure
         self._noted.append(event)
+        self._since_snapshot += 1
         if not self.store.survives:
             self._send(*self._taken())
         elif self._filling is None:

@@ -19,7 +19,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import redis
@@ -29,6 +29,8 @@ from paceline.configs.vocabulary import Group, Prompt
 from paceline.controller.ledger.codec import decode_group, encode_group
 from paceline.controller.ledger.events import SCHEMA, Event, Kind, LedgerError
 from paceline.controller.ledger.text import as_row, from_row
+
+Command = tuple[str | int | bytes, ...]
 
 CONSUMERS = "learner"
 CHUNK = 256
@@ -88,35 +90,34 @@ class RedisStore:
             self._last = number
             self._follow(entry)
         self._keep_present()
+        self._find_leftovers()
 
     def append(self, events: Sequence[Event]) -> None:
-        """Write one entry, and one for the samples of each finished group, in one transaction."""
+        """Write samples of finished groups, then the entry that makes them count.
+
+        Each is sent as soon as it is encoded, so that Redis works on one while we encode the next.
+        """
         number = self._last + 1
         finished = [event for event in events if event.group is not None]
-        contents = {
-            f"{number}-{i}": (event.key, encode_group(event.group))
-            for i, event in enumerate(finished, 1)
-            if event.group is not None
-        }
-        entry = self._entry(events, contents)
+        places = {event.key: f"{self._next_sample + i}-0" for i, event in enumerate(finished)}
+        entry = self._entry(events, places)
 
-        def send() -> None:
-            with self._redis.pipeline(transaction=True) as pipeline:
-                for sample_id, (group_id, content) in contents.items():
-                    fields = {"group": group_id, "content": content}
-                    pipeline.xadd(self._keys["finished"], fields, id=sample_id)
-                pipeline.xadd(self._keys["journal"], entry, id=f"{number}-1")
-                if "snapshot" in entry:
-                    pipeline.xtrim(self._keys["journal"], minid=f"{number}-1", approximate=False)
-                pipeline.execute()
+        def samples() -> Iterator[Command]:
+            for event in finished:
+                assert event.group is not None
+                fields = ("group", event.key, "content", encode_group(event.group))
+                yield ("XADD", self._keys["finished"], places[event.key], *fields)
 
-        try:
-            self._ask(send)
-        except LedgerError as error:
-            if not (_is_taken(error.__cause__) and self._is_ours(number)):
-                raise
+        self._ask(self._stream, samples)
+        if not self._ask(self._commit, number, entry) and not self._is_ours(number):
+            raise LedgerError(
+                f"another controller writes to the ledger {self._keys['journal']} in {self._url}: "
+                "it has taken this run over, or two runs have one name; stop one of them"
+            )
         self._last = number
-        self._follow({key.encode(): str(value).encode() for key, value in entry.items()})
+        self._next_sample += len(finished)
+        self._follow({b"samples": entry["samples"].encode()})
+        self._delete_leftovers()
 
     def history(self, *, whole: bool = False) -> Iterator[Event]:
         """Events in order, from the last snapshot on: there is no more."""
@@ -156,16 +157,49 @@ class RedisStore:
         """Close the connection."""
         self._redis.close()
 
-    def _entry(
-        self, events: Sequence[Event], contents: dict[str, tuple[int, bytes]]
-    ) -> dict[str, str]:
-        samples = {group_id: sample_id for sample_id, (group_id, _) in contents.items()}
+    def _stream(self, commands: Callable[[], Iterator[Command]]) -> None:
+        """Send commands one by one without waiting, then read their replies.
+
+        That an id is taken is no error: we sent it before, and lost the reply.
+        """
+        connection = self._redis.connection_pool.get_connection()
+        try:
+            count = 0
+            for command in commands():
+                connection.send_command(*command)
+                count += 1
+            for _ in range(count):
+                try:
+                    connection.read_response()
+                except exceptions.ResponseError as error:
+                    if not _is_taken(error):
+                        raise
+        except BaseException:
+            connection.disconnect()  # with replies still to come it is of no use
+            raise
+        finally:
+            self._redis.connection_pool.release(connection)
+
+    def _commit(self, number: int, entry: dict[str, str]) -> bool:
+        """Write the journal's entry; False where there is one of this number."""
+        with self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.xadd(self._keys["journal"], entry, id=f"{number}-1")
+            if "snapshot" in entry:
+                pipeline.xtrim(self._keys["journal"], minid=f"{number}-1", approximate=False)
+            try:
+                pipeline.execute()
+            except exceptions.ResponseError as error:
+                if not _is_taken(error):
+                    raise
+                return False
+            return True
+
+    def _entry(self, events: Sequence[Event], places: Mapping[int, str]) -> dict[str, str]:
         entry = {"owner": self._owner, "events": json.dumps([as_row(event) for event in events])}
-        if any(event.kind is Kind.SNAPSHOT for event in events):
-            # What is trimmed may say where samples are that are still needed: say it here.
-            samples = self._samples | samples
-            entry["snapshot"] = "1"
-        return entry | {"samples": json.dumps(samples)}
+        if not any(event.kind is Kind.SNAPSHOT for event in events):
+            return entry | {"samples": json.dumps(places)}
+        # What is trimmed may say where samples are that are still needed: say it here.
+        return entry | {"samples": json.dumps({**self._samples, **places}), "snapshot": "1"}
 
     def _follow(self, entry: dict[bytes, bytes]) -> None:
         """Remember where an entry's samples are."""
@@ -183,6 +217,25 @@ class RedisStore:
             for (group_id, _), is_there in zip(chunk, present, strict=True):
                 if not is_there:
                     del self._samples[group_id]
+
+    def _find_leftovers(self) -> None:
+        """Where our samples go, and which lie there that a dead controller never came to count."""
+        known = [int(place.split("-")[0]) for place in self._samples.values()]
+        stream = self._ask(self._redis.exists, self._keys["finished"]) and self._ask(
+            self._redis.xinfo_stream, self._keys["finished"]
+        )
+        last = int(stream["last-generated-id"].split(b"-")[0]) if stream else 0
+        self._next_sample = last + 1
+        self._leftovers: tuple[int, int] | None = (max(known, default=0) + 1, last)
+
+    def _delete_leftovers(self) -> None:
+        """Only now that an entry of ours stands: before, their controller might be alive."""
+        if self._leftovers is None:
+            return
+        (first, last), self._leftovers = self._leftovers, None
+        key = self._keys["finished"]
+        while found := self._ask(self._redis.xrange, key, f"{first}-0", f"{last}-0", count=8):
+            self._ask(self._redis.xdel, key, *(entry_id for entry_id, _ in found))
 
     def _entries(self) -> Iterator[tuple[int, dict[bytes, bytes]]]:
         """Numbered entries from the last snapshot on.
@@ -239,15 +292,10 @@ class RedisStore:
         return bytes(found[0][1][b"content"]) if found else b""
 
     def _is_ours(self, number: int) -> bool:
-        """Whether an entry that was there already is the one we sent; else we are not alone."""
+        """Whether the entry that is there already is the one we sent before a lost reply."""
         entry_id = f"{number}-1"
         found = self._ask(self._redis.xrange, self._keys["journal"], entry_id, entry_id)
-        if found and found[0][1].get(b"owner") == self._owner.encode():
-            return True
-        raise LedgerError(
-            f"another controller writes to the ledger {self._keys['journal']} in {self._url}: it "
-            "has taken this run over, or two runs have one name; stop one of them"
-        )
+        return bool(found) and found[0][1].get(b"owner") == self._owner.encode()
 
     def _ask(self, call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         """The answer of a call, tried again while there is no connection."""
@@ -332,9 +380,9 @@ def _explanation(url: str, error: Exception) -> LedgerError:
     return LedgerError(f"the Redis at {url} refused a command ({text}): see its log")
 
 
-def _is_taken(error: BaseException | None) -> bool:
+def _is_taken(error: exceptions.ResponseError) -> bool:
     """Whether an entry of this id, or a later one, is in the stream already."""
-    return isinstance(error, exceptions.ResponseError) and "equal or smaller" in str(error)
+    return "equal or smaller" in str(error)
 
 
 def _json(text: bytes, where: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -58,7 +59,10 @@ class SQLiteStore:
 
     def append(self, events: Sequence[Event]) -> None:
         """Write events and the samples with them in one transaction."""
-        rows = [(self._last + i, *as_row(event)) for i, event in enumerate(events, 1)]
+        rows = [
+            (self._last + i, *facts, json.dumps(detail))
+            for i, (*facts, detail) in enumerate(map(as_row, events), 1)
+        ]
         samples = [(r.key, encode_group(r.group)) for r in events if r.group is not None]
         with self._explained(), self._database:
             self._database.executemany("INSERT INTO journal VALUES (?, ?, ?, ?, ?)", rows)

@@ -86,11 +86,11 @@ class LedgerState:
     """The sum of all events so far. Its size is that of what is pending or not settled.
 
     ``step`` is the next to train, ``last`` the highest id admitted, ``settled`` the step before
-    which training is final; ``trained`` and ``dropped`` count groups that are gone. ``checksums``
-    are of the weights that each step since then made, and ``diverged`` the steps that made others
-    when they were done again. ``ages`` counts batched groups by the age of their oldest token at
-    their step, ``returned`` claims given back, ``resumed`` resumptions. ``gone`` collects groups whose samples nobody needs any more, for
-    whoever empties it.
+    which training is final; ``trained`` and ``dropped`` count groups that are gone. ``ages`` counts
+    batched groups by the age of their oldest token at their step, ``returned`` claims given back,
+    ``resumed`` resumptions. ``checksums`` are of the weights that each step not settled made, and
+    ``diverged`` the steps that made others when they were done again. ``gone`` collects groups
+    whose samples nobody needs any more, for whoever empties it.
     """
 
     live: dict[int, Life] = field(default_factory=dict)

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from paceline.controller.ledger.events import Event, Kind, LedgerError
 
-Row = tuple[str, int, float, str]
-"""Kind, key, time and detail of a event, the latter in JSON."""
+Row = tuple[str, int, float, Mapping[str, Any]]
+"""Kind, key, time and detail of an event: what JSON can hold."""
 
 
 def as_row(event: Event) -> Row:
-    """A event without its group."""
-    return event.kind.value, event.key, event.time, json.dumps(event.detail)
+    """An event without its group."""
+    return event.kind.value, event.key, event.time, event.detail
 
 
 def from_row(row: Any, where: str) -> Event:
-    """What `as_row` gave.
+    """What `as_row` gave, its detail perhaps still in JSON.
 
     Raises:
         LedgerError: it is damaged; ``where`` names the row and its store.
     """
     try:
         kind, key, time, detail = row
-        return Event(Kind(kind), int(key), float(time), json.loads(detail))
+        if isinstance(detail, str):
+            detail = json.loads(detail)
+        if not isinstance(detail, dict):
+            raise TypeError(f"detail {detail!r}")
+        return Event(Kind(kind), int(key), float(time), detail)
     except (TypeError, ValueError) as error:
         raise LedgerError(
             f"{where} is damaged ({' '.join(str(error).split())}): restore the ledger from a copy; "

@@ -91,39 +91,42 @@ def test_a_redis_that_is_killed_and_restarted_has_all_it_acknowledged(own_redis)
     assert again.group_ids() == set(acknowledged)
 
 
-class DroppedReply:
-    """Sends a transaction, then loses the connection before its reply, once."""
+@pytest.mark.parametrize("step", ["_stream", "_commit"])
+def test_an_append_whose_reply_was_lost_is_not_written_twice(shared_redis, step):
+    name = f"lost-reply-{step}"
+    store = RedisStore(shared_redis.url, name, reconnect_seconds=5)
+    done, calls = getattr(store, step), []
 
-    def __init__(self, client):
-        self._client, self.dropped = client, False
+    def done_but_unheard(*arguments):
+        answer = done(*arguments)
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise redis.ConnectionError("connection reset by peer")
+        return answer
 
-    def __getattr__(self, name):
-        return getattr(self._client, name)
-
-    def pipeline(self, **keywords):
-        pipeline = self._client.pipeline(**keywords)
-        execute = pipeline.execute
-
-        def execute_and_lose_the_reply():
-            answer = execute()
-            if not self.dropped:
-                self.dropped = True
-                raise redis.ConnectionError("connection reset by peer")
-            return answer
-
-        pipeline.execute = execute_and_lose_the_reply
-        return pipeline
-
-
-def test_an_append_whose_reply_was_lost_is_not_written_twice(shared_redis):
-    store = RedisStore(shared_redis.url, "lost-reply", reconnect_seconds=5)
-    store._redis = DroppedReply(store._redis)
+    setattr(store, step, done_but_unheard)
     store.append(life_of(0))
     store.append(life_of(1))
-    assert store._redis.dropped
-    again = RedisStore(shared_redis.url, "lost-reply")
+    assert len(calls) == 3
+    again = RedisStore(shared_redis.url, name)
     assert fold(again.history()).with_status(Status.FINISHED) == [0, 1]
-    assert shared_redis.client().xlen("paceline:lost-reply:finished") == 2
+    assert shared_redis.client().xlen(f"paceline:{name}:finished") == 2
+
+
+def test_samples_of_an_append_that_was_cut_in_two_do_not_stay(shared_redis):
+    client, key = shared_redis.client(), "paceline:cut:finished"
+    store = RedisStore(shared_redis.url, "cut")
+    store.append(life_of(0))
+    store._commit = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)  # killed before it counts
+    with pytest.raises(KeyboardInterrupt):
+        store.append(life_of(1))
+    assert client.xlen(key) == 2
+    heir = RedisStore(shared_redis.url, "cut")
+    assert heir.group_ids() == {0}
+    assert client.xlen(key) == 2, "its writer might be alive"
+    heir.append(life_of(2))
+    assert client.xlen(key) == 2
+    assert RedisStore(shared_redis.url, "cut").group_ids() == {0, 2}
 
 
 def test_a_controller_whose_run_was_taken_over_is_stopped_at_its_next_append(shared_redis):
