@@ -208,7 +208,7 @@ class WorkBuffer:
         return tuple(sorted(self._slots))
 
     def occupancy(self) -> dict[str, int]:
-        """Entries by state, slots held, slots allowed now, and bytes of samples."""
+        """Entries by state, slots held, and slots that may be held now."""
         waiting, finished = len(self._waiting), len(self._finished)
         return {
             State.WAITING.value: waiting,
@@ -216,8 +216,12 @@ class WorkBuffer:
             State.FINISHED.value: finished,
             "slots": len(self._slots),
             "limit": self._limit,
-            "bytes": self._num_bytes,
         }
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the samples it holds, finished or not."""
+        return self._num_bytes
 
     def _has_room(self) -> bool:
         return len(self._slots) < self._limit

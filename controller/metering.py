@@ -86,6 +86,7 @@ class StepMeter:
         metrics["padding_fraction"] = report.num_padding_tokens / max(
             1, report.num_tokens + report.num_padding_tokens
         )
+        metrics["buffer_megabytes"] = loop.buffer.num_bytes / 1e6
         return StepRecord(
             phase=self._phase,
             step=batch.batch.step + 1,

@@ -36,6 +36,11 @@ class TrainingObserver:
         """Record the step, then run what is due; never ends the loop by itself."""
         finished = batch.batch.step + 1
         self.totals.add(batch, report)
+        if batch.batch.step in loop.buffer.journal.state.diverged:
+            self.recorder.message(
+                f"step {finished}, done again, made other weights than before it was interrupted: "
+                "settings or machine differ; groups that were sampled since are of the old ones"
+            )
         counters = await self.pool.counters()
         self.recorder.step(self.meter.measure(batch, report, loop, counters))
         self.recorder.samples(sample_records(batch, self.samples_per_step))

@@ -143,7 +143,7 @@ class _Lives:
                 group = await self._buffer.take()
                 assert group is not None
                 groups.append(group.group_id)
-            self._most_bytes = max(self._most_bytes, self._buffer.occupancy()["bytes"])
+            self._most_bytes = max(self._most_bytes, self._buffer.num_bytes)
             batch = {"trained": groups, "held": [], "dropped": {}}
             await self._journal.write(Kind.BATCHED, step, batch)
             self._journal.note(Kind.TRAINED, step, {"checksum": step})

@@ -135,7 +135,7 @@ def test_full_memory_stops_sampling_ahead_but_not_the_group_that_is_waited_for()
         first, *ahead = [await buffer.claim() for _ in range(3)]
         for work in ahead:
             await buffer.finish(make_group(work.group_id))
-        assert buffer.occupancy()["bytes"] == 2 * GROUP_BYTES
+        assert buffer.num_bytes == 2 * GROUP_BYTES
         assert await is_blocked(buffer.claim())  # the first may yet bring as much: 3 of 3
         await buffer.give_back(first)
         assert (await buffer.claim()).group_id == 0  # without it nothing would ever be taken
@@ -144,7 +144,7 @@ def test_full_memory_stops_sampling_ahead_but_not_the_group_that_is_waited_for()
         await buffer.take()
         await buffer.take()
         assert (await buffer.claim()).group_id == 3
-        assert buffer.occupancy()["bytes"] == GROUP_BYTES
+        assert buffer.num_bytes == GROUP_BYTES
 
     asyncio.run(scenario())
 
@@ -155,7 +155,7 @@ def test_what_was_sampled_of_a_group_that_goes_back_is_there_for_the_next_claim(
         await buffer.admit(draw)
         partial = (make_completion(3), make_completion(4))
         await buffer.give_back(await buffer.claim(), partial)
-        assert buffer.occupancy()["bytes"] == sum(each.num_bytes for each in partial)
+        assert buffer.num_bytes == sum(each.num_bytes for each in partial)
         again = await buffer.claim()
         assert again.partial == partial
         await buffer.give_back(again)  # its worker died: what there was before is still there
