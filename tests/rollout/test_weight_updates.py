@@ -114,12 +114,14 @@ def test_abort_keeps_finished_samples_and_gives_back_those_that_never_began(flee
             assert after is before
 
 
-def test_keep_new_requests_never_meet_what_older_weights_left_in_the_prefix_cache(fleet):
+@pytest.mark.parametrize("policy", ["recompute", "keep", "abort"])
+def test_new_requests_never_meet_what_older_weights_left_in_the_prefix_cache(fleet, policy):
+    engine = getattr(fleet, policy)
     for version in (1, 2, 3, 1):
-        fleet.reference.serve(fleet.keep, version)
+        fleet.reference.serve(engine, version)
         for turn in range(2):  # the second hits what the first one left
             request = make_request(f"{version}-{turn}", TWO_BLOCKS, num_samples=2, max_tokens=4)
-            for completion in run_to_end(fleet.keep, request)[request.request_id]:
+            for completion in run_to_end(engine, request)[request.request_id]:
                 assert fleet.reference.error(request, completion) < TOLERANCE
 
 
@@ -166,7 +168,7 @@ event = st.sampled_from(["swap", "interrupt", "segment", "step", "step"])
 
 
 @pytest.mark.parametrize("policy", ["recompute", "abort"])
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(event, st.integers(1, 4)), max_size=10), st.integers(1, 30))
 def test_whatever_happens_to_a_request_its_log_probabilities_are_those_of_its_spans(
     fleet, policy, events, max_tokens
