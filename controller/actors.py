@@ -33,6 +33,9 @@ T = TypeVar("T")
 
 SAVE_MEMORY = "lower learner.tokens_per_microbatch, rollout.max_num_seqs or rollout.kv_cache_mb"
 
+CONTROL_CALLS = 100
+"""Calls a rollout worker has room for at a time, beside requests and their interruptions."""
+
 
 @dataclass(frozen=True)
 class LateClass:
@@ -87,14 +90,17 @@ async def start_rollout_worker(
     cpus: float,
     gpus: float,
     environment: Mapping[str, str],
+    max_requests: int = 1000,
 ) -> RolloutActor:
-    """Start a rollout worker; returns once its engine is up.
+    """Start a rollout worker for ``max_requests`` at a time; returns once its engine is up.
 
     Raises:
         UserError: the engine cannot be built as configured.
         ClusterError: its process died.
     """
-    actor = start_actor(cpus, gpus, environment)
+    # Ray makes calls beyond its limit wait: an interrupt must not wait for what it interrupts.
+    max_concurrency = 2 * max_requests + CONTROL_CALLS
+    actor = start_actor(cpus, gpus, environment, max_concurrency=max_concurrency)
     try:
         await result_of(actor.build.remote(factory), ClusterError, f"rollout worker {index}")
     except BaseException:
@@ -187,8 +193,12 @@ class RolloutActor:
         self._who = f"rollout worker {index}"
 
     async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
-        """All completions of a request."""
+        """All completions of a request, unfinished ones where its turn ended first."""
         return await self._call(self._actor.call.remote("generate", request))
+
+    async def interrupt(self, request_id: str) -> bool:
+        """Have a pending request answered now, with what there is; False: it is not there."""
+        return await self._call(self._actor.call.remote("interrupt", request_id))
 
     async def update_weights(self, handle: WeightHandle) -> tuple[WeightVersion, int]:
         """Load a version; answers what is then served."""

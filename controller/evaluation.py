@@ -20,9 +20,9 @@ GREEDY_STREAM, SAMPLED_STREAM = 1, 2
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Samples one completion a prompt through the same rollouts that training uses.
+    """Samples one completion a prompt as training does, but to its end (`sample_to_end`).
 
-    ``rollouts(sampling, num_samples, stream)`` builds them.
+    ``rollouts(sampling, num_samples, stream)`` builds what does it.
     """
 
     rollouts: Callable[[SamplingParameters, int, int], Rollouts]
@@ -54,7 +54,9 @@ async def retried(rollouts: Rollouts, work: Work) -> Group:
     """A group, from another worker where one died; the pool ends it when none is left."""
     while True:
         with contextlib.suppress(WorkerLost):
-            return await rollouts(work)
+            group = await rollouts(work)
+            assert isinstance(group, Group), "what evaluates samples to the end"
+            return group
 
 
 def accuracy(trajectories: Sequence[Trajectory]) -> float:

@@ -17,6 +17,7 @@ from paceline.configs.vocabulary import (
     RolloutRequest,
     SamplingParameters,
     Trajectory,
+    UnfinishedGroup,
 )
 from paceline.controller.buffer import Work
 
@@ -32,9 +33,27 @@ def request_seed(run_seed: int, stream: int, index: int) -> int:
     return int(np.random.SeedSequence([run_seed, stream, index]).generate_state(1)[0])
 
 
+async def sample_to_end(sample: Sample, request: RolloutRequest) -> tuple[Completion, ...]:
+    """Ask again, with what there is, until every sample is finished.
+
+    Raises:
+        WorkerLost: a worker died over it.
+    """
+    name = request.request_id
+    for turn in itertools.count():
+        completions = await sample(replace(request, request_id=f"{name}.{turn}"))
+        request = replace(request, partial=completions)
+        if all(completion.is_finished for completion in completions):
+            break
+    return completions
+
+
 @dataclass
 class Rollouts:
-    """Samples a group's prompt on the workers and grades what came back."""
+    """Samples a group's prompt on the workers and grades what came back whole.
+
+    ``segment_tokens`` is the most tokens a call may add to a sample; 0 means no such limit.
+    """
 
     sample: Sample
     grade: Grade
@@ -43,12 +62,15 @@ class Rollouts:
     num_samples: int
     seed: int
     stream: int = 0
+    segment_tokens: int = 0
     require_finish: bool = True
     drop_on_error: bool = False
     _attempts: Iterator[int] = field(default_factory=itertools.count)
 
-    async def __call__(self, work: Work) -> Group:
+    async def __call__(self, work: Work) -> Group | UnfinishedGroup:
         """The finished group; samples cut off by the token limit get reward 0 if so configured.
+
+        Where a sample is unfinished, nothing is graded: the group is to be continued.
 
         Raises:
             WorkerLost: the worker died; another attempt can succeed.
@@ -60,8 +82,15 @@ class Rollouts:
             sampling=self.sampling,
             num_samples=self.num_samples,
             seed=request_seed(self.seed, self.stream, work.group_id),
+            partial=work.partial,
+            segment_tokens=self.segment_tokens,
         )
         completions = await self.sample(request)
+        if not all(completion.is_finished for completion in completions):
+            return UnfinishedGroup(work.group_id, completions)
+        return await self._graded(work, completions)
+
+    async def _graded(self, work: Work, completions: Sequence[Completion]) -> Group:
         texts = [self.decode(completion.token_ids) for completion in completions]
         fault = None
         try:

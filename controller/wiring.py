@@ -25,7 +25,7 @@ from paceline.controller.actors import (
 from paceline.controller.algorithms import GRPO, Algorithm, Supervised
 from paceline.controller.concurrency import gather_or_cancel
 from paceline.controller.evaluation import Evaluator
-from paceline.controller.generation import Demonstrations, Rollouts
+from paceline.controller.generation import Demonstrations, Rollouts, Sample, sample_to_end
 from paceline.controller.parts import Loss
 from paceline.controller.prompt_sources import (
     DatasetPromptSource,
@@ -33,12 +33,14 @@ from paceline.controller.prompt_sources import (
     load_imported_source,
 )
 from paceline.controller.prompts import PromptRenderer, PromptSet
+from paceline.controller.routing import most_samples
 from paceline.controller.self_check import check_greedy_tokens
 from paceline.controller.tokenizer import (
     decode_completion,
     load_tokenizer,
     stop_token_ids,
 )
+from paceline.controller.watching import TimeLimits
 from paceline.controller.workers import WorkerPool
 from paceline.learner.losses import ClippedPolicyLoss, negative_log_likelihood
 from paceline.learner.model import write_initial_model
@@ -108,10 +110,17 @@ class Parts:
         """The way from learner to engines."""
         return EngineWeights(self.learner, self.pool)
 
-    def rollouts(self, sampling: SamplingParameters, num_samples: int, stream: int) -> Rollouts:
+    def rollouts(
+        self,
+        sample: Sample,
+        sampling: SamplingParameters,
+        num_samples: int,
+        stream: int,
+        segment_tokens: int = 0,
+    ) -> Rollouts:
         """Sampling on the workers and grading by the pool."""
         return Rollouts(
-            sample=self.pool.generate,
+            sample=sample,
             grade=self.grader.grade,
             decode=functools.partial(
                 decode_completion, self.prepared.tokenizer, self.prepared.stop_token_ids
@@ -120,14 +129,21 @@ class Parts:
             num_samples=num_samples,
             seed=self.config.seed,
             stream=stream,
+            segment_tokens=segment_tokens,
             require_finish=self.config.reward.require_finish,
             drop_on_error=self.config.reward.on_error == "drop",
         )
 
     def training_rollouts(self) -> Rollouts:
         """Rollouts as the configuration's training wants them."""
-        sampling = self.config.rollout.sampling.parameters(self.prepared.stop_token_ids)
-        return self.rollouts(sampling, self.config.loop.samples_per_group, stream=0)
+        rollout = self.config.rollout
+        return self.rollouts(
+            self.pool.generate,
+            rollout.sampling.parameters(self.prepared.stop_token_ids),
+            self.config.loop.samples_per_group,
+            stream=0,
+            segment_tokens=rollout.segment_tokens,
+        )
 
     def demonstrations(self) -> Demonstrations:
         """Gold completions of the data source."""
@@ -135,8 +151,11 @@ class Parts:
 
     def evaluator(self) -> Evaluator:
         """Held-out evaluation on the same workers."""
+        to_the_end = functools.partial(sample_to_end, self.pool.generate)
         return Evaluator(
-            self.rollouts, self.config.rollout.sampling.max_tokens, self.prepared.stop_token_ids
+            functools.partial(self.rollouts, to_the_end),
+            self.config.rollout.sampling.max_tokens,
+            self.prepared.stop_token_ids,
         )
 
     async def self_check(self, label: str) -> int:
@@ -296,6 +315,7 @@ async def start_pool(
 ) -> WorkerPool:
     """Start the rollout workers and see to their end."""
     rollout = config.rollout
+    max_samples = most_samples(rollout.max_num_seqs)
 
     async def start(index: int) -> RolloutActor:
         engine = functools.partial(
@@ -312,9 +332,16 @@ async def start_pool(
             cpus=rollout.cpus_per_worker,
             gpus=rollout.gpus_per_worker,
             environment=engine_environment(on_gpu=rollout.gpus_per_worker > 0),
+            max_requests=max_samples,
         )
 
     workers = await gather_or_cancel(*(start(index) for index in range(rollout.num_workers)))
-    pool = WorkerPool(workers, start, rollout.max_restarts)
+    pool = WorkerPool(
+        workers,
+        start,
+        max_restarts=rollout.max_restarts,
+        max_samples=max_samples,
+        limits=TimeLimits(rollout.claim_seconds, rollout.answer_seconds),
+    )
     stack.push_async_callback(pool.close)
     return pool

@@ -1,202 +1,263 @@
-"""The pool of rollout workers: routing, weight updates, replacement of dead workers."""
+"""The pool of rollout workers: who samples what, weight updates, replacement of the lost."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from paceline.configs.errors import ClusterError
-from paceline.configs.vocabulary import Completion, RolloutRequest, WeightVersion
+from paceline.configs.vocabulary import Completion, RolloutRequest
+from paceline.controller.concurrency import gather_or_cancel
+from paceline.controller.generation import sample_to_end
 from paceline.controller.parts import WorkerLost
+from paceline.controller.routing import Affinity, Demand, Load, demand_of, next_placement
+from paceline.controller.watching import TimeLimits, WatchedWorker, Worker
 from paceline.weights_sync.handle import WeightHandle, WeightSyncError
 
 logger = logging.getLogger(__name__)
 
 
-class Worker(Protocol):
-    """A rollout worker as the controller sees it; once dead, its calls raise `WorkerLost`."""
-
-    async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
-        """All completions of a request."""
-
-    async def update_weights(self, handle: WeightHandle) -> tuple[WeightVersion, int]:
-        """Load a version; answers the version and checksum now served."""
-
-    async def counters(self) -> dict[str, float]:
-        """Running totals of its engine."""
-
-    async def close(self) -> None:
-        """Stop it; never raises."""
-
-
-@dataclass
+@dataclass(eq=False)
 class Seat:
-    """A place in the pool: the worker in it, its load, and whether it may be given requests."""
+    """A worker's time in its place in the pool: a replacement begins anew, with the same index.
+
+    ``served`` is what it acknowledged last; it is given requests while ``serving``.
+    """
 
     index: int
-    worker: Worker
-    outstanding: int = 0
-    serving: bool = False
+    worker: WatchedWorker
     num_restarts: int = 0
-    restart: asyncio.Task[None] | None = None
+    load: Load = field(default_factory=Load)
+    served: WeightHandle | None = None
+    serving: bool = False
     updating: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A request that waits for a worker; ``turn`` becomes the seat, which then carries it."""
+
+    demand: Demand
+    turn: asyncio.Future[Seat]
 
 
 class WorkerPool:
     """Spreads requests over the workers that serve the current version.
 
-    A worker serves from the moment it acknowledged the current version and its checksum. A dead one
+    A worker serves from the moment it acknowledged the current version and its checksum. A lost one
     is replaced in its seat, at most ``max_restarts`` times, and brought to the current version
     before it gets requests again.
+
+    A worker holds at most ``max_samples``, or one request. What it cannot take waits here, in no
+    more places than there are callers: the loop's ``generate`` tasks, or an evaluation's prompts.
     """
 
     def __init__(
         self,
         workers: list[Worker],
         start_worker: Callable[[int], Awaitable[Worker]],
+        *,
         max_restarts: int,
+        max_samples: int,
+        limits: TimeLimits,
     ) -> None:
-        self._seats = [Seat(index, worker) for index, worker in enumerate(workers)]
         self._start_worker = start_worker
         self._max_restarts = max_restarts
+        self._max_samples = max_samples
+        self._limits = limits
+        self._affinity = Affinity()
+        self._waiting: list[Ticket] = []
+        self._restarts: set[asyncio.Task[None]] = set()
         self._current: WeightHandle | None = None
-        self._changed = asyncio.Condition()
         self._failure: Exception | None = None
+        self._seats = [self._seat(index, worker) for index, worker in enumerate(workers)]
 
     async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
-        """Sample on the serving worker with the fewest outstanding samples; waits where none
-        serves.
+        """Sample on a serving worker; waits until one has room.
+
+        Completions are unfinished where their turn ended first: by the request's segment, a weight
+        update, or because the worker held them too long.
 
         Raises:
-            WorkerLost: the worker died; ask again, another will serve.
-            ClusterError: workers died more often than they may be replaced.
+            WorkerLost: the worker died or hangs; ask again, another will serve.
+            ClusterError: workers were lost more often than they may be replaced.
         """
-        return await self._generate_in(await self._least_loaded(), request)
+        return await self._generate(demand_of(request), request)
 
     async def generate_everywhere(self, request: RolloutRequest) -> list[tuple[Completion, ...]]:
-        """The same request on every serving worker: for checks, not for training.
+        """The same request on every serving worker, to its end: for checks, not for training.
 
-        A worker that dies over it gives no answer.
+        A worker that is lost over it gives no answer.
         """
         answers: list[tuple[Completion, ...]] = []
 
-        async def ask(seat: Seat) -> None:
-            with contextlib.suppress(WorkerLost):
-                answers.append(await self._generate_in(seat, request))
+        async def ask(index: int) -> None:
+            def there(turn: RolloutRequest) -> Awaitable[tuple[Completion, ...]]:
+                return self._generate(demand_of(turn, only=index), turn)
 
-        await asyncio.gather(*(ask(seat) for seat in self._seats if seat.serving))
+            with contextlib.suppress(WorkerLost):
+                answers.append(await sample_to_end(there, request))
+
+        await gather_or_cancel(*(ask(seat.index) for seat in self._seats if seat.serving))
         return answers
 
     async def update_weights(self, handle: WeightHandle) -> None:
-        """Return once every live worker serves ``handle``; replacements catch up on their own."""
+        """Return once every live worker serves ``handle``; replacements catch up on their own.
+
+        Raises:
+            WeightSyncError: a worker acknowledged something else.
+        """
         self._current = handle
-        await asyncio.gather(*(self._bring_up_to_date(seat) for seat in self._seats))
+        await gather_or_cancel(*(self._bring_up_to_date(seat) for seat in self._seats))
 
     async def counters(self) -> list[dict[str, float]]:
         """Running totals of every live worker's engine, in seat order."""
-        results = await asyncio.gather(
-            *(seat.worker.counters() for seat in self._seats), return_exceptions=True
-        )
-        return [result for result in results if not isinstance(result, BaseException)]
+
+        async def ask(seat: Seat) -> dict[str, float] | None:
+            with contextlib.suppress(WorkerLost):
+                return await seat.worker.counters()
+            return None
+
+        answers = await gather_or_cancel(*(ask(seat) for seat in self._seats))
+        return [answer for answer in answers if answer is not None]
 
     def states(self) -> dict[str, str]:
         """What each worker is doing, in a few words."""
         served = "-" if self._current is None else f"v{self._current.version}"
         return {
             f"rollout {seat.index}": (
-                f"{served}, {seat.outstanding} samples" if seat.serving else "restarting"
+                f"{served}, {seat.load.samples} samples" if seat.serving else "restarting"
             )
             for seat in self._seats
         }
 
     async def close(self) -> None:
         """Stop every worker."""
-        for seat in self._seats:
-            if seat.restart:
-                seat.restart.cancel()
+        for restart in self._restarts:
+            restart.cancel()
         await asyncio.gather(*(seat.worker.close() for seat in self._seats))
 
-    async def _generate_in(self, seat: Seat, request: RolloutRequest) -> tuple[Completion, ...]:
-        worker = seat.worker
-        seat.outstanding += request.num_samples
+    async def _generate(self, demand: Demand, request: RolloutRequest) -> tuple[Completion, ...]:
+        seat = await self._turn(demand)
         try:
-            return await worker.generate(request)
-        except WorkerLost:
-            self._replace(seat, worker)
-            raise
+            answer = await seat.worker.generate(request)
         finally:
-            if seat.worker is worker:
-                seat.outstanding -= request.num_samples
+            self._leave(seat, demand)
+        if answer.overdue:
+            logger.info("rollout worker %d is slow: took back %s", seat.index, request.request_id)
+            self._affinity.remember(demand.prompt, seat.index, was_slow=True)
+        return answer.completions
 
-    async def _least_loaded(self) -> Seat:
-        async with self._changed:
-            await self._changed.wait_for(
-                lambda: self._failure or any(seat.serving for seat in self._seats)
-            )
-            if self._failure:
-                raise self._failure
-            serving = (seat for seat in self._seats if seat.serving)
-            return min(serving, key=lambda seat: (seat.outstanding, seat.index))
+    async def _turn(self, demand: Demand) -> Seat:
+        """Wait for a seat; its load includes the demand from the moment it was chosen."""
+        if self._failure:
+            raise self._failure
+        ticket = Ticket(demand, asyncio.get_running_loop().create_future())
+        self._waiting.append(ticket)
+        self._dispatch()
+        try:
+            return await ticket.turn
+        except asyncio.CancelledError:
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
+            elif not ticket.turn.cancelled() and ticket.turn.exception() is None:
+                self._leave(ticket.turn.result(), demand)
+            raise
+
+    def _leave(self, seat: Seat, demand: Demand) -> None:
+        seat.load -= demand.load
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Give seats to all who need not wait."""
+        while self._waiting:
+            loads = {seat.index: seat.load for seat in self._seats if seat.serving}
+            demands = (ticket.demand for ticket in self._waiting)
+            found = next_placement(demands, loads, self._max_samples, self._affinity)
+            if found is None:
+                return
+            position, index = found
+            ticket, seat = self._waiting.pop(position), self._seats[index]
+            if ticket.turn.cancelled():
+                continue
+            seat.load += ticket.demand.load
+            self._affinity.remember(ticket.demand.prompt, index)
+            ticket.turn.set_result(seat)
 
     async def _bring_up_to_date(self, seat: Seat) -> None:
-        worker = seat.worker
-        try:
+        with contextlib.suppress(WorkerLost):
             await self._acknowledge(seat)
-        except WorkerLost:
-            self._replace(seat, worker)
 
     async def _acknowledge(self, seat: Seat) -> None:
         """Update a seat's worker until it has what is current by then; it serves from there on."""
-        handle = None
         async with seat.updating:
-            while handle is not self._current:
+            while seat.served is not self._current:
                 handle = self._current
-                assert handle is not None, "no weights were published yet"
+                assert handle is not None, "weights are never taken back"
                 answer = await seat.worker.update_weights(handle)
                 if answer != (handle.version, handle.checksum):
                     raise WeightSyncError(
                         f"worker {seat.index} acknowledged version {answer[0]} with checksum "
                         f"{answer[1]:016x}, expected {handle.version} with {handle.checksum:016x}"
                     )
-        async with self._changed:
-            seat.serving = True
-            self._changed.notify_all()
+                seat.served = handle
+        seat.serving = seat.served is not None and seat.worker.fate is None
+        self._dispatch()
 
-    def _replace(self, seat: Seat, lost: Worker) -> None:
-        """Start a replacement for a dead worker, once however many calls found it dead."""
-        if seat.worker is lost and seat.restart is None:
-            seat.serving = False
-            name = f"restart-worker-{seat.index}"
-            seat.restart = asyncio.create_task(self._restart(seat), name=name)
+    def _seat(self, index: int, worker: Worker, num_restarts: int = 0) -> Seat:
+        name, on_lost = f"rollout worker {index}", functools.partial(self._replace, index)
+        return Seat(index, WatchedWorker(worker, name, self._limits, on_lost), num_restarts)
 
-    async def _restart(self, seat: Seat) -> None:
+    def _replace(self, index: int) -> None:
+        """Start a replacement for the worker that was just found lost."""
+        seat = self._seats[index]
+        seat.serving = False
+        lost = WorkerLost(f"rollout worker {index} {seat.worker.fate}")
+        self._turn_away(lost, [ticket for ticket in self._waiting if ticket.demand.only == index])
+        restart = asyncio.create_task(self._restart(seat), name=f"restart-worker-{index}")
+        self._restarts.add(restart)
+        restart.add_done_callback(self._restarts.discard)
+
+    async def _restart(self, lost: Seat) -> None:
+        index, num_restarts = lost.index, lost.num_restarts + 1
         try:
-            while not seat.serving:
-                seat.num_restarts += 1
-                if seat.num_restarts > self._max_restarts:
-                    raise ClusterError(
-                        f"rollout worker {seat.index} died {times(seat.num_restarts)} and "
-                        f"rollout.max_restarts is {self._max_restarts}: its log says why; if "
-                        "memory ran out, lower rollout.max_num_seqs or rollout.kv_cache_mb"
-                    )
-                logger.warning("rollout worker %d died: starting another", seat.index)
-                seat.worker = await self._start_worker(seat.index)
-                seat.outstanding = 0
-                with contextlib.suppress(WorkerLost):
-                    await self._acknowledge(seat)
-            logger.warning("rollout worker %d serves again", seat.index)
+            if num_restarts > self._max_restarts:
+                raise ClusterError(
+                    f"rollout worker {index} died {times(num_restarts)} and rollout.max_restarts "
+                    f"is {self._max_restarts}: {advice(lost.worker)}"
+                )
+            logger.warning("rollout worker %d %s: starting another", index, lost.worker.fate)
+            await lost.worker.close()
+            worker = await self._start_worker(index)
+            self._seats[index] = self._seat(index, worker, num_restarts)
+            await self._acknowledge(self._seats[index])
+            logger.warning("rollout worker %d serves again", index)
+        except WorkerLost:
+            pass  # the replacement's own loss has it replaced
         except Exception as error:
             self._failure = error
-            async with self._changed:
-                self._changed.notify_all()
-        finally:
-            seat.restart = None
+            self._turn_away(error, list(self._waiting))
+
+    def _turn_away(self, error: Exception, tickets: list[Ticket]) -> None:
+        for ticket in tickets:
+            self._waiting.remove(ticket)
+            if not ticket.turn.cancelled():
+                ticket.turn.set_exception(error)
 
 
 def times(count: int) -> str:
     """How often something happened, in words."""
     return "once" if count == 1 else f"{count} times"
+
+
+def advice(worker: WatchedWorker) -> str:
+    """What to do about a worker that was lost once too often."""
+    if worker.fate == "died":
+        return (
+            "its log says why; if memory ran out, lower rollout.max_num_seqs or rollout.kv_cache_mb"
+        )
+    return f"it {worker.fate}; if it was only slow, raise rollout.answer_seconds"

@@ -64,8 +64,8 @@ def test_a_group_holds_what_was_sampled_graded_and_by_which_version():
 
 
 def test_a_sample_that_was_cut_off_gets_no_reward():
-    group = group_of(rollouts(Engine("stop", "length", "abort", "stop")))
-    assert group.rewards.tolist() == [1.0, 0.0, 0.0, 1.0]
+    group = group_of(rollouts(Engine("stop", "length", "stop")))
+    assert group.rewards.tolist() == [1.0, 0.0, 1.0]
 
 
 def test_a_sample_that_was_cut_off_is_graded_where_that_is_wanted():

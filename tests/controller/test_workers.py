@@ -1,66 +1,14 @@
-"""The worker pool: never serve stale, spread the load, replace the dead."""
+"""The worker pool: never serve stale, spread the load, replace the lost."""
 
 import asyncio
 
 import pytest
 
 from paceline.configs.errors import ClusterError
-from paceline.configs.vocabulary import RolloutRequest, SamplingParameters, WeightVersion
 from paceline.controller.parts import WorkerLost
-from paceline.controller.workers import WorkerPool
-from paceline.weights_sync.handle import WeightHandle, WeightSyncError
-from paceline.weights_sync.layout import Layout
-from tests.controller.builders import make_completion
-
-
-class FakeWorker:
-    """Serves instantly unless held; dies on request; may lie about what it loaded."""
-
-    def __init__(self, *, lies=False):
-        self.version, self.dead, self.lies = None, False, lies
-        self.requests = []
-        self.gate = asyncio.Event()
-        self.gate.set()
-
-    async def generate(self, request):
-        self.requests.append((request.request_id, self.version))
-        await self.gate.wait()
-        if self.dead:
-            raise WorkerLost
-        return (make_completion(self.version),) * request.num_samples
-
-    async def update_weights(self, handle):
-        await asyncio.sleep(0)
-        if self.dead:
-            raise WorkerLost
-        self.version = handle.version
-        return handle.version, handle.checksum + self.lies
-
-    async def counters(self):
-        if self.dead:
-            raise WorkerLost
-        return {"num_tokens": 1.0}
-
-    async def close(self):
-        self.dead = True
-
-
-def handle(version):
-    return WeightHandle(WeightVersion(version), "", 100 + version, Layout(()))
-
-
-def request(name, num_samples=1):
-    return RolloutRequest(name, (1,), SamplingParameters(), num_samples, seed=0)
-
-
-def pool_of(workers, spares=(), max_restarts=3):
-    spares = list(spares)
-
-    async def start(index):
-        await asyncio.sleep(0)
-        return spares.pop(0)
-
-    return WorkerPool(workers, start, max_restarts)
+from paceline.weights_sync.handle import WeightSyncError
+from tests.controller.fake_workers import FakeWorker, handle, pool_of, request
+from tests.controller.virtual_time import run_virtually
 
 
 def test_nobody_serves_before_the_first_weights():
@@ -72,7 +20,7 @@ def test_nobody_serves_before_the_first_weights():
         await pool.update_weights(handle(0))
         await asyncio.wait_for(waiting, 1)
 
-    asyncio.run(scenario())
+    run_virtually(scenario())
 
 
 def test_requests_go_where_fewest_samples_are_outstanding():
@@ -93,7 +41,7 @@ def test_requests_go_where_fewest_samples_are_outstanding():
             worker.gate.set()
         await asyncio.gather(*tasks)
 
-    asyncio.run(scenario())
+    run_virtually(scenario())
 
 
 def test_a_replacement_serves_only_after_it_acknowledged_the_current_version():
@@ -108,7 +56,7 @@ def test_a_replacement_serves_only_after_it_acknowledged_the_current_version():
         await asyncio.wait_for(pool.generate(request("b")), 1)
         assert spare.requests == [("b", 1)]
 
-    asyncio.run(scenario())
+    run_virtually(scenario())
 
 
 def test_a_worker_that_is_dead_when_weights_arrive_is_replaced_too():
@@ -120,7 +68,7 @@ def test_a_worker_that_is_dead_when_weights_arrive_is_replaced_too():
         await asyncio.wait_for(pool.generate(request("a")), 1)
         assert spare.requests == [("a", 3)]
 
-    asyncio.run(scenario())
+    run_virtually(scenario())
 
 
 def test_a_replacement_that_dies_too_is_replaced_until_the_limit():
@@ -133,7 +81,7 @@ def test_a_replacement_that_dies_too_is_replaced_until_the_limit():
         with pytest.raises(ClusterError, match="died 3 times"):
             await asyncio.wait_for(pool.generate(request("a")), 1)
 
-    asyncio.run(scenario())
+    run_virtually(scenario())
 
 
 def test_many_calls_that_find_a_worker_dead_replace_it_once():
@@ -150,16 +98,18 @@ def test_many_calls_that_find_a_worker_dead_replace_it_once():
         assert all(isinstance(result, WorkerLost) for result in results)
         await asyncio.wait_for(pool.generate(request("again")), 1)
 
-    asyncio.run(scenario())
+    run_virtually(scenario())
 
 
 def test_a_worker_that_acknowledges_other_bytes_is_an_error():
     async def scenario():
-        pool = pool_of([FakeWorker(lies=True)])
+        pool = pool_of(
+            [FakeWorker(acknowledges=lambda handle: (handle.version, handle.checksum + 1))]
+        )
         with pytest.raises(WeightSyncError, match="acknowledged version 0"):
             await pool.update_weights(handle(0))
 
-    asyncio.run(scenario())
+    run_virtually(scenario())
 
 
 def test_late_news_of_a_death_does_not_replace_the_replacement():
@@ -179,7 +129,7 @@ def test_late_news_of_a_death_does_not_replace_the_replacement():
         await asyncio.wait_for(pool.generate(request("b")), 1)
         assert [name for name, _ in spare.requests] == ["a", "b"]
 
-    asyncio.run(scenario())
+    run_virtually(scenario())
 
 
 def test_a_replacement_that_was_overtaken_by_an_update_catches_up_before_it_serves():
@@ -206,7 +156,7 @@ def test_a_replacement_that_was_overtaken_by_an_update_catches_up_before_it_serv
         await asyncio.wait_for(asyncio.gather(waiting, newer), 1)
         assert spare.requests == [("a", 1)]
 
-    asyncio.run(scenario())
+    run_virtually(scenario())
 
 
 def test_a_check_of_every_worker_survives_the_death_of_one_and_has_it_replaced():
@@ -220,9 +170,9 @@ def test_a_check_of_every_worker_survives_the_death_of_one_and_has_it_replaced()
         while pool.states()["rollout 0"] == "restarting":
             await asyncio.sleep(0)
         assert len(await pool.generate_everywhere(request("c"))) == 2
-        assert spare.requests == [("c", 0)]
+        assert spare.requests == [("c.0", 0)]
 
-    asyncio.run(scenario())
+    run_virtually(scenario())
 
 
 def test_the_last_death_says_how_often_it_died():
@@ -234,4 +184,4 @@ def test_the_last_death_says_how_often_it_died():
         with pytest.raises(ClusterError, match="worker 0 died once and rollout.max_restarts is 0"):
             await pool.generate(request("a"))
 
-    asyncio.run(scenario())
+    run_virtually(scenario())

@@ -1,0 +1,186 @@
+"""A rollout worker under watch: each call ends in bounded time, with its answer or `WorkerLost`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from paceline.configs.vocabulary import Completion, RolloutRequest, WeightVersion
+from paceline.controller.parts import WorkerLost
+from paceline.weights_sync.handle import WeightHandle
+
+T = TypeVar("T")
+
+
+class Worker(Protocol):
+    """A rollout worker as the controller sees it; once dead, its calls raise `WorkerLost`."""
+
+    async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
+        """All completions of a request once each has ended its turn, in sample order."""
+
+    async def interrupt(self, request_id: str) -> bool:
+        """Have a pending `generate` answered now, with what there is; False: it is not here."""
+
+    async def update_weights(self, handle: WeightHandle) -> tuple[WeightVersion, int]:
+        """Load a version; answers the version and checksum now served."""
+
+    async def counters(self) -> dict[str, float]:
+        """Running totals of its engine."""
+
+    async def close(self) -> None:
+        """End it, even if it hangs; never raises."""
+
+
+@dataclass(frozen=True)
+class TimeLimits:
+    """Longest a worker may hold a request, and longest it may owe a sign of life; in seconds."""
+
+    claim_seconds: float
+    answer_seconds: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Completions of a request; ``overdue`` where they were taken back from a slow worker."""
+
+    completions: tuple[Completion, ...]
+    overdue: bool
+
+
+class WatchedWorker:
+    """A worker whose silence is its death.
+
+    - Its process owes a sign of life, asked for every half ``answer_seconds``, within as long.
+    - ``generate`` may take ``claim_seconds``. Then the worker is interrupted, and must answer with
+      what there is: the interrupt and the request, each within ``answer_seconds``.
+    - ``update_weights``, which takes long for a large model, may take ``claim_seconds``; so may an
+      interrupt meanwhile, which the engine sees only afterwards.
+
+    So a process that hangs or died is found within ``answer_seconds``, whatever is asked of it, and
+    an engine stuck in a living process within ``claim_seconds + 2 answer_seconds``. Once lost, all
+    calls raise `WorkerLost`, pending ones at once, and ``on_lost`` has been called, once.
+    """
+
+    def __init__(
+        self, worker: Worker, name: str, limits: TimeLimits, on_lost: Callable[[], None]
+    ) -> None:
+        self._worker = worker
+        self._name = name
+        self._limits = limits
+        self._on_lost = on_lost
+        self._is_updating = False
+        self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._errands: set[asyncio.Task[Any]] = set()
+        self._send(self._watch(), "watch")
+
+    @property
+    def fate(self) -> str | None:
+        """How it was lost; None while it lives."""
+        return self._lost.result() if self._lost.done() else None
+
+    async def generate(self, request: RolloutRequest) -> Answer:
+        """Completions of a request, unfinished ones where it took too long.
+
+        A request that nobody waits for any more is taken back, so that it holds up no other.
+
+        Raises:
+            WorkerLost: it is lost, or was before.
+        """
+        call = asyncio.ensure_future(self._worker.generate(request))
+        try:
+            if await self._has_answered(call, self._limits.claim_seconds):
+                return Answer(self._result(call), overdue=False)
+            limit = self._limits.claim_seconds if self._is_updating else None
+            await self._answer(self._worker.interrupt(request.request_id), "an interrupt", limit)
+            return Answer(await self._answer(call, "an interrupted request"), overdue=True)
+        except asyncio.CancelledError:
+            self._send(self._take_back(request.request_id), "take back")
+            raise
+        finally:
+            call.cancel()
+
+    async def update_weights(self, handle: WeightHandle) -> tuple[WeightVersion, int]:
+        """Load a version; answers the version and checksum now served.
+
+        Raises:
+            WorkerLost: it is lost, or was before.
+        """
+        self._is_updating = True
+        try:
+            update = self._worker.update_weights(handle)
+            return await self._answer(update, "a weight update", self._limits.claim_seconds)
+        finally:
+            self._is_updating = False
+
+    async def counters(self) -> dict[str, float]:
+        """Running totals of its engine.
+
+        Raises:
+            WorkerLost: it is lost, or was before.
+        """
+        return await self._answer(self._worker.counters(), "a look at its counters")
+
+    async def close(self) -> None:
+        """End it; pending calls raise `WorkerLost`, of which nobody is told."""
+        if not self._lost.done():
+            self._lost.set_result("was closed")
+        for errand in self._errands:
+            errand.cancel()
+        await self._worker.close()
+
+    async def _watch(self) -> None:
+        """Ask for signs of life until one fails to come."""
+        half = self._limits.answer_seconds / 2
+        with contextlib.suppress(WorkerLost):
+            while True:
+                await asyncio.wait((self._lost,), timeout=half)
+                await self._answer(self._worker.counters(), "a sign of life", half)
+
+    async def _take_back(self, request_id: str) -> None:
+        with contextlib.suppress(WorkerLost):
+            await self._answer(
+                self._worker.interrupt(request_id), "an interrupt", self._limits.claim_seconds
+            )
+
+    async def _answer(self, call: Awaitable[T], what: str, limit: float | None = None) -> T:
+        """The answer, within ``answer_seconds`` unless told otherwise, or the worker is lost."""
+        seconds = limit or self._limits.answer_seconds
+        task = asyncio.ensure_future(call)
+        try:
+            if not await self._has_answered(task, seconds):
+                raise self._loss(f"hangs, it left {what} unanswered for {seconds:g} s")
+            return self._result(task)
+        finally:
+            task.cancel()
+
+    async def _has_answered(self, call: asyncio.Future[Any], seconds: float) -> bool:
+        """Wait so long for an answer.
+
+        Raises:
+            WorkerLost: it was lost before it answered.
+        """
+        await asyncio.wait((call, self._lost), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not call.done() and self.fate is not None:
+            raise self._loss(self.fate)
+        return call.done()
+
+    def _result(self, call: asyncio.Future[T]) -> T:
+        try:
+            return call.result()
+        except WorkerLost as error:
+            raise self._loss("died") from error
+
+    def _loss(self, fate: str) -> WorkerLost:
+        """What to raise; who is the first to find it lost says how."""
+        if not self._lost.done():
+            self._lost.set_result(fate)
+            self._on_lost()
+        return WorkerLost(f"{self._name} {self.fate}")
+
+    def _send(self, errand: Coroutine[Any, Any, None], what: str) -> None:
+        task = asyncio.create_task(errand, name=f"{what}: {self._name}")
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
