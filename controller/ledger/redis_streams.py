@@ -8,14 +8,15 @@ Keys of a run, by name:
   for what training has taken over for good; other readers attach groups of their own;
 - ``paceline:NAME:schema``: the version of all this.
 
-Entry ids are not Redis's clock but our own count of appends. An append that is repeated after a
-lost connection therefore cannot be written twice: its ids are taken. The same shows a controller
-that another one has taken its run over.
+Entry ids are not Redis's clock but our own count of appends, those of samples with a number of the
+controller's own behind it. An append that is repeated after a lost connection therefore cannot be
+written twice: its ids are taken. The same shows a controller that another has taken its run over.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
 import uuid
@@ -33,8 +34,8 @@ from paceline.controller.ledger.text import as_row, from_row
 Command = tuple[str | int | bytes, ...]
 
 CONSUMERS = "learner"
-CHUNK = 256
-"""Entries that are read at a time."""
+SAMPLES_AT_ONCE = 8
+"""Groups that are read at a time: each may be megabytes."""
 PRESENT = """
 local found = {}
 for i, id in ipairs(ARGV) do found[i] = #redis.call('XRANGE', KEYS[1], id, id) end
@@ -70,11 +71,11 @@ class RedisStore:
         """
         self._url = url
         self._reconnect_seconds = reconnect_seconds
-        self._owner = uuid.uuid4().hex
+        self._owner = uuid.uuid4().int >> 65  # what an id of Redis can hold
         self._consumer = f"controller-{self._owner}"
         self._keys = {part: f"paceline:{name}:{part}" for part in ("journal", "finished", "schema")}
         self._read_only = read_only
-        self._delivered: dict[str, bytes] | None = None
+        self._has_taken_over = read_only
         with _explained(url):
             self._redis: Any = redis.Redis.from_url(
                 url, password=password, socket_timeout=SOCKET_TIMEOUT_SECONDS
@@ -89,7 +90,7 @@ class RedisStore:
         for number, entry in self._entries():
             self._last = number
             self._follow(entry)
-        self._keep_present()
+        self._samples = self._present(self._samples)
         self._find_leftovers()
 
     def append(self, events: Sequence[Event]) -> None:
@@ -99,7 +100,9 @@ class RedisStore:
         """
         number = self._last + 1
         finished = [event for event in events if event.group is not None]
-        places = {event.key: f"{self._next_sample + i}-0" for i, event in enumerate(finished)}
+        places = {
+            event.key: f"{self._next_sample + i}-{self._owner}" for i, event in enumerate(finished)
+        }
         entry = self._entry(events, places)
 
         def samples() -> Iterator[Command]:
@@ -108,12 +111,10 @@ class RedisStore:
                 fields = ("group", event.key, "content", encode_group(event.group))
                 yield ("XADD", self._keys["finished"], places[event.key], *fields)
 
-        self._ask(self._stream, samples)
+        if self._ask(self._stream, samples) and len(self._present(places)) < len(places):
+            raise self._taken_over()
         if not self._ask(self._commit, number, entry) and not self._is_ours(number):
-            raise LedgerError(
-                f"another controller writes to the ledger {self._keys['journal']} in {self._url}: "
-                "it has taken this run over, or two runs have one name; stop one of them"
-            )
+            raise self._taken_over()
         self._last = number
         self._next_sample += len(finished)
         self._follow({b"samples": entry["samples"].encode()})
@@ -123,6 +124,8 @@ class RedisStore:
         """Events in order, from the last snapshot on: there is no more."""
         is_first = True
         for number, entry in self._entries():
+            if self._read_only:  # somebody else may have written it since this was opened
+                self._follow(entry)
             where = f"entry {number} of the ledger {self._keys['journal']} in {self._url}"
             events = [from_row(row, where) for row in _json(entry[b"events"], where)]
             # What an entry holds before its snapshot was not trimmed with the entries before it.
@@ -137,7 +140,7 @@ class RedisStore:
 
     def group_ids(self) -> set[int]:
         """Finished groups whose samples are kept."""
-        return set(self._samples)
+        return set(self._present(self._samples) if self._read_only else self._samples)
 
     def forget(self, group_ids: Sequence[int]) -> None:
         """Acknowledge and delete samples."""
@@ -157,12 +160,13 @@ class RedisStore:
         """Close the connection."""
         self._redis.close()
 
-    def _stream(self, commands: Callable[[], Iterator[Command]]) -> None:
+    def _stream(self, commands: Callable[[], Iterator[Command]]) -> bool:
         """Send commands one by one without waiting, then read their replies.
 
-        That an id is taken is no error: we sent it before, and lost the reply.
+        Says whether an id was taken: sent before its reply was lost, or by somebody else.
         """
         connection = self._redis.connection_pool.get_connection()
+        is_taken = False
         try:
             count = 0
             for command in commands():
@@ -174,6 +178,8 @@ class RedisStore:
                 except exceptions.ResponseError as error:
                     if not _is_taken(error):
                         raise
+                    is_taken = True
+            return is_taken
         except BaseException:
             connection.disconnect()  # with replies still to come it is of no use
             raise
@@ -182,20 +188,22 @@ class RedisStore:
 
     def _commit(self, number: int, entry: dict[str, str]) -> bool:
         """Write the journal's entry; False where there is one of this number."""
-        with self._redis.pipeline(transaction=True) as pipeline:
-            pipeline.xadd(self._keys["journal"], entry, id=f"{number}-1")
-            if "snapshot" in entry:
-                pipeline.xtrim(self._keys["journal"], minid=f"{number}-1", approximate=False)
-            try:
-                pipeline.execute()
-            except exceptions.ResponseError as error:
-                if not _is_taken(error):
-                    raise
-                return False
-            return True
+        entry_id = f"{number}-1"
+        # One command: were the trimming another, it would be done though the entry was refused.
+        trim = {"minid": entry_id, "approximate": False} if "snapshot" in entry else {}
+        try:
+            self._redis.xadd(self._keys["journal"], entry, id=entry_id, **trim)
+        except exceptions.ResponseError as error:
+            if not _is_taken(error):
+                raise
+            return False
+        return True
 
     def _entry(self, events: Sequence[Event], places: Mapping[int, str]) -> dict[str, str]:
-        entry = {"owner": self._owner, "events": json.dumps([as_row(event) for event in events])}
+        entry = {
+            "owner": str(self._owner),
+            "events": json.dumps([as_row(event) for event in events]),
+        }
         if not any(event.kind is Kind.SNAPSHOT for event in events):
             return entry | {"samples": json.dumps(places)}
         # What is trimmed may say where samples are that are still needed: say it here.
@@ -206,17 +214,13 @@ class RedisStore:
         found = _json(entry[b"samples"], f"the ledger {self._keys['journal']} in {self._url}")
         self._samples |= {int(group_id): sample_id for group_id, sample_id in found.items()}
 
-    def _keep_present(self) -> None:
-        """Know no more samples than there are: some were deleted since their entry was written."""
-        known = list(self._samples.items())
-        for start in range(0, len(known), CHUNK):
-            chunk = known[start : start + CHUNK]
-            present = self._ask(
-                self._redis.eval, PRESENT, 1, self._keys["finished"], *(key for _, key in chunk)
-            )
-            for (group_id, _), is_there in zip(chunk, present, strict=True):
-                if not is_there:
-                    del self._samples[group_id]
+    def _present(self, samples: Mapping[int, str]) -> dict[int, str]:
+        """Those samples that are there: some were deleted since their entry was written."""
+        if not samples:
+            return {}
+        key, places = self._keys["finished"], samples.values()
+        present = self._ask(self._redis.eval, PRESENT, 1, key, *places)
+        return dict(itertools.compress(samples.items(), present))
 
     def _find_leftovers(self) -> None:
         """Where our samples go, and which lie there that a dead controller never came to count."""
@@ -234,60 +238,58 @@ class RedisStore:
             return
         (first, last), self._leftovers = self._leftovers, None
         key = self._keys["finished"]
-        while found := self._ask(self._redis.xrange, key, f"{first}-0", f"{last}-0", count=8):
+        while found := self._ask(self._redis.xrange, key, first, last, count=SAMPLES_AT_ONCE):
             self._ask(self._redis.xdel, key, *(entry_id for entry_id, _ in found))
 
     def _entries(self) -> Iterator[tuple[int, dict[bytes, bytes]]]:
-        """Numbered entries from the last snapshot on.
+        """Numbered entries from the last snapshot on, as they were at one moment.
 
         Raises:
             LedgerError: one is missing or lacks a field.
         """
-        start, expected = "-", None
-        while True:
-            found = self._ask(self._redis.xrange, self._keys["journal"], start, count=CHUNK)
-            for entry_id, entry in found:
-                number = int(entry_id.split(b"-")[0])
-                if expected not in (None, number) or not {b"events", b"samples"} <= entry.keys():
-                    raise LedgerError(
-                        f"entry {expected or number} of the ledger {self._keys['journal']} in "
-                        f"{self._url} is missing or damaged: restore Redis from its append-only "
-                        "file, or continue under another name"
-                    )
-                expected = number + 1
-                yield number, entry
-            if len(found) < CHUNK:
-                return
-            start = f"({found[-1][0].decode()}"
+        expected = None
+        for entry_id, entry in self._ask(self._redis.xrange, self._keys["journal"]):
+            number = int(entry_id.split(b"-")[0])
+            if expected not in (None, number) or not {b"events", b"samples"} <= entry.keys():
+                raise LedgerError(
+                    f"entry {expected or number} of the ledger {self._keys['journal']} in "
+                    f"{self._url} is missing or damaged: restore Redis from its append-only "
+                    "file, or continue under another name"
+                )
+            expected = number + 1
+            yield number, entry
 
-    def _take_over(self) -> dict[str, bytes]:
+    def _take_over(self) -> None:
         """Have the samples that nobody trained for good delivered to the consumer that we are.
 
         First what died with another controller, then what none was ever given.
         """
-        delivered: dict[str, bytes] = {}
         stream, start = self._keys["finished"], "0-0"
         while True:
-            start, entries, *_ = self._ask(
-                self._redis.xautoclaim, stream, CONSUMERS, self._consumer, 0, start, count=CHUNK
+            start, *_ = self._ask(
+                self._redis.xautoclaim,
+                stream,
+                CONSUMERS,
+                self._consumer,
+                min_idle_time=0,
+                start_id=start,
+                count=SAMPLES_AT_ONCE,
             )
-            delivered |= {key.decode(): fields[b"content"] for key, fields in entries if fields}
-            if start in (b"0-0", "0-0"):
+            if start == b"0-0":
                 break
-        while True:
-            answer = self._ask(
-                self._redis.xreadgroup, CONSUMERS, self._consumer, {stream: ">"}, count=CHUNK
-            )
-            if not answer:
-                break
-            delivered |= {key.decode(): fields[b"content"] for key, fields in answer[0][1]}
-        return delivered
+        while self._ask(
+            self._redis.xreadgroup,
+            CONSUMERS,
+            self._consumer,
+            {stream: ">"},
+            count=SAMPLES_AT_ONCE,
+        ):
+            pass
+        self._has_taken_over = True
 
     def _content(self, sample_id: str) -> bytes:
-        if self._delivered is None and not self._read_only:
-            self._delivered = self._take_over()
-        if self._delivered and sample_id in self._delivered:
-            return self._delivered.pop(sample_id)
+        if not self._has_taken_over:
+            self._take_over()
         found = self._ask(self._redis.xrange, self._keys["finished"], sample_id, sample_id)
         return bytes(found[0][1][b"content"]) if found else b""
 
@@ -295,7 +297,13 @@ class RedisStore:
         """Whether the entry that is there already is the one we sent before a lost reply."""
         entry_id = f"{number}-1"
         found = self._ask(self._redis.xrange, self._keys["journal"], entry_id, entry_id)
-        return bool(found) and found[0][1].get(b"owner") == self._owner.encode()
+        return bool(found) and found[0][1].get(b"owner") == str(self._owner).encode()
+
+    def _taken_over(self) -> LedgerError:
+        return LedgerError(
+            f"another controller writes to the ledger {self._keys['journal']} in {self._url}: it "
+            "has taken this run over, or two runs have one name; stop one of them"
+        )
 
     def _ask(self, call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         """The answer of a call, tried again while there is no connection."""

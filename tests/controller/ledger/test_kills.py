@@ -3,6 +3,7 @@ lost, nothing is written twice."""
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -137,6 +138,54 @@ def test_a_controller_whose_run_was_taken_over_is_stopped_at_its_next_append(sha
     with pytest.raises(LedgerError, match="another controller writes"):
         first.append(life_of(2))
     assert fold(second.history()).with_status(Status.FINISHED) == [0, 1]
+
+
+def test_a_controller_whose_run_was_taken_over_trims_nothing(shared_redis):
+    first = RedisStore(shared_redis.url, "zombie-snapshot", reconnect_seconds=1)
+    first.append(life_of(0))
+    second = RedisStore(shared_redis.url, "zombie-snapshot", reconnect_seconds=1)
+    second.append(life_of(1))
+    with pytest.raises(LedgerError, match="another controller writes"):
+        first.append([Event(Kind.SNAPSHOT, 0, 0.0, fold(life_of(0)).as_dict())])
+    again = RedisStore(shared_redis.url, "zombie-snapshot")
+    assert fold(again.history()).with_status(Status.FINISHED) == [0, 1]
+
+
+def test_samples_that_two_controllers_write_at_once_are_not_taken_for_each_other(shared_redis):
+    """Both are in the middle of an append, samples sent and entry not, and only one can win."""
+    name = "zombie-samples"
+    RedisStore(shared_redis.url, name).append(life_of(0))
+    first, second = (RedisStore(shared_redis.url, name, reconnect_seconds=1) for _ in range(2))
+    commit, outcomes = first._commit, []
+
+    def overtaken(*arguments):
+        with contextlib.suppress(LedgerError):
+            second.append(life_of(2))
+            outcomes.append("second")
+        return commit(*arguments)
+
+    first._commit = overtaken
+    with contextlib.suppress(LedgerError):
+        first.append(life_of(1))
+        outcomes.append("first")
+    winner = {"first": 1, "second": 2}[outcomes[0]]
+    again = RedisStore(shared_redis.url, name)
+    assert len(outcomes) == 1
+    assert again.group_ids() == {0, winner}
+    assert again.group(winner, make_prompt(winner)).group_id == winner
+
+
+def test_a_reader_sees_what_is_written_and_deleted_after_it_opened(shared_redis):
+    writer = RedisStore(shared_redis.url, "read")
+    writer.append(life_of(0))
+    reader = RedisStore(shared_redis.url, "read", reconnect_seconds=0, read_only=True)
+    writer.append(life_of(1) + life_of(2))
+    writer.forget([0])
+    assert set(fold(reader.history(whole=True)).live) == {0, 1, 2}
+    assert reader.group_ids() == {1, 2}
+    assert reader.group(2, make_prompt(2)).group_id == 2
+    groups = shared_redis.client().xinfo_consumers("paceline:read:finished", "learner")
+    assert not groups, "a reader takes nothing over"
 
 
 def test_samples_of_a_dead_controller_are_claimed_from_its_consumer(shared_redis):
