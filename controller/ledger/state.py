@@ -109,12 +109,21 @@ class LedgerState:
     gone: list[int] = field(default_factory=list)
 
     def apply(self, event: Event) -> None:
-        """Move on by one event.
+        """Move on by one event, or stay as it is.
 
         Raises:
-            LedgerError: it cannot follow what came before: something is lost, or twice.
+            LedgerError: it cannot follow what came before: something is lost, or twice. Or it does
+                not say what an event of its kind says.
         """
-        _ACTIONS[event.kind](self, event)
+        try:
+            _ACTIONS[event.kind](self, event)
+        except LedgerError:
+            raise
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise LedgerError(
+                f"the ledger's event {event.kind} {event.key} lacks something or says what cannot "
+                f"be ({type(error).__name__}: {error}): it is damaged; restore it from a copy"
+            ) from error
 
     def balance(self) -> Balance:
         """The books as they stand."""
@@ -163,7 +172,7 @@ class LedgerState:
             ages=Counter({int(age): count for age, count in values["ages"].items()}),
             checksums={int(step): checksum for step, checksum in values["checksums"].items()},
             diverged=list(values["diverged"]),
-            **{name: values[name] for name in _COUNTS},
+            **{name: int(values[name]) for name in _COUNTS},
         )
 
     def _admitted(self, event: Event) -> None:
@@ -184,8 +193,9 @@ class LedgerState:
         self.returned += 1
 
     def _finished(self, event: Event) -> None:
+        oldest, newest = _version(event.detail["oldest"]), _version(event.detail["newest"])
         life = self._move(event.key, Status.CLAIMED, Status.FINISHED)
-        life.oldest, life.newest = event.detail["oldest"], event.detail["newest"]
+        life.oldest, life.newest = oldest, newest
 
     def _batched(self, event: Event) -> None:
         step, detail = event.key, event.detail
@@ -194,18 +204,20 @@ class LedgerState:
         )
         if step != max(self.batches, default=self.step - 1) + 1:
             raise LedgerError(f"the ledger has a batch for step {step} out of order: it is damaged")
-        for group_id in (*batch.trained, *batch.dropped):
+        groups = (*batch.trained, *batch.dropped)
+        if len(set(groups)) < len(groups):
+            raise LedgerError(f"the ledger has a group in step {step} twice: it is damaged")
+        for group_id in groups:
             self._require(group_id, Status.FINISHED, Status.BATCHED)
         for group_id in batch.trained:
-            oldest = self._move(group_id, Status.FINISHED, Status.BATCHED).oldest
-            if oldest is not None:  # a demonstration has no age
-                self.ages[step - oldest] += 1
+            self._move(group_id, Status.FINISHED, Status.BATCHED)
+        self._count_ages(batch, 1)
         for group_id, reason in batch.dropped.items():
             self._drop(group_id, reason)
         self.batches[step] = batch
 
     def _set_aside(self, event: Event) -> None:
-        self._drop(event.key, event.detail["reason"])
+        self._drop(event.key, str(event.detail["reason"]))
 
     def _trained(self, event: Event) -> None:
         if event.key != self.step or event.key not in self.batches:
@@ -228,13 +240,14 @@ class LedgerState:
                 f"{event.key}: one of them is of another time or run; resume from the newest "
                 "checkpoint, or move the ledger away to sample anew what was not trained by then"
             )
+        kept = event.detail.get("keep_batches", True)
         self.step = event.key
         self.resumed += 1
-        kept = event.detail.get("keep_batches", True)
         for batch in self.untrained_batches():
             for group_id in batch.trained:
                 self.live[group_id].status = Status.BATCHED if kept else Status.FINISHED
             if not kept:
+                self._count_ages(batch, -1)
                 del self.batches[batch.step]
                 self.checksums.pop(batch.step, None)
         for group_id in self.with_status(Status.CLAIMED):
@@ -256,7 +269,18 @@ class LedgerState:
         self.settled = event.key
 
     def _snapshot(self, event: Event) -> None:
-        vars(self).update(vars(LedgerState.from_dict(event.detail)), gone=self.gone)
+        whole = LedgerState.from_dict(event.detail)
+        batched = Counter(
+            group_id for batch in whole.batches.values() for group_id in batch.trained
+        )
+        if whole.balance().missing or batched != Counter(
+            whole.with_status(Status.BATCHED, Status.TRAINED)
+        ):
+            raise LedgerError(
+                f"the ledger's snapshot at step {event.key} does not add up: it is damaged; "
+                "restore it from a copy"
+            )
+        vars(self).update(vars(whole), gone=self.gone)
 
     def _move(self, group_id: int, expected: Status, status: Status) -> Life:
         life = self._require(group_id, expected, status)
@@ -271,6 +295,12 @@ class LedgerState:
                 f"where it becomes {status}; expected it {expected}: an event is lost or doubled"
             )
         return life
+
+    def _count_ages(self, batch: Batch, count: int) -> None:
+        for group_id in batch.trained:
+            oldest = self.live[group_id].oldest
+            if oldest is not None:  # a demonstration has no age
+                self.ages[batch.step - oldest] += count
 
     def _drop(self, group_id: int, reason: str) -> None:
         self._move(group_id, Status.FINISHED, Status.BATCHED)
@@ -308,4 +338,8 @@ def fold(events: Iterable[Event]) -> LedgerState:
 
 def _reasons(dropped: Mapping[Any, str]) -> dict[int, str]:
     """Reasons by group id; JSON made the ids strings."""
-    return {int(group_id): reason for group_id, reason in dropped.items()}
+    return {int(group_id): str(reason) for group_id, reason in dropped.items()}
+
+
+def _version(value: Any) -> int | None:
+    return None if value is None else int(value)

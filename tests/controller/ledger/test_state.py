@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -54,6 +55,48 @@ def test_an_event_that_cannot_follow_is_refused_and_changes_nothing(story, kind,
     assert state.as_dict() == before
 
 
+IDS = st.lists(st.integers(0, 12), max_size=4)
+WORDS = ("trained", "held", "dropped", "oldest", "newest", "reason", "live", "batches", "step", "3")
+NONSENSE = st.dictionaries(
+    st.sampled_from(WORDS),
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-3, 30) | st.text(max_size=3),
+        lambda values: (
+            st.lists(values, max_size=3) | st.dictionaries(st.sampled_from(WORDS), values)
+        ),
+        max_leaves=6,
+    ),
+)
+DROPPED = st.dictionaries(st.integers(0, 12).map(str), st.just("reason"), max_size=3)
+BATCHES = st.fixed_dictionaries({"trained": IDS, "held": IDS, "dropped": DROPPED})
+
+
+@settings(max_examples=400, deadline=None)
+@given(stories(), st.sampled_from(list(Kind)), st.integers(-1, 30), NONSENSE | BATCHES)
+def test_a_damaged_event_is_refused_and_changes_nothing_or_leaves_a_state_that_adds_up(
+    story, kind, key, detail
+):
+    state = fold(story[0])
+    before = copy.deepcopy(state)
+    try:
+        state.apply(Event(kind, key, 1.0, detail))
+    except LedgerError:
+        assert state == before
+    else:
+        assert state.balance().missing == 0
+        batched = [group for batch in state.batches.values() for group in batch.trained]
+        assert sorted(batched) == state.with_status(Status.BATCHED, Status.TRAINED)
+
+
+@MANY
+@given(stories())
+def test_every_group_that_is_trained_or_will_be_has_an_age(story):
+    for state in story[1]:
+        pending = state.balance().pending
+        assert state.ages.total() == state.balance().trained + pending["batched"]
+        assert min(state.ages.values(), default=0) >= 0
+
+
 @MANY
 @given(stories())
 def test_a_snapshot_is_the_whole_state(story):
@@ -103,6 +146,14 @@ def test_a_step_done_again_with_other_weights_is_noticed():
     assert state.diverged == []
     state.apply(Event(Kind.TRAINED, 3, 0.0, {"checksum": 999}))
     assert state.diverged == [3]
+
+
+def test_a_snapshot_that_does_not_add_up_is_refused():
+    state = fold(trained_steps(3))
+    for field, wrong in [("admitted", 4), ("trained", 1), ("batches", []), ("live", {})]:
+        damaged = json.loads(json.dumps(state.as_dict())) | {field: wrong}
+        with pytest.raises(LedgerError, match="does not add up"):
+            fold([Event(Kind.SNAPSHOT, 3, 0.0, damaged)])
 
 
 def test_settled_training_cannot_be_taken_back():
