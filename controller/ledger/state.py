@@ -225,9 +225,9 @@ class LedgerState:
                 f"the ledger trains step {event.key}, expected step {self.step} and its batch: it "
                 "is damaged"
             )
+        checksum = event.detail.get("checksum")
         for group_id in self.batches[event.key].trained:
             self._move(group_id, Status.BATCHED, Status.TRAINED)
-        checksum = event.detail.get("checksum")
         if self.checksums.setdefault(event.key, checksum) != checksum:
             self.diverged.append(event.key)
             self.checksums[event.key] = checksum
