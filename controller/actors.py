@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 SAVE_MEMORY = "lower learner.tokens_per_microbatch, rollout.max_num_seqs or rollout.kv_cache_mb"
 
-CONTROL_CALLS = 100
+CONTROL_CALLS = 16
 """Calls a rollout worker has room for at a time, beside requests and their interruptions."""
 
 
@@ -90,7 +90,7 @@ async def start_rollout_worker(
     cpus: float,
     gpus: float,
     environment: Mapping[str, str],
-    max_requests: int = 1000,
+    max_requests: int,
 ) -> RolloutActor:
     """Start a rollout worker for ``max_requests`` at a time; returns once its engine is up.
 

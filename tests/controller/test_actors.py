@@ -60,6 +60,9 @@ def engine_class():
             self.release.set()
             return request
 
+        async def interrupt(self, request_id):
+            return self.release.set() is None and request_id == "wait"
+
         def counters(self):
             return {"pid": os.getpid(), "threads": os.environ.get("OMP_NUM_THREADS")}
 
@@ -98,8 +101,10 @@ def rank_class():
     return Rank
 
 
-async def rollout_worker(**environment):
-    return await start_rollout_worker(0, engine_class(), environment=environment, **RESOURCES)
+async def rollout_worker(max_requests=8, **environment):
+    return await start_rollout_worker(
+        0, engine_class(), environment=environment, max_requests=max_requests, **RESOURCES
+    )
 
 
 async def learner_ranks(num_ranks):
@@ -142,6 +147,31 @@ def test_calls_of_one_worker_run_side_by_side():
     run(scenario())
 
 
+def test_a_worker_that_is_full_of_requests_still_hears_an_interrupt():
+    async def scenario():
+        worker = await rollout_worker(max_requests=8)
+        waiting = [asyncio.ensure_future(worker.generate("wait")) for _ in range(8)]
+        assert await worker.interrupt("wait") is True
+        assert await asyncio.gather(*waiting) == ["wait"] * 8
+        await worker.close()
+
+    run(scenario())
+
+
+def test_a_worker_that_hangs_is_ended_by_closing_it():
+    async def scenario():
+        worker = await rollout_worker()
+        pid = (await worker.counters())["pid"]
+        waiting = asyncio.ensure_future(worker.generate("wait"))
+        os.kill(pid, signal.SIGSTOP)
+        await worker.close()
+        with pytest.raises(WorkerLost):
+            await waiting
+        await gone(pid)
+
+    run(scenario())
+
+
 def test_a_users_mistake_arrives_as_itself_from_a_call_and_from_the_start():
     async def scenario():
         worker = await rollout_worker()
@@ -151,7 +181,7 @@ def test_a_users_mistake_arrives_as_itself_from_a_call_and_from_the_start():
         await worker.close()
         mistaken = functools.partial(engine_class(), DataError("no such task"))
         with pytest.raises(DataError, match="no such task"):
-            await start_rollout_worker(1, mistaken, environment={}, **RESOURCES)
+            await start_rollout_worker(1, mistaken, environment={}, max_requests=8, **RESOURCES)
 
     run(scenario())
 
@@ -206,7 +236,7 @@ def test_a_worker_that_dies_while_it_is_built_ends_the_start_with_one_line():
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(ClusterError, match="rollout worker 3 died.*if memory ran out") as caught:
-        run(start_rollout_worker(3, dies, environment={}, **RESOURCES))
+        run(start_rollout_worker(3, dies, environment={}, max_requests=8, **RESOURCES))
     assert "\n" not in str(caught.value)
 
 

@@ -7,11 +7,17 @@ import numpy as np
 import pytest
 
 from paceline.configs.errors import GraderError
-from paceline.configs.vocabulary import SamplingParameters
+from paceline.configs.vocabulary import SamplingParameters, UnfinishedGroup
 from paceline.controller.buffer import Work
-from paceline.controller.generation import Demonstrations, Rollouts, request_seed
+from paceline.controller.generation import (
+    Demonstrations,
+    Rollouts,
+    request_seed,
+    sample_to_end,
+)
 from paceline.controller.parts import WorkerLost
 from tests.controller.builders import make_completion, make_prompt
+from tests.controller.fake_workers import request, tokens_of
 
 SAMPLING = SamplingParameters(temperature=0.7, max_tokens=4)
 
@@ -71,6 +77,53 @@ def test_a_sample_that_was_cut_off_gets_no_reward():
 def test_a_sample_that_was_cut_off_is_graded_where_that_is_wanted():
     group = group_of(rollouts(Engine("length", "stop"), require_finish=False))
     assert group.rewards.tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("reason", ["segment", "abort"])
+def test_a_group_with_an_unfinished_sample_comes_back_whole_and_ungraded(reason):
+    async def never(prompt, texts):
+        raise AssertionError("half a sample was graded")
+
+    group = group_of(rollouts(Engine("stop", reason), never))
+    assert isinstance(group, UnfinishedGroup)
+    assert group.group_id == 5
+    assert [each.finish_reason for each in group.partial] == ["stop", reason]
+
+
+def test_a_turn_is_asked_for_with_what_there_is_and_its_own_budget():
+    engine = Engine()
+    partial = (tokens_of(4), tokens_of(3, reason="segment"))
+    work = Work(5, make_prompt(5), partial=partial)
+    asyncio.run(rollouts(engine, segment_tokens=3)(work))
+    group_of(rollouts(engine))
+    continued, begun = engine.requests
+    assert (continued.partial, continued.segment_tokens) == (partial, 3)
+    assert (begun.partial, begun.segment_tokens) == ((), 0)
+    assert continued.seed == begun.seed
+
+
+def test_sampling_to_the_end_asks_until_every_sample_is_finished():
+    turns = iter(
+        [
+            (tokens_of(2, reason="abort"), tokens_of(2, reason="stop")),
+            (tokens_of(4, reason="segment"), tokens_of(2, reason="stop")),
+            (tokens_of(5, reason="length"), tokens_of(2, reason="stop")),
+        ]
+    )
+    asked = []
+
+    async def sample(turn):
+        asked.append(turn)
+        return next(turns)
+
+    completions = asyncio.run(sample_to_end(sample, request("a", 2)))
+    assert [len(each.token_ids) for each in completions] == [5, 2]
+    assert [[len(each.token_ids) for each in turn.partial] for turn in asked] == [
+        [],
+        [2, 2],
+        [4, 2],
+    ]
+    assert len({turn.request_id for turn in asked}) == 3
 
 
 def test_a_grader_error_ends_the_run():
