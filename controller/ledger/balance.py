@@ -18,18 +18,26 @@ from paceline.controller.ledger.opening import open_store
 from paceline.controller.ledger.state import LedgerState, Status
 from paceline.controller.ledger.store import Store
 from paceline.controller.observe.folder import RunFolder
+from paceline.controller.observe.summary import RunSummary
 
 STORED = (Status.FINISHED, Status.BATCHED, Status.TRAINED)
 """Where a group stands whose samples must be there."""
+MOST_SHOWN = 5
+"""Faults that are printed; of more there is the number."""
 
 
 @dataclass
 class Audit:
-    """A journal read from end to end: its state, what happened how often, and what is wrong."""
+    """A journal read from end to end: its state, what happened how often, and what is wrong.
+
+    ``is_whole`` says that it goes back to the run's first group, as Redis's does not once it was
+    trimmed.
+    """
 
     state: LedgerState = field(default_factory=LedgerState)
     events: Counter[Kind] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
+    is_whole: bool = False
     began: float | None = None
     ended: float | None = None
 
@@ -39,39 +47,57 @@ class Audit:
         Raises:
             LedgerError: it cannot follow what came before.
         """
-        if event.kind is Kind.SNAPSHOT and self.events:
+        if self.began is None:
+            self.began, self.is_whole = event.time, event.kind is not Kind.SNAPSHOT
+        elif event.kind is Kind.SNAPSHOT:
             self._compare(event)
-        else:
-            self.state.apply(event)
+        self.state.apply(event)
         self.events[event.kind] += 1
-        self.began = event.time if self.began is None else self.began
         self.ended = event.time
 
-    def _compare(self, event: Event) -> None:
+    def _compare(self, snapshot: Event) -> None:
         """A snapshot must say what all events before it add up to."""
-        if json.loads(json.dumps(self.state.as_dict())) != event.detail:
-            self.faults.append(f"the snapshot at step {event.key} differs from the events before")
-        self.state = LedgerState.from_dict(event.detail)
+        if json.loads(json.dumps(self.state.as_dict())) != snapshot.detail:
+            self.faults.append(f"the snapshot at step {snapshot.key} differs from what came before")
 
 
 def audit(store: Store) -> Audit:
-    """Read a store's journal, and look for the samples that must be there."""
-    result = Audit()
-    stored = store.group_ids()  # before the events: what is finished meanwhile is no fault
+    """Read a store's journal and the samples that must be there; the store may be written.
+
+    A run that is going on may forget samples while they are looked for. What is really wrong is
+    wrong at a second look too.
+    """
+    first = _look(store)
+    if not first.faults:
+        return first
+    second = _look(store)
+    second.faults = [fault for fault in second.faults if fault in set(first.faults)]
+    return second
+
+
+def _look(store: Store) -> Audit:
+    found = Audit()
     try:
         for event in store.history(whole=True):
-            result.follow(event)
+            found.follow(event)
     except LedgerError as error:
-        result.faults.append(str(error))
-    missing = set(result.state.with_status(*STORED)) - stored - store.group_ids()
-    if missing:
-        result.faults.append(
-            f"the samples of {len(missing)} finished groups are missing, those of group "
-            f"{min(missing)} among them"
-        )
-    if count := result.state.balance().missing:
-        result.faults.append(f"{count} groups are unaccounted for")
-    return result
+        found.faults.append(str(error))
+        return found  # where a group stood after that is unknown
+    for group_id in found.state.with_status(*STORED):
+        try:
+            store.verify(group_id)
+        except LedgerError as error:
+            found.faults.append(str(error))
+    if count := found.state.balance().missing:
+        found.faults.append(f"{count} groups are unaccounted for")
+    return found
+
+
+def compare(found: Audit, summary: RunSummary) -> None:
+    """Note a fault where a finished run's summary counts other groups than its ledger."""
+    told, trained = summary.groups.get("trained"), found.state.balance().trained
+    if summary.status == "finished" and found.is_whole and told not in (None, trained):
+        found.faults.append(f"summary.json has {told} trained groups, the ledger {trained}")
 
 
 def print_ledger(root: Path) -> bool:
@@ -87,10 +113,22 @@ def print_ledger(root: Path) -> bool:
     store = open_store(config.store, folder.root, config.name, read_only=True)
     with contextlib.closing(store):
         found = audit(store)
+    if (summary := RunSummary.read(folder)) is not None:
+        compare(found, summary)
+    _show(found, config.name)
+    return not found.faults
+
+
+def _show(found: Audit, name: str) -> None:
     console = Console()
-    console.print(_table(found, config.name))
-    for fault in found.faults:
-        console.print(f"[red]fault[/]: {fault}", soft_wrap=True, highlight=False)
+    table = Table(title=f"ledger of {name}", title_justify="left", box=None, show_header=False)
+    for label, value in _lines(found):
+        table.add_row(label, value)
+    console.print(table)
+    for fault in found.faults[:MOST_SHOWN]:
+        console.print("[red]fault[/]:", fault, soft_wrap=True, highlight=False)
+    if (more := len(found.faults) - MOST_SHOWN) > 0:
+        console.print(f"[red]fault[/]: and {more} more", highlight=False)
     balance = found.state.balance()
     pending, dropped = sum(balance.pending.values()), sum(balance.dropped.values())
     console.print(
@@ -98,14 +136,6 @@ def print_ledger(root: Path) -> bool:
         f"pending: {'NOT IN ORDER' if found.faults else 'balanced'}",
         highlight=False,
     )
-    return not found.faults
-
-
-def _table(found: Audit, name: str) -> Table:
-    table = Table(title=f"ledger of {name}", title_justify="left", box=None, show_header=False)
-    for label, value in _lines(found):
-        table.add_row(label, value)
-    return table
 
 
 def _lines(found: Audit) -> Iterator[tuple[str, str]]:

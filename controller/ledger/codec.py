@@ -15,6 +15,7 @@ from paceline.configs.vocabulary import Group, Prompt, Trajectory, VersionSpan, 
 from paceline.controller.ledger.events import LedgerError
 
 _CHECKSUM = struct.Struct("<Q")
+_WHAT_TO_DO = "restore the ledger from a copy, or start the run anew under another name"
 
 
 def encode_group(group: Group) -> bytes:
@@ -40,17 +41,10 @@ def decode_group(content: bytes, prompt: Prompt, group_id: int) -> Group:
     """What `encode_group` wrote, with its prompt.
 
     Raises:
-        LedgerError: the bytes are damaged, or of another group or prompt.
+        LedgerError: the bytes are missing or damaged, or of another group or prompt.
     """
-    body = content[_CHECKSUM.size :]
-    if len(content) < _CHECKSUM.size or _CHECKSUM.unpack_from(content)[0] != (
-        xxhash.xxh3_64_intdigest(body)
-    ):
-        raise LedgerError(
-            f"the stored samples of group {group_id} are damaged: their checksum does not match; "
-            "start the run anew under another name, or restore the ledger from a copy"
-        )
-    arrays, facts = _read(body, group_id)
+    verify(content, group_id)
+    arrays, facts = _read(content[_CHECKSUM.size :], group_id)
     if (facts["group_id"], facts["prompt"]) != (group_id, prompt.id):
         raise LedgerError(
             f"the ledger holds group {facts['group_id']} of prompt {facts['prompt']} where group "
@@ -64,6 +58,24 @@ def decode_group(content: bytes, prompt: Prompt, group_id: int) -> Group:
         for index, sample in enumerate(facts["samples"])
     )
     return Group(group_id, prompt, trajectories, facts["fault"])
+
+
+def verify(content: bytes, group_id: int) -> None:
+    """Check bytes that `encode_group` wrote against their checksum.
+
+    Raises:
+        LedgerError: they are damaged, or none.
+    """
+    if not content:
+        raise LedgerError(f"the samples of group {group_id} are missing: {_WHAT_TO_DO}")
+    body = memoryview(content)[_CHECKSUM.size :]
+    if len(content) < _CHECKSUM.size or _CHECKSUM.unpack_from(content)[0] != (
+        xxhash.xxh3_64_intdigest(body)
+    ):
+        raise LedgerError(
+            f"the stored samples of group {group_id} are damaged, their checksum does not match: "
+            f"{_WHAT_TO_DO}"
+        )
 
 
 def _read(body: bytes, group_id: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -37,6 +37,11 @@ class MemoryStore:
             raise LedgerError(f"the ledger has no samples of group {group_id}, prompt {prompt.id}")
         return group
 
+    def verify(self, group_id: int) -> None:
+        """Whether a finished group is there."""
+        if group_id not in self._groups:
+            raise LedgerError(f"the samples of group {group_id} are missing")
+
     def group_ids(self) -> set[int]:
         """Finished groups that are kept."""
         return set(self._groups)

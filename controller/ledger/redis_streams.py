@@ -27,7 +27,7 @@ import redis
 from redis import exceptions
 
 from paceline.configs.vocabulary import Group, Prompt
-from paceline.controller.ledger.codec import decode_group, encode_group
+from paceline.controller.ledger.codec import decode_group, encode_group, verify
 from paceline.controller.ledger.events import SCHEMA, Event, Kind, LedgerError
 from paceline.controller.ledger.text import as_row, from_row
 
@@ -134,9 +134,11 @@ class RedisStore:
 
     def group(self, group_id: int, prompt: Prompt) -> Group:
         """A finished group."""
-        sample_id = self._samples.get(group_id)
-        content = b"" if sample_id is None else self._content(sample_id)
-        return decode_group(content, prompt, group_id)
+        return decode_group(self._content(group_id), prompt, group_id)
+
+    def verify(self, group_id: int) -> None:
+        """Check a finished group's samples."""
+        verify(self._content(group_id), group_id)
 
     def group_ids(self) -> set[int]:
         """Finished groups whose samples are kept."""
@@ -287,9 +289,12 @@ class RedisStore:
             pass
         self._has_taken_over = True
 
-    def _content(self, sample_id: str) -> bytes:
+    def _content(self, group_id: int) -> bytes:
         if not self._has_taken_over:
             self._take_over()
+        sample_id = self._samples.get(group_id)
+        if sample_id is None:
+            return b""
         found = self._ask(self._redis.xrange, self._keys["finished"], sample_id, sample_id)
         return bytes(found[0][1][b"content"]) if found else b""
 

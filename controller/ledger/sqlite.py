@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from paceline.configs.vocabulary import Group, Prompt
-from paceline.controller.ledger.codec import decode_group, encode_group
+from paceline.controller.ledger.codec import decode_group, encode_group, verify
 from paceline.controller.ledger.events import SCHEMA, Event, Kind, LedgerError
 from paceline.controller.ledger.text import as_row, from_row
 
@@ -48,6 +48,11 @@ class SQLiteStore:
             LedgerError: it is in use, newer, no ledger, or cannot be read or written.
         """
         self._path = path
+        if read_only and not path.exists():
+            raise LedgerError(
+                f"there is no ledger {path}: the run ended before it sampled anything, or kept its "
+                "ledger elsewhere then (store in its config.yaml)"
+            )
         self._lock = None if read_only else _locked(path)
         try:
             with self._explained():
@@ -84,11 +89,11 @@ class SQLiteStore:
 
     def group(self, group_id: int, prompt: Prompt) -> Group:
         """A finished group."""
-        with self._explained():
-            row = self._database.execute(
-                "SELECT content FROM samples WHERE group_id = ?", (group_id,)
-            ).fetchone()
-        return decode_group(row[0] if row else b"", prompt, group_id)
+        return decode_group(self._content(group_id), prompt, group_id)
+
+    def verify(self, group_id: int) -> None:
+        """Check a finished group's samples."""
+        verify(self._content(group_id), group_id)
 
     def group_ids(self) -> set[int]:
         """Finished groups whose samples are kept."""
@@ -106,6 +111,13 @@ class SQLiteStore:
         """Close the file, which folds the write-ahead log into it."""
         self._database.close()
         self._unlock()
+
+    def _content(self, group_id: int) -> bytes:
+        with self._explained():
+            row = self._database.execute(
+                "SELECT content FROM samples WHERE group_id = ?", (group_id,)
+            ).fetchone()
+        return row[0] if row else b""
 
     def _prepare(self, synchronous: str, *, read_only: bool) -> None:
         execute = self._database.execute

@@ -37,6 +37,13 @@ class Store(Protocol):
             LedgerError: it is missing or damaged, or answers another prompt.
         """
 
+    def verify(self, group_id: int) -> None:
+        """Read a finished group's samples without making anything of them.
+
+        Raises:
+            LedgerError: they are missing or damaged.
+        """
+
     def group_ids(self) -> set[int]:
         """Finished groups whose samples are kept."""
 
