@@ -41,6 +41,11 @@ class TimeLimits:
     claim_seconds: float
     answer_seconds: float
 
+    @property
+    def update_seconds(self) -> float:
+        """Longest it may take to load weights, which for a large model is long."""
+        return max(self.claim_seconds, self.answer_seconds)
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -56,12 +61,13 @@ class WatchedWorker:
     - Its process owes a sign of life, asked for every half ``answer_seconds``, within as long.
     - ``generate`` may take ``claim_seconds``. Then the worker is interrupted, and must answer with
       what there is: the interrupt and the request, each within ``answer_seconds``.
-    - ``update_weights``, which takes long for a large model, may take ``claim_seconds``; so may an
-      interrupt meanwhile, which the engine sees only afterwards.
+    - ``update_weights`` may take the longer of both; so may an interrupt meanwhile, which the
+      engine sees only afterwards.
 
-    So a process that hangs or died is found within ``answer_seconds``, whatever is asked of it, and
-    an engine stuck in a living process within ``claim_seconds + 2 answer_seconds``. Once lost, all
-    calls raise `WorkerLost`, pending ones at once, and ``on_lost`` has been called, once.
+    So a process that hangs or died is found within ``answer_seconds``, whatever is asked of it. An
+    engine stuck in a living process is found within ``claim_seconds + 2 answer_seconds``, or the
+    longer of both where weights were to be loaded. Once lost, all calls raise `WorkerLost`, pending
+    ones at once, and ``on_lost`` has been called, once.
     """
 
     def __init__(
@@ -93,7 +99,7 @@ class WatchedWorker:
         try:
             if await self._has_answered(call, self._limits.claim_seconds):
                 return Answer(self._result(call), overdue=False)
-            limit = self._limits.claim_seconds if self._is_updating else None
+            limit = self._limits.update_seconds if self._is_updating else None
             await self._answer(self._worker.interrupt(request.request_id), "an interrupt", limit)
             return Answer(await self._answer(call, "an interrupted request"), overdue=True)
         except asyncio.CancelledError:
@@ -111,7 +117,7 @@ class WatchedWorker:
         self._is_updating = True
         try:
             update = self._worker.update_weights(handle)
-            return await self._answer(update, "a weight update", self._limits.claim_seconds)
+            return await self._answer(update, "a weight update", self._limits.update_seconds)
         finally:
             self._is_updating = False
 
@@ -142,7 +148,7 @@ class WatchedWorker:
     async def _take_back(self, request_id: str) -> None:
         with contextlib.suppress(WorkerLost):
             await self._answer(
-                self._worker.interrupt(request_id), "an interrupt", self._limits.claim_seconds
+                self._worker.interrupt(request_id), "an interrupt", self._limits.update_seconds
             )
 
     async def _answer(self, call: Awaitable[T], what: str, limit: float | None = None) -> T:

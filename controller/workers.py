@@ -260,4 +260,7 @@ def advice(worker: WatchedWorker) -> str:
         return (
             "its log says why; if memory ran out, lower rollout.max_num_seqs or rollout.kv_cache_mb"
         )
-    return f"it {worker.fate}; if it was only slow, raise rollout.answer_seconds"
+    return (
+        f"it {worker.fate}; if it was only slow, raise rollout.answer_seconds, or "
+        "rollout.claim_seconds where that is longer"
+    )

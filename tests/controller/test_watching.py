@@ -126,6 +126,17 @@ def test_loading_weights_may_take_longer_than_a_sign_of_life_but_not_for_ever():
     run_virtually(scenario())
 
 
+def test_impatience_with_requests_is_not_impatience_with_weights():
+    async def scenario():
+        worker = FakeWorker()
+        watch, losses = watched(worker, TimeLimits(0.5, ANSWER_SECONDS))
+        worker.stuck = True
+        assert await time_until_lost(watch.update_weights(handle(5))) == ANSWER_SECONDS
+        assert losses == ["hangs, it left a weight update unanswered for 4 s"]
+
+    run_virtually(scenario())
+
+
 def test_an_interrupt_waits_for_the_weights_that_are_being_loaded():
     async def scenario():
         worker = FakeWorker()
