@@ -165,6 +165,7 @@ class LedgerState:
             step: Batch(step, tuple(trained), tuple(held), _reasons(dropped))
             for step, trained, held, dropped in values["batches"]
         }
+        counts: dict[str, Any] = {name: int(values[name]) for name in _COUNTS}
         return cls(
             live={int(i): Life(Status(s), *rest) for i, (s, *rest) in values["live"].items()},
             batches=batches,
@@ -172,7 +173,7 @@ class LedgerState:
             ages=Counter({int(age): count for age, count in values["ages"].items()}),
             checksums={int(step): checksum for step, checksum in values["checksums"].items()},
             diverged=list(values["diverged"]),
-            **{name: int(values[name]) for name in _COUNTS},
+            **counts,
         )
 
     def _admitted(self, event: Event) -> None:
