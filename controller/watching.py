@@ -165,13 +165,20 @@ class WatchedWorker:
     async def _has_answered(self, call: asyncio.Future[Any], seconds: float) -> bool:
         """Wait so long for an answer.
 
+        In two parts: where it was this process that stood still (Ctrl-Z, a long computation), the
+        first is over when it wakes, and the second is time to read what has arrived meanwhile.
+
         Raises:
             WorkerLost: it was lost before it answered.
         """
-        await asyncio.wait((call, self._lost), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if not call.done() and self.fate is not None:
-            raise self._loss(self.fate)
-        return call.done()
+        both = (call, self._lost)
+        for part in (0.75 * seconds, 0.25 * seconds):
+            await asyncio.wait(both, timeout=part, return_when=asyncio.FIRST_COMPLETED)
+            if call.done():
+                return True
+            if self.fate is not None:
+                raise self._loss(self.fate)
+        return False
 
     def _result(self, call: asyncio.Future[T]) -> T:
         try:
