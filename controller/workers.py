@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 class Seat:
     """A worker's time in its place in the pool: a replacement begins anew, with the same index.
 
-    ``served`` is what it acknowledged last; it is given requests while ``serving``.
+    ``served`` is what it acknowledged last; it ``joined`` when that was the current version.
     """
 
     index: int
@@ -33,8 +33,13 @@ class Seat:
     num_restarts: int = 0
     load: Load = field(default_factory=Load)
     served: WeightHandle | None = None
-    serving: bool = False
+    joined: bool = False
     updating: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def serving(self) -> bool:
+        """Whether it is given requests."""
+        return self.joined and self.worker.fate is None
 
 
 @dataclass(eq=False)
@@ -164,6 +169,7 @@ class WorkerPool:
         except asyncio.CancelledError:
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
+                self._dispatch()
             elif not ticket.turn.cancelled() and ticket.turn.exception() is None:
                 self._leave(ticket.turn.result(), demand)
             raise
@@ -205,7 +211,7 @@ class WorkerPool:
                         f"{answer[1]:016x}, expected {handle.version} with {handle.checksum:016x}"
                     )
                 seat.served = handle
-        seat.serving = seat.served is not None and seat.worker.fate is None
+        seat.joined = seat.served is not None
         self._dispatch()
 
     def _seat(self, index: int, worker: Worker, num_restarts: int = 0) -> Seat:
@@ -215,7 +221,6 @@ class WorkerPool:
     def _replace(self, index: int) -> None:
         """Start a replacement for the worker that was just found lost."""
         seat = self._seats[index]
-        seat.serving = False
         lost = WorkerLost(f"rollout worker {index} {seat.worker.fate}")
         self._turn_away(lost, [ticket for ticket in self._waiting if ticket.demand.only == index])
         restart = asyncio.create_task(self._restart(seat), name=f"restart-worker-{index}")

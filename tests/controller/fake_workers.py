@@ -20,7 +20,7 @@ from paceline.controller.workers import WorkerPool
 from paceline.weights_sync.handle import WeightHandle
 from paceline.weights_sync.layout import Layout
 
-CLAIM_SECONDS, ANSWER_SECONDS = 60.0, 4.0
+CLAIM_SECONDS, ANSWER_SECONDS, START_SECONDS = 60.0, 4.0, 30.0
 
 
 class FakeWorker:
@@ -112,7 +112,7 @@ def pool_of(workers, spares=(), max_restarts=3, max_samples=1000):
     spares = list(spares)
 
     async def start(index):
-        await asyncio.sleep(0)
+        await asyncio.sleep(START_SECONDS)
         return spares.pop(0)
 
     return WorkerPool(

@@ -10,12 +10,16 @@ from paceline.weights_sync.handle import WeightSyncError
 from tests.controller.fake_workers import (
     ANSWER_SECONDS,
     CLAIM_SECONDS,
+    START_SECONDS,
     FakeWorker,
     handle,
     pool_of,
     request,
 )
 from tests.controller.virtual_time import run_virtually
+
+PATIENCE = 1000
+"""Seconds, none of them real, after which a test waits for something that will not happen."""
 
 
 async def serving(workers, *arguments, **settings):
@@ -53,7 +57,7 @@ def test_nobody_serves_before_the_first_weights():
         await asyncio.sleep(0.01)
         assert not waiting.done()
         await pool.update_weights(handle(0))
-        await asyncio.wait_for(waiting, 1)
+        await asyncio.wait_for(waiting, PATIENCE)
 
     run_virtually(scenario())
 
@@ -144,6 +148,24 @@ def test_a_caller_who_leaves_gives_up_his_place_in_the_queue_or_at_the_worker():
     run_virtually(scenario())
 
 
+def test_those_behind_one_who_leaves_the_queue_move_up():
+    async def scenario():
+        worker = FakeWorker()
+        pool = await serving([worker], max_samples=4)
+        shut(worker)
+        tasks = [
+            asyncio.ensure_future(pool.generate(request(name, size, (size,))))
+            for name, size in {"a": 3, "b": 4, "c": 1}.items()
+        ]
+        await asyncio.sleep(1)
+        await cancelled(tasks[1])
+        await asyncio.sleep(1)
+        assert list(worker.running) == ["a", "c"]
+        await cancelled(*tasks)
+
+    run_virtually(scenario())
+
+
 def test_a_replacement_serves_only_after_it_acknowledged_the_current_version():
     async def scenario():
         first, spare = FakeWorker(), FakeWorker()
@@ -153,7 +175,7 @@ def test_a_replacement_serves_only_after_it_acknowledged_the_current_version():
         with pytest.raises(WorkerLost):
             await pool.generate(request("a"))
         await pool.update_weights(handle(1))
-        await asyncio.wait_for(pool.generate(request("b")), 1)
+        await asyncio.wait_for(pool.generate(request("b")), PATIENCE)
         assert spare.requests == [("b", 1)]
 
     run_virtually(scenario())
@@ -165,7 +187,7 @@ def test_a_worker_that_is_dead_when_weights_arrive_is_replaced_too():
         first.dead = True
         pool = pool_of([first], [spare])
         await pool.update_weights(handle(3))
-        await asyncio.wait_for(pool.generate(request("a")), 1)
+        await asyncio.wait_for(pool.generate(request("a")), PATIENCE)
         assert spare.requests == [("a", 3)]
 
     run_virtually(scenario())
@@ -179,7 +201,7 @@ def test_a_replacement_that_dies_too_is_replaced_until_the_limit():
         pool = pool_of(workers[:1], workers[1:], max_restarts=2)
         await pool.update_weights(handle(0))
         with pytest.raises(ClusterError, match="died 3 times"):
-            await asyncio.wait_for(pool.generate(request("a")), 1)
+            await asyncio.wait_for(pool.generate(request("a")), PATIENCE)
 
     run_virtually(scenario())
 
@@ -196,18 +218,65 @@ def test_many_calls_that_find_a_worker_dead_replace_it_once():
         first.gate.set()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(result, WorkerLost) for result in results)
-        await asyncio.wait_for(pool.generate(request("again")), 1)
+        await asyncio.wait_for(pool.generate(request("again")), PATIENCE)
 
     run_virtually(scenario())
 
 
-def test_a_worker_that_acknowledges_other_bytes_is_an_error():
+LIES = {
+    "other bytes": lambda handle: (handle.version, handle.checksum + 1),
+    "an old version": lambda handle: (handle.version - 1, handle.checksum),
+}
+
+
+@pytest.mark.parametrize("acknowledges", LIES.values(), ids=LIES)
+def test_a_worker_that_acknowledges_something_else_is_an_error_and_gets_no_request(acknowledges):
     async def scenario():
-        pool = pool_of(
-            [FakeWorker(acknowledges=lambda handle: (handle.version, handle.checksum + 1))]
-        )
-        with pytest.raises(WeightSyncError, match="acknowledged version 0"):
-            await pool.update_weights(handle(0))
+        liar = FakeWorker(acknowledges=acknowledges)
+        pool = pool_of([FakeWorker(), liar])
+        claims = [
+            asyncio.ensure_future(pool.generate(request(str(i), prompt=(i,)))) for i in range(9)
+        ]
+        with pytest.raises(WeightSyncError, match="worker 1 acknowledged version"):
+            await pool.update_weights(handle(7))
+        await cancelled(*claims)
+        assert liar.requests == []
+
+    run_virtually(scenario())
+
+
+@pytest.mark.parametrize("acknowledges", LIES.values(), ids=LIES)
+def test_a_replacement_that_acknowledges_something_else_ends_the_run_and_gets_no_request(
+    acknowledges,
+):
+    async def scenario():
+        first, liar = FakeWorker(), FakeWorker(acknowledges=acknowledges)
+        pool = await serving([first], [liar])
+        first.dead = True
+        with pytest.raises(WorkerLost):
+            await pool.generate(request("a"))
+        with pytest.raises(WeightSyncError, match="worker 0 acknowledged version"):
+            await pool.generate(request("b"))
+        assert liar.requests == []
+
+    run_virtually(scenario())
+
+
+def test_nothing_is_sent_to_a_lost_worker_that_weights_arrive_for():
+    async def scenario():
+        first, spare = FakeWorker(), FakeWorker()
+        pool = await serving([first], [spare])
+        shut(first)
+        claim = asyncio.ensure_future(pool.generate(request("a")))
+        await asyncio.sleep(1)
+        first.hangs = True
+        await pool.update_weights(handle(1))
+        with pytest.raises(WorkerLost):
+            await claim
+        assert pool.states() == {"rollout 0": "restarting"}
+        taken, _ = await seconds_until(pool.generate(request("b")))
+        assert taken == START_SECONDS
+        assert spare.requests == [("b", 1)]
 
     run_virtually(scenario())
 
@@ -222,11 +291,11 @@ def test_late_news_of_a_death_does_not_replace_the_replacement():
         await asyncio.sleep(0.01)
         first.dead = True
         await pool.update_weights(handle(1))  # finds it dead; the spare takes its seat
-        await asyncio.wait_for(pool.generate(request("a")), 1)
+        await asyncio.wait_for(pool.generate(request("a")), PATIENCE)
         first.gate.set()
         with pytest.raises(WorkerLost):
             await late
-        await asyncio.wait_for(pool.generate(request("b")), 1)
+        await asyncio.wait_for(pool.generate(request("b")), PATIENCE)
         assert [name for name, _ in spare.requests] == ["a", "b"]
 
     run_virtually(scenario())
@@ -253,7 +322,7 @@ def test_a_replacement_that_was_overtaken_by_an_update_catches_up_before_it_serv
         await asyncio.sleep(0.01)
         assert not waiting.done()
         go_on.set()
-        await asyncio.wait_for(asyncio.gather(waiting, newer), 1)
+        await asyncio.wait_for(asyncio.gather(waiting, newer), PATIENCE)
         assert spare.requests == [("a", 1)]
 
     run_virtually(scenario())
@@ -268,7 +337,7 @@ def test_a_check_of_every_worker_survives_the_death_of_one_and_has_it_replaced()
         workers[0].dead = True
         assert len(await pool.generate_everywhere(request("b"))) == 1
         while pool.states()["rollout 0"] == "restarting":
-            await asyncio.sleep(0)
+            await asyncio.sleep(1)
         assert len(await pool.generate_everywhere(request("c"))) == 2
         assert spare.requests == [("c.0", 0)]
 
@@ -334,7 +403,7 @@ def test_a_worker_that_hangs_holds_up_the_weights_of_the_others_for_a_bounded_ti
         taken, _ = await seconds_until(pool.update_weights(handle(1)))
         assert taken <= seconds
         assert [worker.version for worker in workers] == [1, 0, 1]
-        await asyncio.sleep(1)
+        await asyncio.sleep(START_SECONDS + 1)
         assert workers[1].closed
         assert spare.version == 1
         assert "restarting" not in pool.states().values()
@@ -367,7 +436,7 @@ def test_counters_are_those_of_the_workers_that_answer_in_time():
         taken, counters = await seconds_until(pool.counters())
         assert taken <= ANSWER_SECONDS
         assert counters == [{"num_tokens": 1.0}]
-        await asyncio.sleep(1)
+        await asyncio.sleep(START_SECONDS + 1)
         assert len(await pool.counters()) == 2
 
     run_virtually(scenario())
