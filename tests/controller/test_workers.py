@@ -166,6 +166,33 @@ def test_those_behind_one_who_leaves_the_queue_move_up():
     run_virtually(scenario())
 
 
+@pytest.mark.parametrize("dies", [False, True])
+def test_whoever_leaves_the_queue_at_whatever_moment_harms_nobody(dies):
+    async def scenario(moment):
+        worker = FakeWorker()
+        pool = await serving([worker], max_samples=1, max_restarts=0)
+        shut(worker)
+        first, leaver, last = (
+            asyncio.ensure_future(pool.generate(request(name, prompt=(ord(name),))))
+            for name in "abc"
+        )
+        await asyncio.sleep(1)
+        worker.dead = dies
+        worker.gate.set()
+        for _ in range(moment):
+            await asyncio.sleep(0)
+        leaver.cancel()
+        results = await asyncio.gather(first, leaver, last, return_exceptions=True)
+        if dies:
+            assert [type(results[0]), type(results[2])] == [WorkerLost, ClusterError]
+        else:
+            assert results[0][0].is_finished and results[2][0].is_finished
+            assert pool.states() == {"rollout 0": "v0, 0 samples"}
+
+    for moment in range(12):
+        run_virtually(asyncio.wait_for(scenario(moment), PATIENCE))
+
+
 def test_a_replacement_serves_only_after_it_acknowledged_the_current_version():
     async def scenario():
         first, spare = FakeWorker(), FakeWorker()
