@@ -29,8 +29,9 @@ def redis_server(folder: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     arguments = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder.resolve())]
+    arguments += ["--appendonly", "yes", "--save", "", "--auto-aof-rewrite-min-size", "1gb"]
     process = subprocess.Popen(
-        [program, *arguments, "--appendonly", "yes", "--save", ""], stdout=subprocess.DEVNULL
+        [program, *arguments], stdout=subprocess.DEVNULL
     )
     try:
         _wait_for(port)

@@ -135,6 +135,8 @@ class SQLiteStore:
                 execute(f"PRAGMA page_size = {PAGE_BYTES}")
             execute("PRAGMA journal_mode = WAL")
             execute(f"PRAGMA synchronous = {synchronous}")
+            # Debian's SQLite writes zeros over what is deleted: samples need no such care.
+            execute("PRAGMA secure_delete = OFF")
             execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
             if not tables:
                 self._create()
