@@ -54,7 +54,7 @@ def paceline_window(
     Raises:
         BenchError: the run has no step after its warm-up.
     """
-    timed = _after_warmup(records, num_warmup)
+    timed = after_warmup(records, num_warmup)
     total = _total_times(timed)
     num_trained = sum(round((r.samples_per_second or 0.0) * _part(r, "step")) for r in timed)
     num_dropped = sum(sum(count or 0 for count in r.dropped.values()) for r in timed)
@@ -81,7 +81,7 @@ def controller_overhead(records: Sequence[StepRecord], num_warmup: int) -> float
     ``1 - (generate + train + optimizer) / step`` over the timed steps: what controller, Ray,
     grading, weight updates and their hand-overs cost together.
     """
-    total = _total_times(_after_warmup(records, num_warmup))
+    total = _total_times(after_warmup(records, num_warmup))
     return 1 - (total["generate"] + total["train"] + total["optimizer"]) / total["step"]
 
 
@@ -91,7 +91,7 @@ def peer_window(steps: Sequence[Mapping[str, float]], num_warmup: int) -> Window
     Raises:
         BenchError: the run has no step after its warm-up.
     """
-    timed = _after_warmup(steps, num_warmup)
+    timed = after_warmup(steps, num_warmup)
 
     def total(name: str) -> float:
         return sum(step[name] for step in timed)
@@ -134,7 +134,12 @@ def _window(
     )
 
 
-def _after_warmup(steps: Sequence[T], num_warmup: int) -> Sequence[T]:
+def after_warmup(steps: Sequence[T], num_warmup: int) -> Sequence[T]:
+    """The timed steps of a run.
+
+    Raises:
+        BenchError: there are none.
+    """
     if len(steps) <= num_warmup:
         raise BenchError(
             f"a run of the benchmark has {len(steps)} steps and {num_warmup} of them are warm-up: "
