@@ -76,8 +76,8 @@ class RolloutConfig(Section):
     elsewhere."""
 
     answer_seconds: float = Field(default=30.0, gt=0)
-    """A worker is replaced whose process gives no sign of life for this long, or that does not answer
-    an interrupt within this time. Loading weights may take `claim_seconds` where that is longer."""
+    """A worker is replaced when its process gives no sign of life for this long, or leaves an
+    interrupt unanswered. Loading weights may take `claim_seconds` where that is longer."""
 
     sampling: SamplingConfig = SamplingConfig()
     """How training completions are drawn."""
