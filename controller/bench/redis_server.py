@@ -30,9 +30,7 @@ def redis_server(folder: Path) -> Iterator[str]:
         port = probe.getsockname()[1]
     arguments = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder.resolve())]
     arguments += ["--appendonly", "yes", "--save", "", "--auto-aof-rewrite-min-size", "1gb"]
-    process = subprocess.Popen(
-        [program, *arguments], stdout=subprocess.DEVNULL
-    )
+    process = subprocess.Popen([program, *arguments], stdout=subprocess.DEVNULL)
     try:
         _wait_for(port)
         yield f"redis://127.0.0.1:{port}/0"
