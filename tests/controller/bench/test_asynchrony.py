@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from paceline.controller.bench.asynchrony import QUICK, Measured, _result, parallel_capacity
+import os
+
+from paceline.controller.bench.asynchrony import QUICK, Measured, _result
 from paceline.controller.bench.result import Spread
+from paceline.controller.bench.subprocesses import side_by_side
 
 
 def measured(lag, rate, ages, curve=((1.0, 0.1), (2.0, 0.5))):
@@ -47,5 +50,6 @@ def test_rewards_are_compared_at_the_time_when_the_first_run_was_over():
     assert rewards == {0: 0.5, 2: 0.5}
 
 
-def test_two_processes_do_no_less_than_one_and_no_more_than_twice_as_much():
-    assert 0.5 < parallel_capacity() < 3
+def test_what_runs_side_by_side_runs_in_processes_of_its_own():
+    processes = side_by_side(os.getpid, 2)
+    assert len({*processes, os.getpid()}) == 3
