@@ -75,7 +75,7 @@ class RolloutConfig(Section):
     """Longest a worker may hold a request: what it has by then is taken back and continued
     elsewhere."""
 
-    answer_seconds: float = Field(default=30.0, gt=0)
+    answer_seconds: float = Field(default=60.0, gt=0)
     """A worker is replaced when its process gives no sign of life for this long, or leaves an
     interrupt unanswered. Loading weights may take `claim_seconds` where that is longer."""
 
