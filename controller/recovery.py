@@ -55,8 +55,8 @@ def require_empty(journal: Journal, name: str) -> None:
     """
     if journal.state.admitted:
         raise LedgerError(
-            f"the ledger already holds {journal.state.admitted} groups of a run {name}: continue it "
-            "with --resume if it has a checkpoint, else choose another name"
+            f"the ledger already holds {journal.state.admitted} groups of a run {name}: continue "
+            "it with --resume if it has a checkpoint, else choose another name"
         )
 
 

@@ -52,7 +52,7 @@ class Plan:
     is_warm: bool = True
 
 
-FULL = Plan(LONG, (0, 1, 2, 4), num_rounds=3, num_steps=30, num_warmup=5)
+FULL = Plan(LONG, (0, 1, 2, 4), num_rounds=3, num_steps=20, num_warmup=5)
 QUICK = Plan(SHORT, (0, 2), num_rounds=1, num_steps=8, num_warmup=3, is_warm=False)
 
 
