@@ -25,6 +25,8 @@ from typing import Any
 
 import redis
 from redis import exceptions
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from paceline.configs.vocabulary import Group, Prompt
 from paceline.controller.ledger.codec import decode_group, encode_group, verify
@@ -78,9 +80,12 @@ class RedisStore:
         self._has_taken_over = read_only
         with _explained(url):
             self._redis: Any = redis.Redis.from_url(
-                url, password=password, socket_timeout=SOCKET_TIMEOUT_SECONDS
+                url,
+                password=password,
+                socket_timeout=SOCKET_TIMEOUT_SECONDS,
+                retry=Retry(NoBackoff(), 0),  # we try again ourselves, and know for how long
             )
-            self._redis.ping()
+            self._await_loading()
             self._check_server()
             self._check_schema(write=not read_only)
             if not read_only:
@@ -326,6 +331,18 @@ class RedisStore:
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
+    def _await_loading(self) -> None:
+        """Wait for a Redis that was just started and reads its file; an absent one is an error."""
+        deadline = time.monotonic() + self._reconnect_seconds
+        while True:
+            try:
+                self._redis.ping()
+                return
+            except exceptions.BusyLoadingError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(LONGEST_PAUSE_SECONDS / 10)
+
     def _check_server(self) -> None:
         """Refuse a Redis that would forget."""
         try:
@@ -390,7 +407,14 @@ def _explanation(url: str, error: Exception) -> LedgerError:
             f"the Redis at {url} does not answer ({text}): check store.url and that it runs; a "
             "run that was under way is whole and goes on with --resume"
         )
-    return LedgerError(f"the Redis at {url} refused a command ({text}): see its log")
+    if isinstance(error, exceptions.OutOfMemoryError):
+        return LedgerError(
+            f"the Redis at {url} has no room left ({text}): raise its maxmemory above the memory "
+            "of loop.buffer_mb and a checkpoint interval's groups; the run goes on with --resume"
+        )
+    return LedgerError(
+        f"the Redis at {url} refused a command ({text}): see its log; the run goes on with --resume"
+    )
 
 
 def _is_taken(error: exceptions.ResponseError) -> bool:

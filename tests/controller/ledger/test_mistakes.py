@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sqlite3
 import stat
+import time
+from pathlib import Path
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
@@ -111,6 +113,66 @@ def test_a_ledger_can_be_read_while_it_is_written(path):
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     refused("No such file or directory", SQLiteStore, tmp_path / "gone" / "ledger.sqlite")
+
+
+def test_a_folder_that_cannot_be_written_is_named():
+    refused("cannot be written", SQLiteStore, Path("/sys/ledger.sqlite"))
+
+
+def test_a_full_disk_loses_nothing_and_once_there_is_room_the_run_goes_on(path):
+    store = SQLiteStore(path)
+    pages = store._database.execute("PRAGMA page_count").fetchone()[0]
+    store._database.execute(f"PRAGMA max_page_count = {pages + 2}")
+    for group_id in range(2, 1000):
+        try:
+            store.append(life_of(group_id))
+        except LedgerError as error:
+            assert "disk is full" in str(error) and "free disk space" in str(error)  # noqa: PT017
+            break
+    assert set(fold(store.history()).live) == store.group_ids() == set(range(group_id))
+    store._database.execute("PRAGMA max_page_count = 100000")
+    store.append(life_of(group_id))
+    store.close()
+    assert set(read(path).live) == set(range(group_id + 1))
+
+
+def test_a_redis_without_memory_left_loses_nothing(own_redis):
+    server = own_redis()
+    store = RedisStore(server.url, "run", reconnect_seconds=1)
+    store.append(life_of(0))
+    server.client().config_set("maxmemory", 1)
+    refused("has no room left.*raise its maxmemory", store.append, life_of(1))
+    server.client().config_set("maxmemory", 0)
+    store.append(life_of(1))
+    again = RedisStore(server.url, "run")
+    assert set(fold(again.history()).live) == again.group_ids() == {0, 1}
+
+
+def test_a_redis_that_stays_away_ends_the_run_after_the_time_given(own_redis):
+    server = own_redis()
+    store = RedisStore(server.url, "run", reconnect_seconds=0.5)
+    store.append(life_of(0))
+    server.kill()
+    began = time.monotonic()
+    refused("does not answer.*goes on with --resume", store.append, life_of(1))
+    assert 0.2 < time.monotonic() - began < 5
+    server.start()
+    assert RedisStore(server.url, "run").group_ids() == {0}
+
+
+def test_a_redis_that_still_reads_its_file_is_waited_for(own_redis):
+    server = own_redis()
+    store = RedisStore(server.url, "run")
+    store.append(life_of(0))
+    with server.client().pipeline(transaction=False) as pipeline:
+        for number in range(20_000):  # it answers after every 1024
+            pipeline.set(f"somebody-elses-{number}", "")
+        pipeline.execute()
+    server.kill()
+    server.settings += ("--key-load-delay", "100")  # microseconds
+    server.start()
+    refused("does not answer.*oading", RedisStore, server.url, "run", reconnect_seconds=0)
+    assert RedisStore(server.url, "run", reconnect_seconds=20).group_ids() == {0}
 
 
 def test_a_redis_that_does_not_answer_is_named():
