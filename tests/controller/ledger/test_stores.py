@@ -8,7 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from paceline.controller.ledger.codec import decode_group
 from paceline.controller.ledger.events import Event, Kind, LedgerError
+from paceline.controller.ledger.redis_streams import RedisStore
 from paceline.controller.ledger.state import fold
 from tests.controller.builders import make_group, make_prompt
 from tests.controller.ledger.stories import stories
@@ -86,6 +88,20 @@ def test_forgotten_samples_are_gone_and_asking_for_them_is_an_error(fresh_store)
     assert store.group_ids() == {2}
     with pytest.raises(LedgerError, match="group 1"):
         store.group(1, make_prompt(1))
+
+
+def test_finished_groups_can_be_read_by_others_in_a_consumer_group_of_their_own(shared_redis):
+    client, key = shared_redis.client(), "paceline:read-by-others:finished"
+    store = RedisStore(shared_redis.url, "read-by-others")
+    store.append([finished(1), finished(2)])
+    client.xgroup_create(key, "drafters", id="0")
+    [[_, entries]] = client.xreadgroup("drafters", "me", {key: ">"})
+    for group_id, (_, fields) in zip((1, 2), entries, strict=True):
+        assert int(fields[b"group"]) == group_id
+        again = decode_group(fields[b"content"], make_prompt(group_id), group_id)
+        assert again.trajectories[0].text == make_group(group_id).trajectories[0].text
+    store.forget([1])
+    assert store.group_ids() == {2}
 
 
 def test_samples_of_another_prompt_are_refused(fresh_store):
