@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from paceline.configs.vocabulary import Group, Prompt
 from paceline.controller.ledger.events import Event, Kind, LedgerError
@@ -14,7 +15,7 @@ class MemoryStore:
     survives = False
 
     def __init__(self) -> None:
-        self._events: list[Event] = []
+        self._events: list[tuple[Kind, int, float, Mapping[str, Any]]] = []
         self._groups: dict[int, Group] = {}
 
     def append(self, events: Sequence[Event]) -> None:
@@ -24,11 +25,11 @@ class MemoryStore:
                 self._events.clear()
             if event.group is not None:
                 self._groups[event.key] = event.group
-            self._events.append(event._replace(group=None) if event.group else event)
+            self._events.append(event[:4])
 
     def history(self, *, whole: bool = False) -> Iterator[Event]:
         """Records since the last snapshot, with it."""
-        return iter(tuple(self._events))
+        return (Event(*facts) for facts in tuple(self._events))
 
     def group(self, group_id: int, prompt: Prompt) -> Group:
         """A finished group."""
