@@ -1,8 +1,8 @@
 """``paceline bench buffer``: groups a second through their whole life, for each store.
 
 The real buffer, journal and stores; only the engines are fakes, which answer at once with samples
-made beforehand. A thousand worker tasks claim and finish; one task batches, one trains and, every so
-many steps, settles what a checkpoint would make final. Every figure is of a process of its own.
+made beforehand. A thousand worker tasks claim and finish; one task batches, one trains and, every
+so many steps, settles what a checkpoint would make final. Every figure is of a process of its own.
 """
 
 from __future__ import annotations
