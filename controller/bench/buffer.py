@@ -1,7 +1,7 @@
 """``paceline bench buffer``: groups a second through their whole life, for each store.
 
 The real buffer, journal and stores; only the engines are fakes, which answer at once with samples
-made beforehand. A thousand worker tasks claim and finish; one task batches, one trains and, every
+made beforehand. A thousand worker tasks claim and finish; one consumer batches, trains and, every
 so many steps, settles what a checkpoint would make final. Every figure is of a process of its own.
 """
 
@@ -107,7 +107,6 @@ class _Lives:
         self._group = _group()
         self._buffer = WorkBuffer(budget, self._journal, MOST_FINISHED * self._group.num_bytes)
         self._prompts = ((i, Prompt(f"p{i}", "", (1, 2, 3))) for i in itertools.count())
-        self._batches: asyncio.Queue[list[int]] = asyncio.Queue(1)  # as in the loop: one ready
         self._most_bytes = 0
 
     async def run(self) -> Measured:
@@ -117,7 +116,7 @@ class _Lives:
         await self._journal.flush()
         full = _resident_bytes()
         tasks = [asyncio.create_task(self._work()) for _ in range(NUM_WORKERS)]
-        tasks += [asyncio.create_task(self._feed()), asyncio.create_task(self._assemble())]
+        tasks.append(asyncio.create_task(self._feed()))
         began, cpu = time.perf_counter(), time.process_time()
         trained = await self._train()
         await self._journal.flush()
@@ -137,8 +136,8 @@ class _Lives:
             await asyncio.sleep(0)  # an engine answers later, however fast
             await self._buffer.finish(replace(self._group, group_id=work.group_id))
 
-    async def _assemble(self) -> None:
-        for step in itertools.count():
+    async def _train(self) -> int:
+        for step in range(self._case.num_groups // GROUPS_PER_STEP):
             groups = []
             for _ in range(GROUPS_PER_STEP):
                 group = await self._buffer.take()
@@ -147,11 +146,6 @@ class _Lives:
             self._most_bytes = max(self._most_bytes, self._buffer.num_bytes)
             batch = {"trained": groups, "held": [], "dropped": {}}
             await self._journal.write(Kind.BATCHED, step, batch)
-            await self._batches.put(groups)
-
-    async def _train(self) -> int:
-        for step in range(self._case.num_groups // GROUPS_PER_STEP):
-            groups = await self._batches.get()
             self._journal.note(Kind.TRAINED, step, {"checksum": step})
             await self._buffer.release(tuple(groups))
             if step % STEPS_PER_CHECKPOINT == STEPS_PER_CHECKPOINT - 1:

@@ -7,6 +7,7 @@ from typing import Any
 
 from paceline.configs.vocabulary import Group, Prompt
 from paceline.controller.ledger.events import Event, Kind, LedgerError
+from paceline.controller.ledger.text import as_row, from_row
 
 
 class MemoryStore:
@@ -15,21 +16,28 @@ class MemoryStore:
     survives = False
 
     def __init__(self) -> None:
-        self._events: list[tuple[Kind, int, float, Mapping[str, Any]]] = []
+        # Beside each other: tuples without dictionaries, and dictionaries without containers, are
+        # nothing the garbage collector would look at again and again.
+        self._facts: list[tuple[str, int, float]] = []
+        self._details: list[Mapping[str, Any]] = []
         self._groups: dict[int, Group] = {}
 
     def append(self, events: Sequence[Event]) -> None:
         """Keep events and groups."""
         for event in events:
             if event.kind is Kind.SNAPSHOT:
-                self._events.clear()
+                self._facts.clear()
+                self._details.clear()
             if event.group is not None:
                 self._groups[event.key] = event.group
-            self._events.append(event[:4])
+            kind, key, time, detail = as_row(event)
+            self._facts.append((kind, key, time))
+            self._details.append(detail)
 
     def history(self, *, whole: bool = False) -> Iterator[Event]:
         """Records since the last snapshot, with it."""
-        return (Event(*facts) for facts in tuple(self._events))
+        rows = tuple(zip(self._facts, self._details, strict=True))
+        return (from_row((*facts, detail), "memory") for facts, detail in rows)
 
     def group(self, group_id: int, prompt: Prompt) -> Group:
         """A finished group."""

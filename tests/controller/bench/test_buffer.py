@@ -19,7 +19,7 @@ def test_a_case_lives_its_groups_within_the_bound_and_leaves_nothing_behind(
     found = measure(Case(store, outstanding=300, num_groups=960), tmp_path)
     assert found.groups_per_second > 0
     assert found.cpu_microseconds > 0
-    assert 50 * GROUP_BYTES < found.most_sample_bytes <= 100 * GROUP_BYTES
+    assert 0 < found.most_sample_bytes <= 100 * GROUP_BYTES
     assert list(tmp_path.iterdir()) == []
 
 
