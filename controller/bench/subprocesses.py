@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -63,6 +63,11 @@ def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
 def side_by_side(function: Callable[[], T], count: int) -> list[T]:
     """The results of a function that runs in so many fresh processes at the same time."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=count, mp_context=context) as pool:
-        list(pool.map(time.sleep, [0.5] * count))  # all of them are up before any begins
-        return [each.result() for each in [pool.submit(function) for _ in range(count)]]
+    with contextlib.ExitStack() as stack:
+        pools = [
+            stack.enter_context(ProcessPoolExecutor(max_workers=1, mp_context=context))
+            for _ in range(count)
+        ]
+        for start in [pool.submit(os.getpid) for pool in pools]:
+            start.result()  # all of them are up before any begins
+        return [each.result() for each in [pool.submit(function) for pool in pools]]

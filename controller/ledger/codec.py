@@ -24,7 +24,7 @@ _WHAT_TO_DO = "restore the ledger from a copy, or start the run anew under anoth
 
 def encode_group(group: Group) -> bytes:
     """Samples of a group in one piece; its prompt is named, not kept: the feed has it."""
-    arrays = [
+    arrays: list[memoryview] = [
         np.ascontiguousarray(getattr(trajectory, name), dtype).data
         for name, (dtype, _) in _ARRAYS.items()
         for trajectory in group.trajectories

@@ -126,7 +126,11 @@ def test_padding_is_a_fraction_of_all_tokens_and_the_loss_has_its_own_place():
         report=report(num_tokens=90, num_padding=10, loss=0.25, entropy=2.0),
         train=3.0,
     )
-    assert record.metrics == {"entropy": 2.0, "padding_fraction": pytest.approx(0.1)}
+    assert record.metrics == {
+        "entropy": 2.0,
+        "padding_fraction": pytest.approx(0.1),
+        "buffer_megabytes": 0.0,
+    }
     assert record.loss == 0.25
     assert record.learner_tokens_per_second == pytest.approx(30.0)
 

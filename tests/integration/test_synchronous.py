@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from paceline.configs.schema.learner import LearnerConfig, OptimizerConfig
-from paceline.configs.schema.rollout import RolloutConfig
 from paceline.configs.vocabulary import (
     Prompt,
     RolloutRequest,
@@ -37,7 +36,7 @@ from paceline.learner.losses import ClippedPolicyLoss
 from paceline.learner.model import write_initial_model
 from paceline.learner.worker import LearnerWorker
 from paceline.rollout.worker import RolloutWorker
-from tests.rollout.conftest import MAX_LENGTH, STOP, tiny_model_config
+from tests.rollout.conftest import STOP, build_engine, tiny_model_config
 
 pytestmark = pytest.mark.slow
 
@@ -75,14 +74,7 @@ class Pair:
             weights_folder=str(root / "weights"),
             seed=0,
         )
-        self.worker = RolloutWorker(lambda: self._engine(folder))
-
-    @staticmethod
-    def _engine(folder):
-        from paceline.rollout.vllm_engine import VLLMEngine
-
-        rollout = RolloutConfig(max_num_seqs=16, kv_cache_mb=16)
-        return VLLMEngine(folder, rollout, max_length=MAX_LENGTH, dtype="float32", seed=0)
+        self.worker = RolloutWorker(lambda: build_engine(folder))
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: p.detach().clone() for name, p in self.learner._policy.named_parameters()}

@@ -55,7 +55,9 @@ def test_a_missed_target_shows_and_sets_the_exit_status(
 
 
 def test_an_unknown_benchmark_names_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no benchmark 'e2'; there are: e2e; did you mean e2e\?"):
+    with pytest.raises(
+        ConfigError, match=r"no benchmark 'e2'; there are: e2e, .*; did you mean e2e\?"
+    ):
         registry.run_bench("e2", False, tmp_path)
 
 
