@@ -22,7 +22,7 @@ from paceline.controller.bench.paceline_runs import make_initial_model, train
 from paceline.controller.bench.result import BenchResult, BenchTable, Spread, Target
 from paceline.controller.bench.subprocesses import side_by_side
 from paceline.controller.bench.timing import after_warmup
-from paceline.controller.bench.workload import LONG, SHORT, Workload
+from paceline.controller.bench.workload import LONG_WIDE, SHORT, Workload
 from paceline.controller.ledger.balance import audit
 from paceline.controller.ledger.opening import open_store
 from paceline.controller.observe.folder import RunFolder
@@ -52,7 +52,7 @@ class Plan:
     is_warm: bool = True
 
 
-FULL = Plan(LONG, (0, 1, 2, 4), num_rounds=3, num_steps=20, num_warmup=5)
+FULL = Plan(LONG_WIDE, (0, 1, 2, 4), num_rounds=3, num_steps=14, num_warmup=4)
 QUICK = Plan(SHORT, (0, 2), num_rounds=1, num_steps=8, num_warmup=3, is_warm=False)
 
 

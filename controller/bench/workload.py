@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 RECIPE = "quickstart"
 
@@ -96,4 +96,18 @@ LONG = Workload(
         "reward": "{type: exact}",
     },
     warm_start={"warm_start.target_accuracy": "0.3", "warm_start.evaluate_every": "20"},
+)
+
+LONG_WIDE = replace(
+    LONG,
+    name="long-wide",
+    description=f"{LONG.description}; a wider model, so that training takes as long",
+    task={
+        **LONG.task,
+        "model.architecture": (
+            "{model_type: qwen3, hidden_size: 256, num_hidden_layers: 2, num_attention_heads: 4, "
+            "num_key_value_heads: 2, head_dim: 32, intermediate_size: 768, "
+            "tie_word_embeddings: true}"
+        ),
+    },
 )
