@@ -17,7 +17,11 @@ from paceline.controller.ledger.events import LedgerError
 _CHECKSUM = struct.Struct("<Q")
 _LENGTH = struct.Struct("<Q")
 _ALIGNMENT = 8
-_ARRAYS = {"token_ids": ("<i4", "I32"), "logprobs": ("<f4", "F32"), "loss_mask": ("?", "BOOL")}
+_ARRAYS = {
+    "token_ids": (np.dtype("<i4"), "I32"),
+    "logprobs": (np.dtype("<f4"), "F32"),
+    "loss_mask": (np.dtype(np.bool_), "BOOL"),
+}
 """Types of what a trajectory holds, in numpy and in safetensors; the widest come first."""
 _WHAT_TO_DO = "restore the ledger from a copy, or start the run anew under another name"
 
@@ -86,14 +90,14 @@ def _header(group: Group) -> bytes:
         "lengths": lengths,
         "samples": [_facts(trajectory) for trajectory in group.trajectories],
     }
-    header: dict[str, Any] = {"__metadata__": {"group": json.dumps(facts)}}
+    text = f'{{"__metadata__":{{"group":{json.dumps(json.dumps(facts))}}}'
     length, start = sum(lengths), 0
     for name, (dtype, code) in _ARRAYS.items():
-        end = start + length * np.dtype(dtype).itemsize
-        header[name] = {"dtype": code, "shape": [length], "data_offsets": [start, end]}
+        end = start + length * dtype.itemsize
+        text += f',"{name}":{{"dtype":"{code}","shape":[{length}],"data_offsets":[{start},{end}]}}'
         start = end
-    text = json.dumps(header).encode()
-    return text.ljust(-(-len(text) // _ALIGNMENT) * _ALIGNMENT)
+    text += "}"
+    return text.encode().ljust(-(-len(text) // _ALIGNMENT) * _ALIGNMENT)
 
 
 def _read(body: bytes, group_id: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
