@@ -115,15 +115,15 @@ class _Lives:
             await self._buffer.admit(self._prompts.__next__)
         await self._journal.flush()
         full = _resident_bytes()
-        tasks = [asyncio.create_task(self._work()) for _ in range(NUM_WORKERS)]
-        tasks.append(asyncio.create_task(self._feed()))
-        began, cpu = time.perf_counter(), time.process_time()
-        trained = await self._train()
-        await self._journal.flush()
-        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        async with asyncio.TaskGroup() as group:  # a ledger that fails ends all of it
+            tasks = [group.create_task(self._work()) for _ in range(NUM_WORKERS)]
+            tasks.append(group.create_task(self._feed()))
+            began, cpu = time.perf_counter(), time.process_time()
+            trained = await self._train()
+            await self._journal.flush()
+            seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+            for task in tasks:
+                task.cancel()
         await self._journal.flush()
         return Measured(trained / seconds, 1e6 * cpu / trained, before, full, self._most_bytes)
 
