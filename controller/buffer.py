@@ -77,13 +77,15 @@ class WorkBuffer:
         budget: FreshnessBudget,
         journal: Journal | None = None,
         max_bytes: int = 1 << 30,
+        group_bytes: int = 0,
     ) -> None:
+        """``group_bytes`` is what a group is taken to need until a larger one has finished."""
         self.journal = journal or Journal(MemoryStore())
         self._budget = budget
         self._limit = budget.capacity
         self._max_bytes = max_bytes
         self._num_bytes = 0
-        self._largest = 0  # of all groups so far: what another claim may turn out to be
+        self._largest = group_bytes  # what another claim may turn out to be
         self._entries: OrderedDict[int, Work] = OrderedDict()
         self._slots: set[int] = set()
         self._waiting: list[int] = []

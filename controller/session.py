@@ -43,6 +43,8 @@ class Resumption:
     groups_fit: bool
 
 
+BYTES_PER_TOKEN = 9
+"""Of a sample: int32 id, float32 log-probability and the loss mask."""
 SOLVED_REWARD = 0.99
 """Mean reward from which a run without learning signal counts as solved rather than stuck."""
 
@@ -73,7 +75,8 @@ class Session:
         self._recovered = Recovered()
         loop = self._config.loop
         self._budget = freshness_budget(loop.groups_per_step, loop.max_lag, loop.window_fraction)
-        self._buffer = WorkBuffer(self._budget, journal, loop.buffer_mb << 20)
+        group_bytes = loop.samples_per_group * self._config.model.max_length * BYTES_PER_TOKEN
+        self._buffer = WorkBuffer(self._budget, journal, loop.buffer_mb << 20, group_bytes)
 
     async def run(self, resume_from: Resumption | None) -> None:
         """Everything between started parts and a finished run.

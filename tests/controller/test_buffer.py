@@ -149,6 +149,19 @@ def test_full_memory_stops_sampling_ahead_but_not_the_group_that_is_waited_for()
     asyncio.run(scenario())
 
 
+def test_memory_is_bounded_before_any_group_has_shown_its_size():
+    async def scenario():
+        budget = FreshnessBudget(8, 1, 1)
+        buffer, draw = WorkBuffer(budget, None, 3 * GROUP_BYTES, GROUP_BYTES), feed()
+        for _ in range(8):
+            await buffer.admit(draw)
+        for _ in range(3):
+            await buffer.claim()
+        assert await is_blocked(buffer.claim())
+
+    asyncio.run(scenario())
+
+
 def test_what_was_sampled_of_a_group_that_goes_back_is_there_for_the_next_claim():
     async def scenario():
         buffer, draw = WorkBuffer(FreshnessBudget(2, 1, 1)), feed()
