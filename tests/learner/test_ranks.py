@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from paceline.configs.errors import ClusterError
 from paceline.configs.vocabulary import TrainBatch
 from paceline.weights_sync.shared_memory import read_weights
 from tests.learner import ranks
@@ -176,3 +177,17 @@ def test_bfloat16_trains_float32_masters_and_publishes_bfloat16(on_ranks, tmp_pa
         rounded = torch.from_numpy(masters[name]).bfloat16()
         assert torch.equal(published[name], rounded)
         assert torch.equal(parameter, rounded)
+
+
+def test_a_rank_that_waits_in_vain_names_the_rendezvous(processes, model_folder, tmp_path):
+    port = ranks.free_port()
+    alone = processes[0].submit(
+        ranks.make_worker,
+        model_folder,
+        tmp_path / "weights",
+        num_ranks=2,
+        port=port,
+        collective_timeout_seconds=1,
+    )
+    with pytest.raises(ClusterError, match=rf"rank 0 of 2 did not meet .*:{port} within 1 s"):
+        alone.result(timeout=120)

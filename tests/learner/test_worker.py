@@ -19,7 +19,6 @@ from tests.learner.conftest import VOCAB_SIZE, model_config, random_batch, rando
 from tests.learner.ranks import (
     LOSS,
     OPTIMIZER,
-    free_port,
     gradients,
     load_and_train,
     make_worker,
@@ -270,9 +269,3 @@ def test_a_step_without_gradients_is_a_bug_of_the_caller(new_worker):
 def test_asking_for_a_gpu_that_is_not_there_is_refused(new_worker):
     with pytest.raises(ClusterError, match="gpus_per_rank is 1 but torch sees no GPU"):
         new_worker(gpus_per_rank=1)
-
-
-def test_a_rank_that_waits_in_vain_names_the_rendezvous(new_worker):
-    port = free_port()
-    with pytest.raises(ClusterError, match=rf"rank 0 of 2 did not meet .*:{port} within 1 s"):
-        new_worker(num_ranks=2, port=port, collective_timeout_seconds=1)
