@@ -45,10 +45,13 @@ def _locate(location: tuple[int | str, ...]) -> tuple[KeyPath, type[Section] | N
         if part in allowed and len(allowed) > 1:
             section, allowed = allowed[str(part)], {}
             continue
+        if isinstance(part, int):  # a place in a list of sections
+            path.append(str(part))
+            continue
         holder = section
         field = section.model_fields.get(str(part)) if section else None
         allowed = variants(field.annotation) if field else {}
-        section = next(iter(allowed.values())) if len(allowed) == 1 else None
+        section = next(iter(allowed.values())) if len(set(allowed.values())) == 1 else None
         if part != "[key]":
             path.append(str(part))
     return tuple(path), holder

@@ -28,15 +28,15 @@ def walk(section: type[Section] = RunConfig, path: tuple[str, ...] = ()) -> Iter
     """Every key of ``section`` and of the sections in it, depth first, every variant of a union."""
     for name, info in section.model_fields.items():
         yield SectionField((*path, name), section, info)
-        for variant in variants(info.annotation).values():
+        for variant in sections(info.annotation):
             yield from walk(variant, (*path, name))
 
 
 def variants(annotation: Any) -> dict[str, type[Section]]:
-    """The sections an annotation allows, by the value of their `type` (or their class name)."""
+    """The sections an annotation allows, by each value of their `type` (or their class name)."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
-        return {type_value(annotation) or annotation.__name__: annotation}
-    if get_origin(annotation) in (Annotated, Union, UnionType):
+        return dict.fromkeys(type_values(annotation) or (annotation.__name__,), annotation)
+    if get_origin(annotation) in (Annotated, Union, UnionType, tuple):
         found: dict[str, type[Section]] = {}
         for argument in get_args(annotation):
             found.update(variants(argument))
@@ -44,10 +44,15 @@ def variants(annotation: Any) -> dict[str, type[Section]]:
     return {}
 
 
-def type_value(section: type[Section]) -> str | None:
-    """The value of the section's `type` key, which tells the variants of a union apart."""
+def sections(annotation: Any) -> list[type[Section]]:
+    """The sections an annotation allows, each once."""
+    return list(dict.fromkeys(variants(annotation).values()))
+
+
+def type_values(section: type[Section]) -> tuple[str, ...]:
+    """The values of the section's `type` key, which tells the variants of a union apart."""
     field = section.model_fields.get("type")
-    return str(get_args(field.annotation)[0]) if field else None
+    return tuple(map(str, get_args(field.annotation))) if field else ()
 
 
 def reference_markdown() -> str:
@@ -68,15 +73,15 @@ def reference_markdown() -> str:
 def _sections() -> list[tuple[tuple[str, ...], type[Section]]]:
     found: list[tuple[tuple[str, ...], type[Section]]] = [((), RunConfig)]
     for field in walk():
-        found += [(field.path, section) for section in variants(field.info.annotation).values()]
+        found += [(field.path, section) for section in sections(field.info.annotation)]
     return found
 
 
 def _heading(path: tuple[str, ...], section: type[Section]) -> str:
     if not path:
         return "Top level"
-    name = type_value(section)
-    return f"`{'.'.join(path)}`" + (f" with `type: {name}`" if name else "")
+    names = ", ".join(f"`{name}`" for name in type_values(section))
+    return f"`{'.'.join(path)}`" + (f" with `type` {names}" if names else "")
 
 
 def _row(name: str, info: FieldInfo) -> str:
@@ -87,6 +92,8 @@ def _row(name: str, info: FieldInfo) -> str:
 
 def _type_name(annotation: Any) -> str:
     if variants(annotation):
+        if get_origin(annotation) is tuple:
+            return "list of sections"
         optional = type(None) in get_args(annotation)
         return "section or null" if optional else "section"
     origin, arguments = get_origin(annotation), get_args(annotation)
@@ -107,6 +114,8 @@ def _type_name(annotation: Any) -> str:
 
 def _default(info: FieldInfo) -> str:
     default = info.default
+    if isinstance(info.json_schema_extra, dict) and "default_by" in info.json_schema_extra:
+        return f"by `{info.json_schema_extra['default_by']}`"
     if default is PydanticUndefined:
         return "required"
     if isinstance(default, Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from paceline.configs.diagnose import explain, nearest
 from paceline.configs.errors import ConfigError
 from paceline.configs.schema import RunConfig
+from paceline.configs.schema.base import overlaid
 from paceline.configs.yaml_text import Document, KeyPath, dump_document, parse_document, parse_value
 
 
@@ -118,17 +119,4 @@ def _parse_override(override: str) -> Document:
 
 
 def _overlay(base: Document, top: Document) -> Document:
-    return Document(_merge(base.values, top.values), {**base.origins, **top.origins})
-
-
-def _merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    if "type" in base and "type" in top and base["type"] != top["type"]:
-        return dict(top)
-    merged = dict(base)
-    for key, value in top.items():
-        below = merged.get(key)
-        if isinstance(below, Mapping) and isinstance(value, Mapping):
-            merged[key] = _merge(below, value)
-        else:
-            merged[key] = value
-    return merged
+    return Document(overlaid(base.values, top.values), {**base.origins, **top.origins})

@@ -124,7 +124,7 @@ class Trajectory:
 
     All arrays have length L = prompt + completion: ``token_ids`` int32, ``loss_mask`` bool (True
     where the token was sampled by the policy), ``logprobs`` float32 (behaviour log-probabilities,
-    0 where ``loss_mask`` is False).
+    0 where ``loss_mask`` is False) and, where a teacher looked at it, ``teacher_logprobs`` float32.
     """
 
     token_ids: NDArray[np.int32]
@@ -134,6 +134,7 @@ class Trajectory:
     finish_reason: FinishReason
     reward: float = 0.0
     text: str = ""
+    teacher_logprobs: NDArray[np.float32] | None = None
 
     @property
     def num_completion_tokens(self) -> int:
@@ -210,12 +211,20 @@ class UnfinishedGroup:
 
 @dataclass(frozen=True)
 class TrainSample:
-    """One trajectory with its per-token advantage; all arrays of length L."""
+    """One trajectory as the learner takes it; all arrays of length L.
+
+    ``group`` is the index of its group in the batch's ``group_ids``; ``versions`` count from its
+    first trained token and are empty for a demonstration, whose ``logprobs`` say nothing.
+    ``teacher_logprobs`` is there where a teacher looked at it.
+    """
 
     token_ids: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
     logprobs: NDArray[np.float32]
-    advantages: NDArray[np.float32]
+    reward: float = 0.0
+    group: int = 0
+    versions: tuple[VersionSpan, ...] = ()
+    teacher_logprobs: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -233,7 +242,7 @@ class TrainBatch:
 
     @property
     def num_trained_tokens(self) -> int:
-        """Tokens that carry loss: the denominator of token-mean losses, over all ranks."""
+        """Tokens that carry loss, over all ranks."""
         return int(sum(sample.loss_mask.sum() for sample in self.samples))
 
 

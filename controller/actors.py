@@ -26,7 +26,7 @@ from paceline.configs.vocabulary import (
     TrainBatch,
     WeightVersion,
 )
-from paceline.controller.parts import Loss, WorkerLost
+from paceline.controller.parts import Algorithm, WorkerLost
 from paceline.weights_sync.handle import WeightHandle
 
 T = TypeVar("T")
@@ -232,13 +232,13 @@ class LearnerRanks:
         self._plan = (optimizer, num_steps)
         await self._call("reset_optimizer")
 
-    async def forward_backward(self, batch: TrainBatch, loss: Loss) -> StepReport:
-        """Accumulate the gradients of a whole batch over all ranks."""
+    async def forward_backward(self, batch: TrainBatch, algorithm: Algorithm) -> StepReport:
+        """Find what a batch's tokens are worth, and its first update's gradients over all ranks."""
         # Put once, read by every rank: Ray resolves the reference before it calls.
-        return await self._call("forward_backward", ray.put(batch), loss)
+        return await self._call("forward_backward", ray.put(batch), algorithm)
 
     async def optimizer_step(self, step: int, report: StepReport) -> StepReport:
-        """Apply the gradients: version ``step`` becomes ``step + 1``."""
+        """Apply the batch's updates: version ``step`` becomes ``step + 1``."""
         assert self._plan is not None, "begin() comes before the first step"
         optimizer, num_steps = self._plan
         metrics = await self._call("optimizer_step", step + 1, optimizer, step, num_steps)
@@ -249,6 +249,10 @@ class LearnerRanks:
     async def publish(self, version: int) -> WeightHandle:
         """Write a version where engines can read it."""
         return await self._call("publish", version)
+
+    async def load_reference(self, folder: str, offload: bool) -> None:
+        """Hold the policy of a folder as the frozen reference."""
+        await self._call("load_reference", folder, offload)
 
     async def save(self, folder: str) -> None:
         """Write model and optimiser, sharded, for `load`."""

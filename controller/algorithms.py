@@ -1,74 +1,164 @@
-"""Algorithms: what a finished group and its samples are worth."""
+"""From a configured algorithm to what the learner optimises: `wiring.py`'s part for algorithms.
+
+A new part of an algorithm is a file with its class, a section in ``configs/schema/algorithm.py``
+with its options under the same names, and a line in one of the tables here.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import ray.cloudpickle
 
-from paceline.configs.vocabulary import Group
+from paceline.configs.imports import build_imported
+from paceline.configs.schema import RunConfig
+from paceline.configs.schema.algorithm import (
+    AlgorithmConfig,
+    CorrectionConfig,
+    CriticConfig,
+    FrozenPolicyConfig,
+    ImportedAlgorithm,
+    PolicyAlgorithm,
+    PreferenceAlgorithm,
+    SupervisedAlgorithm,
+)
+from paceline.configs.schema.base import Section
+from paceline.controller.parts import Algorithm
+from paceline.controller.signal_filter import EVERYTHING, SignalFilter
+from paceline.learner.advantages import (
+    BatchNormalized,
+    Estimator,
+    GeneralizedAdvantage,
+    GroupRelative,
+    LeaveOneOut,
+    Outcome,
+    PreferredPair,
+    TeacherGap,
+)
+from paceline.learner.losses.corrections import (
+    MaskAbove,
+    MaskMastered,
+    MaskOutside,
+    RejectSequences,
+    SecondMoment,
+    Truncate,
+)
+from paceline.learner.losses.policy import (
+    Clip,
+    ClippedWeight,
+    NegativeLogLikelihood,
+    PolicyLoss,
+    Reinforce,
+    SequenceClip,
+)
+from paceline.learner.objective import Objective, OverlongPenalty, ReferencePenalty
+
+ADVANTAGES: Mapping[str, Callable[..., Estimator]] = {
+    "group_relative": GroupRelative,
+    "leave_one_out": LeaveOneOut,
+    "batch_normalized": BatchNormalized,
+    "outcome": Outcome,
+    "gae": GeneralizedAdvantage,
+    "teacher_gap": TeacherGap,
+}
+LOSSES: Mapping[str, Callable[..., PolicyLoss]] = {
+    "clip": Clip,
+    "sequence_clip": SequenceClip,
+    "clipped_weight": ClippedWeight,
+    "reinforce": Reinforce,
+}
+CORRECTIONS: Mapping[str, Callable[..., Any]] = {
+    "truncate": Truncate,
+    "mask_above": MaskAbove,
+    "mask_outside": MaskOutside,
+    "reject_sequences": RejectSequences,
+    "second_moment": SecondMoment,
+    "mask_mastered": MaskMastered,
+}
 
 
-class Algorithm(Protocol):
-    """Advantages of a group's samples."""
+def algorithm(config: RunConfig) -> tuple[SignalFilter, Algorithm]:
+    """Which groups the configured algorithm trains on, and its objective.
 
-    @property
-    def max_draws(self) -> int:
-        """A step looks at this many times its groups before it trains on fewer."""
-
-    def drop_reason(self, group: Group) -> str | None:
-        """Why a group is not worth training on, in a word for the ledger; None to train it."""
-
-    def advantages(self, group: Group) -> NDArray[np.float64]:
-        """One advantage a sample, float64 [n]."""
-
-
-def group_relative_advantages(
-    rewards: NDArray[np.float64], *, normalize_std: bool, epsilon: float = 1e-6
-) -> NDArray[np.float64]:
-    """Advantages of samples [n] of one prompt against their mean.
-
-    GRPO (Shao et al. 2024, arXiv 2402.03300, section 4.1.2): ``(r - mean) / std``, with the sample
-    standard deviation (n - 1); without ``normalize_std`` it is Dr.GRPO's ``r - mean`` (Liu et al.
-    2025, arXiv 2503.20783, eq. 3). Equal rewards give exactly zero.
+    Raises:
+        ConfigError: an imported one cannot be imported or built.
     """
-    centred = rewards - rewards.mean()
-    if not normalize_std or np.ptp(rewards) == 0:
-        return centred if np.ptp(rewards) else np.zeros_like(rewards)
-    return centred / (rewards.std(ddof=1) + epsilon)
+    chosen = config.algorithm
+    max_tokens = config.rollout.sampling.max_tokens
+    if isinstance(chosen, SupervisedAlgorithm):
+        return imitation()
+    if isinstance(chosen, PreferenceAlgorithm):
+        return EVERYTHING, preferences(chosen.beta, max_tokens)
+    signal = SignalFilter(chosen.zero_signal == "drop", chosen.max_draws)
+    if isinstance(chosen, ImportedAlgorithm):
+        return signal, imported(chosen)
+    return signal, policy_optimization(chosen, max_tokens)
 
 
-@dataclass(frozen=True)
-class GRPO:
-    """Group-relative policy optimisation; groups of equal rewards carry no gradient."""
+def policy_optimization(config: PolicyAlgorithm, max_tokens: int) -> Objective:
+    """The objective put together of the configured parts."""
+    per_token = [c for c in config.corrections if c.type != "second_moment"]
+    of_batch = [c for c in config.corrections if c.type == "second_moment"]
+    reference, overlong = config.reference, config.overlong
+    return Objective(
+        advantage=built(ADVANTAGES, config.advantage),
+        policy_loss=built(LOSSES, config.loss),
+        aggregation=config.aggregation,
+        max_tokens=max_tokens,
+        old_policy=config.old_policy,
+        corrections=tuple(built(CORRECTIONS, correction) for correction in per_token),
+        second_moment=built(CORRECTIONS, of_batch[0]) if of_batch else None,
+        reference=ReferencePenalty(reference.coefficient, reference.estimator, reference.place)
+        if reference
+        else None,
+        overlong=OverlongPenalty(max_tokens, overlong.buffer_tokens, overlong.penalty)
+        if overlong
+        else None,
+        entropy_coefficient=config.entropy_coefficient,
+        num_updates=config.num_updates,
+    )
 
-    normalize_std: bool = True
-    drop_zero_signal: bool = True
-    max_draws: int = 8
 
-    def drop_reason(self, group: Group) -> str | None:
-        """``zero_signal`` where all rewards are equal."""
-        if self.drop_zero_signal and np.ptp(group.rewards) == 0:
-            return "zero_signal"
-        return None
-
-    def advantages(self, group: Group) -> NDArray[np.float64]:
-        """Group-relative advantages [n]."""
-        return group_relative_advantages(group.rewards, normalize_std=self.normalize_std)
+def imitation() -> tuple[SignalFilter, Objective]:
+    """Supervised learning from demonstrations: every token of theirs counts the same."""
+    objective = Objective(
+        Outcome(), NegativeLogLikelihood(), "token_mean", max_tokens=1, is_sampled=False
+    )
+    return EVERYTHING, objective
 
 
-@dataclass(frozen=True)
-class Supervised:
-    """Imitation: every demonstration token counts the same."""
+def preferences(beta: float, max_tokens: int) -> Objective:
+    """Learning from pairs: DPO."""
+    return Objective(PreferredPair(beta), Reinforce(), "group_sum", max_tokens, is_sampled=False)
 
-    max_draws: int = 1
 
-    def drop_reason(self, group: Group) -> str | None:
-        """Demonstrations are never dropped."""
-        return None
+def imported(config: ImportedAlgorithm) -> Algorithm:
+    """Somebody else's algorithm, made to travel to the learner with its code.
 
-    def advantages(self, group: Group) -> NDArray[np.float64]:
-        """Ones [n]."""
-        return np.ones(len(group.trajectories))
+    Raises:
+        ConfigError: it cannot be imported or built.
+    """
+    found = build_imported(
+        "algorithm.import_path", config.import_path, config.parameters, "prepare"
+    )
+    # the learner's processes need not be able to import it
+    ray.cloudpickle.register_pickle_by_value(sys.modules[type(found).__module__])
+    return found
+
+
+def critic(config: AlgorithmConfig) -> CriticConfig | None:
+    """The critic that an algorithm asks for."""
+    return config.critic if isinstance(config, PolicyAlgorithm | ImportedAlgorithm) else None
+
+
+def reference(config: AlgorithmConfig) -> FrozenPolicyConfig | None:
+    """The frozen policy that an algorithm asks for."""
+    return None if isinstance(config, SupervisedAlgorithm) else config.reference
+
+
+def built(table: Mapping[str, Callable[..., Any]], section: Section | CorrectionConfig) -> Any:
+    """The part that a section of the schema names, with the section's options."""
+    options = section.model_dump()
+    return table[options.pop("type")](**options)

@@ -1,4 +1,4 @@
-"""From finished groups to a batch: score, drop what teaches nothing, collect P groups."""
+"""From finished groups to a batch: drop what teaches nothing, collect P groups."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 
 from paceline.configs.errors import UserError
 from paceline.configs.vocabulary import Group, TrainBatch, TrainSample
-from paceline.controller.algorithms import Algorithm
 from paceline.controller.buffer import WorkBuffer
 from paceline.controller.ledger.events import Kind
 from paceline.controller.ledger.state import Batch
+from paceline.controller.signal_filter import SignalFilter
 
 
 class NoSignalError(UserError):
@@ -73,14 +73,14 @@ class Collector:
     def __init__(
         self,
         buffer: WorkBuffer,
-        algorithm: Algorithm,
+        signal: SignalFilter,
         groups_per_step: int,
         temperature: float = 1.0,
         recorded: Sequence[RecordedBatch] = (),
     ) -> None:
         self._recorded = deque(recorded)
         self._buffer = buffer
-        self._algorithm = algorithm
+        self._signal = signal
         self._groups_per_step = groups_per_step
         self._temperature = temperature
 
@@ -98,12 +98,12 @@ class Collector:
         held: list[int] = []
         rewards: list[float] = []
         dropped: dict[int, str] = {}
-        num_draws = self._groups_per_step * self._algorithm.max_draws
+        num_draws = self._groups_per_step * self._signal.max_draws
         for draws_left in reversed(range(num_draws)):
             group = await self._buffer.take()
             assert group is not None, "the buffer was closed under the loop"
             rewards.append(float(group.rewards.mean()))
-            if (reason := group.fault or self._algorithm.drop_reason(group)) is None:
+            if (reason := self._signal.drop_reason(group)) is None:
                 kept.append(group)
             else:
                 dropped[group.group_id] = reason
@@ -136,12 +136,13 @@ class Collector:
                 token_ids=trajectory.token_ids,
                 loss_mask=trajectory.loss_mask,
                 logprobs=trajectory.logprobs,
-                advantages=np.where(trajectory.loss_mask, advantage, 0).astype(np.float32),
+                reward=trajectory.reward,
+                group=index,
+                versions=trajectory.versions,
+                teacher_logprobs=trajectory.teacher_logprobs,
             )
-            for group in groups
-            for trajectory, advantage in zip(
-                group.trajectories, self._algorithm.advantages(group), strict=True
-            )
+            for index, group in enumerate(groups)
+            for trajectory in group.trajectories
         )
         group_ids = tuple(group.group_id for group in groups)
         return TrainBatch(step, group_ids, samples, self._temperature)

@@ -20,9 +20,9 @@ from paceline.controller.freshness import FreshnessBudget
 from paceline.controller.ledger.events import Kind
 from paceline.controller.pacing import Flow
 from paceline.controller.parts import (
+    Algorithm,
     Generate,
     Learner,
-    Loss,
     Pace,
     StepObserver,
     WeightsPart,
@@ -42,7 +42,7 @@ class Loop:
     prompts: Iterator[tuple[int, Prompt]]
     generate: Generate
     collector: Collector
-    loss: Loss
+    algorithm: Algorithm
     learner: Learner
     weights: WeightsPart
     observer: StepObserver
@@ -119,7 +119,7 @@ class Loop:
                 break
             assert batch.max_age <= self.budget.max_age, f"step {step} got age {batch.max_age}"
             with self.clock.measure("train"):
-                report = await self.learner.forward_backward(batch.batch, self.loss)
+                report = await self.learner.forward_backward(batch.batch, self.algorithm)
             with self.clock.measure("wait_for_sync"):
                 await self._published.join()
             with self.clock.measure("optimizer"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from paceline.configs.vocabulary import Group, StepReport, TrainBatch, UnfinishedGroup
@@ -14,8 +13,8 @@ if TYPE_CHECKING:
     from paceline.controller.assembly import AssembledBatch
     from paceline.controller.loop import Loop
 
-Loss = Callable[[Any], Any]
-"""A learner loss, ``LossInputs -> LossOutputs``; the controller only carries it."""
+Algorithm = Any
+"""What the learner optimises, see ``learner/objective.py``; the controller only carries it."""
 
 
 class WorkerLost(Exception):
@@ -36,11 +35,14 @@ class Generate(Protocol):
 class Learner(Protocol):
     """The learner ranks as one."""
 
-    async def forward_backward(self, batch: TrainBatch, loss: Loss) -> StepReport:
-        """Accumulate the gradients of a whole batch."""
+    async def forward_backward(self, batch: TrainBatch, algorithm: Algorithm) -> StepReport:
+        """Find what a batch's tokens are worth, and the gradients of its first update."""
 
     async def optimizer_step(self, step: int, report: StepReport) -> StepReport:
-        """Apply them: version ``step`` becomes ``step + 1``; the report gains what that showed."""
+        """Apply them, and the batch's other updates: version ``step`` becomes ``step + 1``.
+
+        The report gains what that showed.
+        """
 
 
 class WeightsPart(Protocol):

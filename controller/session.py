@@ -11,7 +11,7 @@ from paceline.configs.errors import RunInterrupted, UserError
 from paceline.configs.schema import RunConfig
 from paceline.configs.schema.algorithm import WarmStartConfig
 from paceline.configs.schema.learner import OptimizerConfig
-from paceline.controller import wiring
+from paceline.controller import algorithms, wiring
 from paceline.controller.assembly import Collector
 from paceline.controller.buffer import WorkBuffer
 from paceline.controller.checkpoints import CheckpointFolder, RunState
@@ -115,7 +115,7 @@ class Session:
             final_fraction=0.0,
         )
         await self._parts.learner.begin(optimizer, config.max_steps)
-        algorithm, loss = wiring.imitation()
+        signal, algorithm = algorithms.imitation()
         budget = FreshnessBudget(2 * config.batch_size, 1, config.batch_size)
         buffer = WorkBuffer(budget)
         observer = WarmStartObserver(
@@ -128,8 +128,8 @@ class Session:
         loop = Loop(
             prompts=self._feed,
             generate=self._parts.demonstrations(),
-            collector=Collector(buffer, algorithm, config.batch_size),
-            loss=loss,
+            collector=Collector(buffer, signal, config.batch_size),
+            algorithm=algorithm,
             learner=self._parts.learner,
             weights=wiring.NoEngines(),
             observer=observer,
@@ -162,7 +162,7 @@ class Session:
             return
         loop_config, recovered = config.loop, self._recovered
         self._buffer.restore(recovered.works, recovered.slots)
-        algorithm, loss = wiring.algorithm(config.algorithm)
+        signal, algorithm = algorithms.algorithm(config)
         temperature = config.rollout.sampling.temperature
         observer = TrainingObserver(
             recorder=self._recorder,
@@ -182,12 +182,12 @@ class Session:
             generate=parts.training_rollouts(),
             collector=Collector(
                 self._buffer,
-                algorithm,
+                signal,
                 loop_config.groups_per_step,
                 temperature,
                 recovered.batches,
             ),
-            loss=loss,
+            algorithm=algorithm,
             learner=parts.learner,
             weights=parts.weights,
             observer=observer,
@@ -230,8 +230,20 @@ class Session:
         await self._serve(state.step)
 
     async def _begin_training(self) -> None:
+        """Fresh optimiser and, where the algorithm has one, the reference policy.
+
+        The policy as it is now, unless the reference is configured, becomes the reference; it is
+        kept in the run's folder, where a resumed run finds it.
+        """
         optimizer, num_steps = self._config.learner.optimizer, self._config.loop.num_steps
         await self._parts.learner.begin(optimizer, num_steps)
+        reference = algorithms.reference(self._config.algorithm)
+        if reference is None:
+            return
+        folder = reference.path or str(self._folder.reference)
+        if reference.path is None and not self._folder.reference.exists():
+            await self._parts.learner.export(folder)
+        await self._parts.learner.load_reference(folder, reference.offload)
 
     async def _serve(self, version: int) -> None:
         """Bring the learner's weights to every engine as ``version``."""

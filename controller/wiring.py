@@ -11,7 +11,6 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from paceline.configs.schema import RunConfig
-from paceline.configs.schema.algorithm import GRPOConfig
 from paceline.configs.schema.data import DatasetSource, ReasoningGymSource
 from paceline.configs.schema.reward import ExactGrader, MathGrader, ReasoningGymGrader
 from paceline.configs.vocabulary import SamplingParameters
@@ -22,11 +21,10 @@ from paceline.controller.actors import (
     start_learner_ranks,
     start_rollout_worker,
 )
-from paceline.controller.algorithms import GRPO, Algorithm, Supervised
+from paceline.controller.algorithms import critic
 from paceline.controller.concurrency import gather_or_cancel
 from paceline.controller.evaluation import Evaluator
 from paceline.controller.generation import Demonstrations, Rollouts, Sample, sample_to_end
-from paceline.controller.parts import Loss
 from paceline.controller.prompt_sources import (
     DatasetPromptSource,
     PromptSource,
@@ -42,7 +40,6 @@ from paceline.controller.tokenizer import (
 )
 from paceline.controller.watching import TimeLimits
 from paceline.controller.workers import WorkerPool
-from paceline.learner.losses import ClippedPolicyLoss, negative_log_likelihood
 from paceline.learner.model import write_initial_model
 from paceline.reward.exact import ExactAnswerGrader
 from paceline.reward.grader import Grader
@@ -185,19 +182,6 @@ def max_claims(config: RunConfig) -> int:
     return 2 * rollout.num_workers * groups_an_engine
 
 
-def algorithm(config: GRPOConfig) -> tuple[Algorithm, Loss]:
-    """The configured objective: its advantages and its loss."""
-    return (
-        GRPO(config.normalize_std, config.zero_signal == "drop", config.max_draws),
-        ClippedPolicyLoss(config.clip_low, config.clip_high),
-    )
-
-
-def imitation() -> tuple[Algorithm, Loss]:
-    """Supervised learning from demonstrations."""
-    return Supervised(), negative_log_likelihood
-
-
 def prompt_source(config: RunConfig, split: str | None = None) -> PromptSource:
     """The configured source; ``split`` names another split of a dataset."""
     source = config.data.source
@@ -296,6 +280,7 @@ async def start_learner(
         model_folder,
         config.model,
         learner,
+        critic(config.algorithm),
         weights_folder=weights_folder,
         seed=config.seed,
     )

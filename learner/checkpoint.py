@@ -25,18 +25,18 @@ from paceline.configs.schema.model import Precision
 from paceline.learner.model import PolicyModel
 
 State = dict[str, Any]
+Roles = Mapping[str, tuple[PolicyModel, torch.optim.AdamW]]
+"""Trained models with their optimisers, by role."""
 
 
-def save_checkpoint(
-    folder: str, policy: PolicyModel, optimizer: torch.optim.AdamW, version: int
-) -> None:
+def save_checkpoint(folder: str, roles: Roles, version: int) -> None:
     """Write master weights, optimiser state and version; every rank calls it."""
-    state = _state(policy, optimizer) | {"version": torch.tensor(version)}
+    state = _state(roles) | {"version": torch.tensor(version)}
     with _alone_is_fine():
         dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
-def load_checkpoint(folder: str, policy: PolicyModel, optimizer: torch.optim.AdamW) -> int:
+def load_checkpoint(folder: str, roles: Roles) -> int:
     """Restore what ``save_checkpoint`` wrote, in place; returns its version.
 
     Raises:
@@ -47,8 +47,8 @@ def load_checkpoint(folder: str, policy: PolicyModel, optimizer: torch.optim.Ada
             f"no complete learner checkpoint in {folder}: resume from another one"
         )
     version = torch.tensor(0)
-    state = _state(policy, optimizer) | {"version": version}
-    _check_shapes(folder, state)
+    state = _state(roles) | {"version": version}
+    _check_shapes(folder, roles)
     try:
         with _alone_is_fine():
             dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
@@ -101,22 +101,27 @@ def _write_folder(
     shutil.rmtree(outdated, ignore_errors=True)
 
 
-def _state(policy: PolicyModel, optimizer: torch.optim.AdamW) -> State:
+def _state(roles: Roles) -> State:
     """Live tensors under stable names: loading into them restores the learner."""
-    named = dict(policy.causal_lm.named_parameters())
-    return {
-        "model": {name: parameter.detach() for name, parameter in named.items()},
-        "optimizer": {name: optimizer.state[parameter] for name, parameter in named.items()},
-    }
+    state: State = {}
+    for role, (model, optimizer) in roles.items():
+        named = dict(model.trained_parameters())
+        state[role] = {
+            "model": {name: parameter.detach() for name, parameter in named.items()},
+            "optimizer": {name: optimizer.state[parameter] for name, parameter in named.items()},
+        }
+    return state
 
 
-def _check_shapes(folder: str, state: State) -> None:
+def _check_shapes(folder: str, roles: Roles) -> None:
     saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    for name, parameter in state["model"].items():
-        found = saved.get(f"model.{name}")
-        shape = tuple(found.size) if isinstance(found, TensorStorageMetadata) else None
-        if shape != tuple(parameter.shape):
-            raise CheckpointError(
-                f"the learner checkpoint in {folder} has shape {shape} for {name}, the model has "
-                f"{tuple(parameter.shape)}: it belongs to another model"
-            )
+    for role, (model, _) in roles.items():
+        for name, parameter in model.trained_parameters():
+            found = saved.get(f"{role}.model.{name}")
+            shape = tuple(found.size) if isinstance(found, TensorStorageMetadata) else None
+            if shape != tuple(parameter.shape):
+                raise CheckpointError(
+                    f"the learner checkpoint in {folder} has shape {shape} for {name} of the "
+                    f"{role}, the model has {tuple(parameter.shape)}: it belongs to another model "
+                    "or algorithm"
+                )

@@ -27,4 +27,4 @@ def argmax_gaps(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor
 def prompt_and_completion(token_ids: NDArray[np.int32], prompt_length: int) -> TrainSample:
     """A sample whose completion is looked at, with nothing to learn from it."""
     zeros = np.zeros(len(token_ids), dtype=np.float32)
-    return TrainSample(token_ids, np.arange(len(token_ids)) >= prompt_length, zeros, zeros)
+    return TrainSample(token_ids, np.arange(len(token_ids)) >= prompt_length, zeros)

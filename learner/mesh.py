@@ -9,7 +9,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -48,21 +53,29 @@ def join_process_group(
 
 
 def shard_policy(
-    policy: PolicyModel, device: torch.device, num_ranks: int, precision: Precision
+    policy: PolicyModel,
+    device: torch.device,
+    num_ranks: int,
+    precision: Precision,
+    *,
+    offload: bool = False,
 ) -> None:
     """Shard every decoder layer, then the rest, over all ranks, in place.
 
     Master weights and gradient reductions stay float32; forward and backward run in ``precision``.
     The rest is gathered again in the backward pass too: kept whole after a forward pass without a
-    backward, it would be served stale after the next optimiser step.
+    backward, it would be served stale after the next optimiser step. With ``offload`` the shards
+    lie in host memory.
     """
     mesh = init_device_mesh(device.type, (num_ranks,))
     mixed = MixedPrecisionPolicy(
         param_dtype=getattr(torch, precision), reduce_dtype=torch.float32, output_dtype=None
     )
-    for layer in policy.decoder_layers:
-        fully_shard(layer, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
-    fully_shard(policy, mesh=mesh, mp_policy=mixed, reshard_after_forward=True)
+    place = CPUOffloadPolicy() if offload and device.type == "cuda" else OffloadPolicy()
+    for module in (*policy.decoder_layers, policy):
+        fully_shard(
+            module, mesh=mesh, mp_policy=mixed, offload_policy=place, reshard_after_forward=True
+        )
 
 
 def local_shards(policy: PolicyModel) -> Iterator[Shard]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from paceline.learner.losses import LossOutputs
+from paceline.learner.losses.inputs import LossOutputs
 from paceline.learner.mesh import gather_objects
 
 
@@ -20,7 +20,7 @@ class StepMetrics:
 
     def add(self, outputs: LossOutputs) -> None:
         """Take in what the loss reported of a microbatch."""
-        sums = {"loss": outputs.loss_sum, **outputs.metrics}
+        sums = {"loss": outputs.loss, **outputs.metrics}
         for name, value in sums.items():
             # double: a float32 sum would depend on the order of microbatches in its last digits
             previous = self._sums.get(name, 0.0)
@@ -30,14 +30,18 @@ class StepMetrics:
             self._maxima[name] = torch.maximum(previous, value.detach())
 
     def reduced(self, num_tokens: int) -> dict[str, float]:
-        """Means over ``num_tokens`` and maxima, over all ranks; the same on every rank."""
+        """Means over ``num_tokens`` and maxima, over all ranks; the same on every rank.
+
+        The loss is a sum: its tokens carry their weights.
+        """
         # objects, not tensors: a rank whose microbatches were all empty knows no metric's name
         gathered = gather_objects((_to_floats(self._sums), _to_floats(self._maxima)))
         means: dict[str, float] = {}
         maxima: dict[str, float] = {}
         for sums_of_rank, maxima_of_rank in gathered:
             for name, value in sums_of_rank.items():
-                means[name] = means.get(name, 0.0) + value / num_tokens
+                share = value if name == "loss" else value / num_tokens
+                means[name] = means.get(name, 0.0) + share
             for name, value in maxima_of_rank.items():
                 maxima[name] = max(maxima.get(name, value), value)
         return means | maxima

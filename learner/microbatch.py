@@ -1,4 +1,4 @@
-"""From a rank's share of a batch to tensors: packed rows and the quantities of trained tokens."""
+"""From a rank's share of a batch to tensors: packed rows and the tokens to be predicted."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from torch import Tensor
 from paceline.configs.vocabulary import TrainSample
 from paceline.learner.attention import PackedSegments, Segment
 from paceline.learner.bundles import Bundle
-from paceline.learner.losses import NonFiniteError
 from paceline.learner.model import PackedRow
 
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One packed row and, of its N trained tokens, what the loss needs.
+    """One packed row and its T trained tokens.
 
-    Trained tokens come sample by sample in the order of ``samples`` (indices into the batch).
-    ``targets`` int64 [N]; ``behaviour_logprobs`` and ``advantages`` float32 [N]. Without samples it
-    is a single padding token and N = 0: a pass that costs nothing but keeps ranks in step.
+    Trained tokens come sample by sample in the order of ``samples`` (indices into what it was built
+    from), of ``lengths`` int64 [S]; ``targets`` int64 [T] are the tokens themselves. Without
+    samples it is a single padding token and T = 0: a pass that costs nothing but keeps ranks in
+    step.
     """
 
     samples: tuple[int, ...]
     row: PackedRow
     targets: Tensor
-    behaviour_logprobs: Tensor
-    advantages: Tensor
+    lengths: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,42 +59,18 @@ def build_microbatch(
     chosen = tuple(placement.sample for placement in placements)
     trained = np.concatenate([samples[index].loss_mask for index in chosen])
 
-    def of_trained(arrays: Iterable[NDArray], dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.concatenate(list(arrays))[trained]).to(device, dtype)
+    def of_trained(arrays: Iterable[NDArray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(list(arrays))[trained]).to(device, torch.int64)
 
     predictors = (p.predictors(len(samples[p.sample].token_ids)) for p in placements)
     row = PackedRow(
         token_ids=torch.from_numpy(np.concatenate(tokens)).to(device, torch.int64)[None],
         positions=packed.positions().to(device)[None],
         segments=packed,
-        predictors=of_trained(predictors, torch.int64),
+        predictors=of_trained(predictors),
     )
-    return Microbatch(
-        chosen,
-        row,
-        targets=of_trained((samples[i].token_ids for i in chosen), torch.int64),
-        behaviour_logprobs=of_trained((samples[i].logprobs for i in chosen), torch.float32),
-        advantages=of_trained((samples[i].advantages for i in chosen), torch.float32),
-    )
-
-
-def check_finite(samples: Sequence[TrainSample], step: int) -> None:
-    """Refuse a batch whose advantages or behaviour log-probabilities are not all finite.
-
-    Raises:
-        NonFiniteError: names the quantity and the first sample and token.
-    """
-    for name in ("advantages", "logprobs"):
-        arrays = [getattr(sample, name) for sample in samples]
-        if np.isfinite(np.concatenate(arrays)).all():
-            continue
-        for index, (sample, values) in enumerate(zip(samples, arrays, strict=True)):
-            bad = np.flatnonzero(sample.loss_mask & ~np.isfinite(values))
-            if len(bad):
-                raise NonFiniteError(
-                    f"step {step}: {name} of sample {index} are {values[bad[0]]} at token "
-                    f"{bad[0]}; finite numbers are needed: look at its rewards and sampling"
-                )
+    lengths = torch.tensor([int(samples[i].loss_mask.sum()) for i in chosen], device=device)
+    return Microbatch(chosen, row, of_trained(samples[i].token_ids for i in chosen), lengths)
 
 
 def _lay_out(
@@ -133,8 +108,7 @@ def _lay_out(
 
 
 def _padding(device: torch.device) -> Microbatch:
-    nothing = torch.zeros(0, device=device)
+    nothing = torch.zeros(0, dtype=torch.int64, device=device)
     zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
     packed = PackedSegments.from_segments([Segment(0, 1)], device)
-    row = PackedRow(zero, zero, packed, nothing.long())
-    return Microbatch((), row, nothing.long(), nothing, nothing)
+    return Microbatch((), PackedRow(zero, zero, packed, nothing), nothing, nothing)

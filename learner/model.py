@@ -7,7 +7,7 @@ the learner trains it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,15 +52,24 @@ class PolicyModel(nn.Module):
     """A causal language model whose vocabulary logits exist only inside the ``head`` it is handed.
 
     The head runs within ``forward`` because the output embedding, sharded over ranks, is whole
-    only there.
+    only there. ``has_values`` adds a scalar head: what the critic expects of a state.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel) -> None:
+    def __init__(self, causal_lm: PreTrainedModel, *, has_values: bool = False) -> None:
         super().__init__()
         self.causal_lm = causal_lm
+        self.value_head: nn.Linear | None = None
+        if has_values:
+            self.value_head = nn.Linear(causal_lm.config.hidden_size, 1)
+            # it begins by expecting nothing of any state
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
 
     def forward(self, row: PackedRow, head: Head) -> tuple[Tensor, ...]:
-        """Apply ``head`` to the hidden states at ``row.predictors``."""
+        """Apply ``head`` to the hidden states at ``row.predictors``.
+
+        With a value head, values float32 [N] come last.
+        """
         output = self.causal_lm.base_model(
             input_ids=row.token_ids,
             position_ids=row.positions,
@@ -68,7 +77,16 @@ class PolicyModel(nn.Module):
             use_cache=False,
         )
         hidden = output.last_hidden_state[0].index_select(0, row.predictors)
-        return head(hidden, self.causal_lm.get_output_embeddings().weight)
+        outputs = head(hidden, self.causal_lm.get_output_embeddings().weight)
+        if self.value_head is None:
+            return outputs
+        return (*outputs, self.value_head(hidden)[:, 0].float())
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Every parameter by its Hugging Face name; the value head's as ``value_head.*``."""
+        yield from self.causal_lm.named_parameters()
+        if self.value_head is not None:
+            yield from self.value_head.named_parameters(prefix="value_head")
 
     @property
     def decoder_layers(self) -> nn.ModuleList:
@@ -136,7 +154,14 @@ def write_initial_model(
     return folder
 
 
-def load_policy(folder: str, *, activation_checkpointing: bool = False) -> PolicyModel:
+def no_head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """The head that wants nothing of the vocabulary: a critic's."""
+    return ()
+
+
+def load_policy(
+    folder: str, *, activation_checkpointing: bool = False, has_values: bool = False
+) -> PolicyModel:
     """Load a folder in Hugging Face format as float32 master weights on the CPU.
 
     Raises:
@@ -152,7 +177,7 @@ def load_policy(folder: str, *, activation_checkpointing: bool = False) -> Polic
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"the weights in {folder} cannot be loaded: {_one_line(error)}") from error
     # Never in training mode: dropout would train on other log-probabilities than were sampled.
-    policy = PolicyModel(causal_lm).eval()
+    policy = PolicyModel(causal_lm, has_values=has_values).eval()
     _check_packing(policy)
     if activation_checkpointing:
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -172,7 +197,7 @@ def _check_packing(policy: PolicyModel) -> None:
     segments = [Segment(0, 3), Segment(3, 2), Segment(5, 2, prefix_start=0, prefix=3)]
     packed = PackedSegments.from_segments(segments, tokens.device)
     row = PackedRow(tokens, packed.positions()[None], packed, torch.arange(7))
-    (found,) = policy(row, lambda hidden, weight: (hidden @ weight.T,))
+    found = policy(row, lambda hidden, weight: (hidden @ weight.T,))[0]
     causal_lm = policy.causal_lm
     causal_lm.set_attn_implementation("eager")
     first = causal_lm(tokens[:, [0, 1, 2, 5, 6]], use_cache=False).logits[0]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from paceline.configs.schema.learner import OptimizerConfig
-from paceline.learner.losses import NonFiniteError
+from paceline.learner.errors import NonFiniteError
 
 
 def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
@@ -54,6 +54,11 @@ def reset_state(optimizer: torch.optim.AdamW) -> None:
     for state in optimizer.state.values():
         for tensor in state.values():
             tensor.zero_()
+
+
+def has_gradients(optimizer: torch.optim.AdamW) -> bool:
+    """Whether any parameter has a gradient."""
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 def take_step(

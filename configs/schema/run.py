@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from paceline.configs.schema.algorithm import AlgorithmConfig, GRPOConfig, WarmStartConfig
+from paceline.configs.schema.algorithm import AlgorithmConfig, PolicyAlgorithm, WarmStartConfig
 from paceline.configs.schema.base import Section
 from paceline.configs.schema.data import DataConfig, ReasoningGymSource
 from paceline.configs.schema.learner import LearnerConfig
@@ -119,7 +119,7 @@ class RunConfig(Section):
     learner: LearnerConfig = LearnerConfig()
     """The learner ranks."""
 
-    algorithm: AlgorithmConfig = GRPOConfig()
+    algorithm: AlgorithmConfig = PolicyAlgorithm.model_validate({"type": "grpo"})
     """The objective."""
 
     loop: LoopConfig = LoopConfig()
@@ -150,10 +150,10 @@ class RunConfig(Section):
                 f"rollout.sampling.max_tokens ({self.rollout.sampling.max_tokens}) leaves no room "
                 f"for a prompt in model.max_length ({self.model.max_length}): lower the former"
             )
-        if self.loop.samples_per_group < 2 and self.algorithm.type == "grpo":
+        if self.loop.samples_per_group < 2 and compares_siblings(self.algorithm):
             raise ValueError(
-                "loop.samples_per_group must be at least 2 for grpo: "
-                "a group of 1 has no advantage to compare with"
+                f"loop.samples_per_group must be at least 2 for {self.algorithm.type}: "
+                "a group of 1 has nothing to compare with"
             )
         if self.reward.type == "reasoning_gym" and not isinstance(
             self.data.source, ReasoningGymSource
@@ -175,3 +175,11 @@ class RunConfig(Section):
                 f"rollout.gpus_per_worker ({self.rollout.gpus_per_worker})"
             )
         return self
+
+
+def compares_siblings(algorithm: AlgorithmConfig) -> bool:
+    """Whether samples are worth something only beside others of their group."""
+    return isinstance(algorithm, PolicyAlgorithm) and (
+        algorithm.advantage.type in ("group_relative", "leave_one_out")
+        or algorithm.zero_signal == "drop"
+    )

@@ -121,6 +121,11 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
+    def reference(self) -> Path:
+        """The frozen reference policy in Hugging Face format, where the run made it itself."""
+        return self.root / "reference"
+
+    @property
     def final(self) -> Path:
         """The trained model in Hugging Face format."""
         return self.root / "final"

@@ -23,8 +23,8 @@ def test_the_reference_has_a_row_for_every_key_and_a_heading_for_every_variant()
     for heading in (
         "## Top level",
         "## `learner.optimizer`",
-        "## `data.source` with `type: dataset`",
-        "## `reward` with `type: math`",
+        "## `data.source` with `type` `dataset`",
+        "## `reward` with `type` `math`",
         "## `warm_start`",
     ):
         assert text.count(f"{heading}\n") == 1

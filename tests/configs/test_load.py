@@ -143,7 +143,7 @@ def test_every_mistake_gets_a_line_with_its_place_its_key_and_a_suggestion() -> 
           time_limit_seconds: -3
         loop:
           num_steps: many
-        algorithm: {zero_signal: dropp}
+        algorithm: {type: grpo, zero_signal: dropp}
         optimizer: {learning_rate: 1}
         learner:
         """,
@@ -156,7 +156,10 @@ def test_every_mistake_gets_a_line_with_its_place_its_key_and_a_suggestion() -> 
         ("bad.yaml:10: reward.time_limit_seconds: expected greater than 0", "got -3"),
         ("bad.yaml:12: loop.num_steps: expected integer", "got 'many'"),
         ("bad.yaml:13: algorithm.zero_signal: expected one of drop, keep", "did you mean drop?"),
-        ("bad.yaml:14: optimizer: unknown key", "did you mean learner.optimizer?"),
+        (
+            "bad.yaml:14: optimizer: unknown key",
+            "did you mean learner.optimizer or algorithm.critic.optimizer?",
+        ),
         ("bad.yaml:15: learner: expected a section", "got None"),
         ("override 'rollout.num_worker=2': rollout.num_worker: unknown", "mean num_workers?"),
         ("override 'loop.max_lag=1.5': loop.max_lag: expected integer", "got 1.5"),

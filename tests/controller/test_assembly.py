@@ -2,13 +2,12 @@
 
 import asyncio
 
-import numpy as np
 import pytest
 
-from paceline.controller.algorithms import GRPO, Supervised, group_relative_advantages
 from paceline.controller.assembly import Collector, NoSignalError
 from paceline.controller.buffer import WorkBuffer
 from paceline.controller.freshness import FreshnessBudget
+from paceline.controller.signal_filter import EVERYTHING, SignalFilter
 from tests.controller.builders import make_group, make_prompt
 
 SIGNAL, NONE = (0.0, 1.0), (1.0, 1.0)
@@ -17,7 +16,7 @@ SIGNAL, NONE = (0.0, 1.0), (1.0, 1.0)
 def collect(rewards_in_order, *, groups_per_step, capacity, max_draws=8, steps=1):
     async def scenario():
         buffer = WorkBuffer(FreshnessBudget(capacity, 1, groups_per_step))
-        collector = Collector(buffer, GRPO(max_draws=max_draws), groups_per_step)
+        collector = Collector(buffer, SignalFilter(max_draws=max_draws), groups_per_step)
 
         async def produce():
             for position, rewards in enumerate(rewards_in_order):
@@ -64,35 +63,20 @@ def test_a_faulty_group_is_dropped_whatever_its_rewards():
         faulty = make_group(0, SIGNAL)
         await buffer.finish(faulty.__class__(0, faulty.prompt, faulty.trajectories, "grader_error"))
         await buffer.finish(make_group(1, SIGNAL))
-        return await Collector(buffer, GRPO(), 1).collect(0)
+        return await Collector(buffer, SignalFilter(), 1).collect(0)
 
     batch = asyncio.run(scenario())
     assert batch.batch.group_ids == (1,)
     assert batch.dropped == {"grader_error": 1}
 
 
-def test_advantages_stand_on_sampled_tokens_only():
-    (batch,), _ = collect([SIGNAL], groups_per_step=1, capacity=1)
-    for sample, sign in zip(batch.batch.samples, (-1, 1), strict=True):
-        assert np.all(sample.advantages[~sample.loss_mask] == 0)
-        assert np.all(np.sign(sample.advantages[sample.loss_mask]) == sign)
+def test_samples_arrive_with_reward_group_and_versions():
+    (batch,), _ = collect([SIGNAL, SIGNAL[::-1]], groups_per_step=2, capacity=2)
+    assert [sample.group for sample in batch.batch.samples] == [0, 0, 1, 1]
+    assert [sample.reward for sample in batch.batch.samples] == [*SIGNAL, *SIGNAL[::-1]]
+    assert all(sample.versions[0].version == 0 for sample in batch.batch.samples)
 
 
-def test_grpo_advantages_by_hand():
-    rewards = np.array([1.0, 0.0, 0.0, 0.0])
-    got = group_relative_advantages(rewards, normalize_std=True, epsilon=0.0)
-    np.testing.assert_allclose(got, [1.5, -0.5, -0.5, -0.5], rtol=1e-12)
-    centred = group_relative_advantages(rewards, normalize_std=False)
-    np.testing.assert_allclose(centred, [0.75, -0.25, -0.25, -0.25], rtol=1e-12)
-
-
-def test_equal_rewards_have_exactly_no_advantage():
-    rewards = np.full(7, 0.1)
-    for normalize in (True, False):
-        assert not group_relative_advantages(rewards, normalize_std=normalize).any()
-
-
-def test_demonstrations_all_count_the_same():
-    group = make_group(0, (0.0, 0.0))
-    assert Supervised().drop_reason(group) is None
-    assert Supervised().advantages(group).tolist() == [1.0, 1.0]
+def test_demonstrations_are_all_trained():
+    assert EVERYTHING.drop_reason(make_group(0, (0.0, 0.0))) is None
+    assert SignalFilter().drop_reason(make_group(0, (0.0, 0.0))) == "zero_signal"

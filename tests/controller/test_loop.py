@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.configs.vocabulary import StepReport, WeightVersion
-from paceline.controller.algorithms import GRPO
 from paceline.controller.assembly import Collector
 from paceline.controller.buffer import WorkBuffer
 from paceline.controller.freshness import freshness_budget
 from paceline.controller.loop import Loop
 from paceline.controller.pacing import Pacer
 from paceline.controller.parts import WorkerLost
+from paceline.controller.signal_filter import SignalFilter
 from paceline.weights_sync.handle import WeightHandle
 from paceline.weights_sync.layout import Layout
 from tests.controller.builders import make_group, make_prompt
@@ -46,7 +46,7 @@ class World:
         rewards = (1.0, 1.0) if self.random.random() < self.dropped else (0.0, 1.0)
         return make_group(work.group_id, rewards, version)
 
-    async def forward_backward(self, batch, loss):
+    async def forward_backward(self, batch, algorithm):
         await self.pause()
         assert batch.step == self.learner_version
         self.trained.append(batch.group_ids)
@@ -82,8 +82,8 @@ def build_loop(world, *, groups=2, lag=1, window=0.0, steps=6, first_step=0, max
     return Loop(
         prompts=prompts,
         generate=world.generate,
-        collector=Collector(buffer, GRPO(max_draws=max_draws), groups),
-        loss=None,
+        collector=Collector(buffer, SignalFilter(max_draws=max_draws), groups),
+        algorithm=None,
         learner=world,
         weights=world,
         observer=world,

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 
 from paceline.configs.errors import ConfigError
 from paceline.configs.load import load_config
-from paceline.controller.algorithms import GRPO
 from paceline.controller.assembly import Collector
 from paceline.controller.buffer import WorkBuffer
 from paceline.controller.checkpoints import RunState
@@ -32,6 +31,7 @@ from paceline.controller.ledger.memory import MemoryStore
 from paceline.controller.loop import Loop
 from paceline.controller.pacing import Pacer
 from paceline.controller.recovery import groups_fit, recover, require_empty
+from paceline.controller.signal_filter import SignalFilter
 from paceline.weights_sync.handle import WeightHandle
 from paceline.weights_sync.layout import Layout
 from tests.controller.builders import make_prompt
@@ -72,9 +72,9 @@ class Lineage(World):
         marked = (replace(t, text=str(self.weights[version])) for t in group.trajectories)
         return replace(group, trajectories=tuple(marked))
 
-    async def forward_backward(self, batch, loss):
+    async def forward_backward(self, batch, algorithm):
         self.batch = batch
-        return await super().forward_backward(batch, loss)
+        return await super().forward_backward(batch, algorithm)
 
     async def optimizer_step(self, step, report):
         report = await super().optimizer_step(step, report)
@@ -146,11 +146,11 @@ class Story:
             generate=world.generate,
             collector=Collector(
                 buffer,
-                GRPO(max_draws=self.max_draws),
+                SignalFilter(max_draws=self.max_draws),
                 self.budget.groups_per_step,
                 recorded=recovered.batches,
             ),
-            loss=None,
+            algorithm=None,
             learner=world,
             weights=world,
             observer=world,

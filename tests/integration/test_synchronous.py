@@ -25,15 +25,17 @@ from paceline.configs.vocabulary import (
     Trajectory,
     WeightVersion,
 )
-from paceline.controller.algorithms import GRPO
 from paceline.controller.assembly import Collector
 from paceline.controller.buffer import WorkBuffer
 from paceline.controller.freshness import freshness_budget
 from paceline.controller.generation import Rollouts, request_seed
 from paceline.controller.loop import Loop
 from paceline.controller.pacing import Pacer
-from paceline.learner.losses import ClippedPolicyLoss
+from paceline.controller.signal_filter import SignalFilter
+from paceline.learner.advantages import GroupRelative, Outcome
+from paceline.learner.losses.policy import Clip
 from paceline.learner.model import write_initial_model
+from paceline.learner.objective import Objective
 from paceline.learner.worker import LearnerWorker
 from paceline.rollout.worker import RolloutWorker
 from tests.rollout.conftest import STOP, build_engine, tiny_model_config
@@ -43,7 +45,9 @@ pytestmark = pytest.mark.slow
 STEPS, GROUPS, SAMPLES, SEED, VOCABULARY = 5, 4, 4, 11, 128
 SAMPLING = SamplingParameters(max_tokens=12, stop_token_ids=(STOP,))
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=1)
-LOSS = ClippedPolicyLoss(0.2, 0.28)
+ALGORITHM = Objective(GroupRelative(), Clip(0.2, 0.28), "token_mean", SAMPLING.max_tokens)
+GIVEN_ADVANTAGES = Objective(Outcome(), Clip(0.2, 0.28), "token_mean", SAMPLING.max_tokens)
+"""For the loop by hand, which finds the advantages itself and hands them in as rewards."""
 
 
 def prompt_at(position: int) -> Prompt:
@@ -77,12 +81,14 @@ class Pair:
         self.worker = RolloutWorker(lambda: build_engine(folder))
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return {name: p.detach().clone() for name, p in self.learner._policy.named_parameters()}
+        return {
+            name: p.detach().clone() for name, p in self.learner._models.policy.named_parameters()
+        }
 
     # what the loop asks of its parts
 
-    async def forward_backward(self, batch, loss):
-        return self.learner.forward_backward(batch, loss)
+    async def forward_backward(self, batch, algorithm):
+        return self.learner.forward_backward(batch, algorithm)
 
     async def optimizer_step(self, step, report):
         self.learner.optimizer_step(step + 1, OPTIMIZER, step, STEPS)
@@ -125,8 +131,8 @@ async def train_with_the_loop(pair: Pair) -> list[tuple[int, ...]]:
             seed=SEED,
             require_finish=False,
         ),
-        collector=Collector(buffer, GRPO(), GROUPS),
-        loss=LOSS,
+        collector=Collector(buffer, SignalFilter(), GROUPS),
+        algorithm=ALGORITHM,
         learner=pair,
         weights=pair,
         observer=pair,
@@ -152,10 +158,12 @@ async def train_by_hand(pair: Pair) -> list[tuple[int, ...]]:
             if rewards.min() == rewards.max():
                 continue
             advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
-            samples += [scored(t, a) for t, a in zip(group, advantages, strict=True)]
+            samples += [
+                scored(t, a, len(group_ids)) for t, a in zip(group, advantages, strict=True)
+            ]
             group_ids.append(position)
         batch = TrainBatch(step, tuple(group_ids), tuple(samples))
-        pair.learner.forward_backward(batch, LOSS)
+        pair.learner.forward_backward(batch, GIVEN_ADVANTAGES)
         pair.learner.optimizer_step(step + 1, OPTIMIZER, step, STEPS)
         handle = pair.learner.publish(step + 1)
         trained.append(tuple(group_ids))
@@ -170,9 +178,10 @@ async def sampled_by_hand(pair: Pair, position: int) -> list[Trajectory]:
     return [Trajectory.from_completion(prompt, completion) for completion in completions]
 
 
-def scored(trajectory: Trajectory, advantage: float) -> TrainSample:
-    advantages = np.where(trajectory.loss_mask, advantage, 0).astype(np.float32)
-    return TrainSample(trajectory.token_ids, trajectory.loss_mask, trajectory.logprobs, advantages)
+def scored(trajectory: Trajectory, advantage: float, group: int) -> TrainSample:
+    return TrainSample(
+        trajectory.token_ids, trajectory.loss_mask, trajectory.logprobs, advantage, group
+    )
 
 
 def test_without_lag_the_loop_makes_the_weights_of_a_synchronous_loop_written_by_hand(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -41,7 +43,7 @@ def random_sample(generator, num_prompt, num_completion):
     return continue_prompt(generator, prompt, num_completion)
 
 
-def continue_prompt(generator, prompt, num_completion):
+def continue_prompt(generator, prompt, num_completion, group=0):
     length = len(prompt) + num_completion
     trained = np.arange(length) >= len(prompt)
     completion = generator.integers(2, VOCAB_SIZE, num_completion)
@@ -49,7 +51,8 @@ def continue_prompt(generator, prompt, num_completion):
         token_ids=np.concatenate([prompt, completion]).astype(np.int32),
         loss_mask=trained,
         logprobs=np.where(trained, generator.uniform(-5, -2, length), 0).astype(np.float32),
-        advantages=np.where(trained, generator.normal(), 0).astype(np.float32),
+        reward=float(generator.normal()),
+        group=group,
     )
 
 
@@ -57,13 +60,15 @@ def random_batch(seed=0, num_samples=12, temperature=1.0, longest=12):
     """Groups of 1 to 4 completions, of one token and more, of one prompt."""
     generator = np.random.default_rng(seed)
     samples = []
-    while len(samples) < num_samples:
+    for group in itertools.count():
         prompt = generator.integers(2, VOCAB_SIZE, generator.integers(1, longest))
         samples += [
-            continue_prompt(generator, prompt, generator.integers(1, longest))
+            continue_prompt(generator, prompt, generator.integers(1, longest), group)
             for _ in range(generator.integers(1, 5))
         ]
-    return TrainBatch(0, tuple(range(num_samples)), tuple(samples[:num_samples]), temperature)
+        if len(samples) >= num_samples:
+            break
+    return TrainBatch(0, tuple(range(group + 1)), tuple(samples[:num_samples]), temperature)
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,14 @@ from torch.distributed.tensor import DTensor
 
 from paceline.configs.schema.learner import LearnerConfig, OptimizerConfig
 from paceline.configs.vocabulary import TrainBatch
-from paceline.learner.losses import ClippedPolicyLoss
+from paceline.learner.advantages import Outcome
+from paceline.learner.losses.policy import Clip
+from paceline.learner.objective import Objective
 from paceline.learner.worker import LearnerWorker
 from tests.learner.conftest import model_config
 
-LOSS = ClippedPolicyLoss(0.2, 0.28)
+LOSS = Objective(Outcome(), Clip(0.2, 0.28), "token_mean", max_tokens=64)
+"""A sample's reward is its advantage: any batch tests any gradient."""
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant")
 
 
@@ -58,14 +61,14 @@ def whole(tensor):
 def gradients(worker, batch, loss=LOSS):
     """The report and every parameter's gradient."""
     report = worker.forward_backward(batch, loss)
-    named = worker._policy.causal_lm.named_parameters()
+    named = worker._models.policy.causal_lm.named_parameters()
     found = {name: whole(parameter.grad) for name, parameter in named}
-    worker._optimizer.zero_grad()
+    worker._drop_gradients()
     return report, found
 
 
 def weights(worker):
-    return {name: whole(p) for name, p in worker._policy.causal_lm.named_parameters()}
+    return {name: whole(p) for name, p in worker._models.policy.causal_lm.named_parameters()}
 
 
 def train(worker, batches, start=0):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from paceline.configs.schema.learner import OptimizerConfig
-from paceline.learner.losses import NonFiniteError
+from paceline.learner.errors import NonFiniteError
 from paceline.learner.optimizer import build_optimizer, learning_rate, reset_state, take_step
 
 

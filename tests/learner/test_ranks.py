@@ -139,10 +139,10 @@ def test_greedy_mismatches_are_counted_over_both_ranks(on_ranks):
     assert one > 0
 
 
-@pytest.mark.parametrize(("name", "value"), [("advantages", float("nan")), ("logprobs", -1e4)])
+@pytest.mark.parametrize(("name", "value"), [("reward", float("nan")), ("logprobs", -1e4)])
 def test_a_bad_number_fails_both_ranks_together_and_neither_hangs(on_ranks, name, value):
     batch = random_batch()
-    batch = spoil(spoil(batch, "advantages", -1.0), name, value)
+    batch = spoil(spoil(batch, "reward", -1.0), name, value)
     assert on_ranks(2, ranks.failing_step, batch) == [("NonFiniteError", len(batch.samples))] * 2
 
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from paceline.configs.errors import CheckpointError, ClusterError
 from paceline.configs.vocabulary import TrainBatch
-from paceline.learner.losses import NonFiniteError, negative_log_likelihood
+from paceline.controller.algorithms import imitation
+from paceline.learner.errors import BatchError, NonFiniteError
 from paceline.learner.model import write_initial_model
 from paceline.weights_sync.shared_memory import read_weights
 from tests.learner.conftest import VOCAB_SIZE, model_config, random_batch, random_sample
@@ -50,7 +51,7 @@ def reference_logprobs(folder, sample, temperature):
 
 def test_loss_and_gradient_are_the_token_mean_of_the_whole_batch(new_worker, model_folder):
     batch = random_batch(num_samples=3, temperature=0.8)
-    report, found = gradients(new_worker(), batch, negative_log_likelihood)
+    report, found = gradients(new_worker(), batch, imitation()[1])
     model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager")
     total = torch.zeros(())
     for sample in batch.samples:
@@ -99,7 +100,8 @@ def test_the_report_counts_tokens_and_carries_the_losses_metrics(new_worker):
     assert report.num_trained_tokens == batch.num_trained_tokens
     assert report.num_padding_tokens == 0
     assert set(report.metrics) == {
-        "loss", "ratio", "ratio_max", "clip_fraction", "entropy", "kl", "mismatch", "mismatch_max",
+        "loss", "ratio", "ratio_max", "clip_fraction", "masked_fraction", "correction_weight",
+        "entropy", "kl", "ess", "mismatch", "mismatch_max", "mismatch_fresh", "fresh_fraction",
     }  # fmt: skip
 
 
@@ -127,8 +129,10 @@ def test_trained_tokens_may_be_scattered_and_samples_may_have_none(new_worker, m
     _, expected = reference_logprobs(model_folder, scattered, 1.0)
     np.testing.assert_allclose(found[mask], expected.detach(), atol=1e-5)
     assert not nothing.any()
-    report = worker.forward_backward(TrainBatch(0, (0,), (scattered, untrained)), LOSS)
+    report = worker.forward_backward(TrainBatch(0, (0,), (scattered,)), LOSS)
     assert report.num_trained_tokens == mask.sum() == 3
+    with pytest.raises(BatchError, match="step 0: sample 1 of group 7 has no trained token"):
+        worker.forward_backward(TrainBatch(0, (7,), (scattered, untrained)), LOSS)
 
 
 def test_behaviour_of_the_current_weights_has_ratio_one_and_no_divergence(new_worker):
@@ -155,7 +159,7 @@ def test_training_on_one_batch_raises_the_reward_weighted_likelihood(new_worker)
     train(worker, [replace(batch, samples=samples)] * 3)
     after = worker.logprobs(batch.samples)
     gain = sum(
-        float((s.advantages * (a - b)).sum())
+        s.reward * float((a - b)[s.loss_mask].sum())
         for s, a, b in zip(batch.samples, after, before, strict=True)
     )
     assert gain > 0
@@ -228,21 +232,24 @@ def test_a_missing_or_foreign_checkpoint_is_refused(new_worker, tmp_path):
 
 
 def spoil(batch, name, value):
+    """The batch with another reward, or another number at the last token, of its last sample."""
     last = batch.samples[-1]
-    values = getattr(last, name).copy()
-    values[-1] = value
+    values = value
+    if name != "reward":
+        values = getattr(last, name).copy()
+        values[-1] = value
     return replace(batch, samples=(*batch.samples[:-1], replace(last, **{name: values})))
 
 
-@pytest.mark.parametrize("name", ["advantages", "logprobs"])
+@pytest.mark.parametrize(("name", "said"), [("reward", "reward"), ("logprobs", "log-probability")])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_non_finite_number_in_the_batch_is_named_before_any_weight_changes(
-    new_worker, name, value
+    new_worker, name, said, value
 ):
     worker = new_worker()
     before = weights(worker)
     batch = random_batch(num_samples=5)
-    with pytest.raises(NonFiniteError, match=rf"step 0: {name} of sample 4"):
+    with pytest.raises(NonFiniteError, match=rf"step 0: sample \d of group \d has {said} -?[ni]"):
         worker.forward_backward(spoil(batch, name, value), LOSS)
     assert_same(weights(worker), before)
 
@@ -253,7 +260,7 @@ def test_a_non_finite_loss_is_named_and_its_gradients_are_dropped(new_worker):
     _, expected = gradients(worker, batch)
     # a token the behaviour policy thought impossible: the ratio overflows float32
     unlikely = spoil(batch, "logprobs", -1e4)
-    unlikely = spoil(unlikely, "advantages", -1.0)
+    unlikely = spoil(unlikely, "reward", -1.0)
     with pytest.raises(NonFiniteError, match="loss of step 0 is inf"):
         worker.forward_backward(unlikely, LOSS)
     _, found = gradients(worker, batch)

@@ -35,13 +35,17 @@ def test_the_peer_is_given_what_paceline_is_given(workload: Workload, tmp_path: 
     assert job.learning_rate == optimizer.learning_rate
     assert job.adam_betas == optimizer.betas
     assert job.max_grad_norm == optimizer.max_grad_norm
-    assert (job.clip_low, job.clip_high) == (config.algorithm.clip_low, config.algorithm.clip_high)
+    assert (job.clip_low, job.clip_high) == (
+        config.algorithm.loss.clip_low,
+        config.algorithm.loss.clip_high,
+    )
     assert job.seed == config.seed
     # what the trainer's settings fix for the peer
     assert (optimizer.schedule, optimizer.warmup_steps) == ("constant", 0)
     assert (optimizer.weight_decay, optimizer.epsilon) == (0.0, 1e-8)
     assert config.model.precision == "float32"
-    assert config.algorithm.normalize_std
+    assert config.algorithm.advantage.normalize_std
+    assert config.algorithm.aggregation == "token_mean"
     assert config.warm_start is None
 
 

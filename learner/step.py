@@ -1,0 +1,168 @@
+"""One training step on one rank: passes over the whole batch, then the gradients of its updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from paceline.configs.schema.algorithm import CriticConfig
+from paceline.configs.vocabulary import TrainBatch
+from paceline.kernels.token_logprobs import token_logprobs
+from paceline.learner.advantages import Pass
+from paceline.learner.errors import BatchError, NonFiniteError
+from paceline.learner.losses.inputs import LossInputs, LossOutputs, Sequences
+from paceline.learner.losses.value import value_loss
+from paceline.learner.metrics import StepMetrics
+from paceline.learner.microbatch import Microbatch
+from paceline.learner.model import no_head
+from paceline.learner.objective import Algorithm, derived_metrics
+from paceline.learner.rank import RankModels
+from paceline.learner.tokens import BatchTokens, batch_tokens
+
+Columns = dict[str, NDArray[np.float32]]
+Arrays = list[NDArray[np.float32]]
+
+
+class TrainingStep:
+    """A batch in training.
+
+    Raises:
+        BatchError: the batch lacks what the algorithm needs of it.
+        NonFiniteError: a reward, advantage or log-probability is not finite.
+    """
+
+    def __init__(
+        self,
+        batch: TrainBatch,
+        algorithm: Algorithm,
+        models: RankModels,
+        critic: CriticConfig | None,
+        num_ranks: int,
+    ) -> None:
+        self._batch = batch
+        self._algorithm = algorithm
+        self._models = models
+        self._critic = critic
+        self._num_ranks = num_ranks
+        self._tokens = self._with_passes(batch_tokens(batch), algorithm.passes)
+        prepared = algorithm.prepare(self._tokens)
+        self._columns: Columns = dict(prepared.columns)
+        if prepared.returns is not None:
+            assert self._tokens.values is not None, "returns are the critic's to predict"
+            self._columns |= {"returns": prepared.returns, "old_values": self._tokens.values}
+        self._updates = prepared.updates
+        self._batch_metrics = dict(prepared.metrics)
+        self._next_update = 0
+        self._means: list[tuple[int, dict[str, float]]] = []
+        self.num_padding_tokens = 0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every update had its gradients."""
+        return self._next_update == len(self._updates)
+
+    def add_gradients(self) -> None:
+        """Add the gradients of the next update to the parameters'.
+
+        Raises:
+            NonFiniteError: its loss is not finite.
+        """
+        chosen = self._updates[self._next_update]
+        samples = [self._batch.samples[index] for index in chosen]
+        metrics = StepMetrics()
+        for microbatch in self._models.microbatches(samples):
+            outputs, loss = self._losses(microbatch, chosen)
+            # FSDP averages gradients over ranks; the weights already count all ranks' tokens
+            (loss * self._num_ranks).backward()
+            if outputs is not None:
+                metrics.add(outputs)
+            else:
+                self.num_padding_tokens += microbatch.row.token_ids.numel()
+        num_trained = int(self._tokens.lengths[chosen].sum())
+        means = metrics.reduced(num_trained)
+        if not np.isfinite(means["loss"]):
+            raise NonFiniteError(
+                f"the loss of step {self._batch.step} is {means['loss']}: no weight was changed; "
+                "lower the learning rate or look at the batch's samples"
+            )
+        self._means.append((num_trained, means))
+        self._next_update += 1
+
+    def metrics(self) -> dict[str, float]:
+        """What is recorded of the updates so far: means over their tokens, and maxima."""
+        counts = np.array([count for count, _ in self._means], dtype=np.float64)
+        shares = counts / counts.sum()
+        means = {
+            name: (
+                max(found[name] for _, found in self._means)
+                if name.endswith("_max")
+                else float(sum(s * m[name] for s, (_, m) in zip(shares, self._means, strict=True)))
+            )
+            for name in self._means[0][1]
+        }
+        return derived_metrics(means) | self._batch_metrics
+
+    def _losses(
+        self, microbatch: Microbatch, chosen: NDArray[np.int64]
+    ) -> tuple[LossOutputs | None, Tensor]:
+        """What a microbatch reports, and what is differentiated; of padding, None and nothing."""
+        head = partial(
+            token_logprobs, targets=microbatch.targets, temperature=self._batch.temperature
+        )
+        logprobs, entropy, *values = self._models.policy(microbatch.row, head)
+        wants_values = "returns" in self._columns
+        if wants_values and self._models.critic is not None:
+            values = self._models.critic(microbatch.row, no_head)
+        if not microbatch.samples:
+            return None, sum((v.sum() for v in values), logprobs.sum())
+        columns = self._columns_of(chosen[list(microbatch.samples)])
+        returns, old_values = columns.pop("returns", None), columns.pop("old_values", None)
+        sequences = Sequences.of_lengths(microbatch.lengths)
+        outputs = self._algorithm.loss(LossInputs(logprobs, entropy, sequences, **columns))
+        if not wants_values:
+            return outputs, outputs.loss
+        assert self._critic is not None and returns is not None and old_values is not None
+        errors_T = value_loss(values[0], old_values, returns, self._critic.clip)
+        metrics = {**outputs.metrics, "value_loss": errors_T.detach().sum()}
+        loss = outputs.loss + self._critic.coefficient * (columns["weights"] * errors_T).sum()
+        return replace(outputs, metrics=metrics), loss
+
+    def _columns_of(self, samples: NDArray[np.int64]) -> dict[str, Tensor]:
+        """The columns of some samples' tokens, in their order, float32 [T]."""
+        starts, lengths = self._tokens.starts[samples], self._tokens.lengths[samples]
+        rows = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
+        device = self._models.device
+        return {
+            name: torch.from_numpy(column[rows]).to(device)
+            for name, column in self._columns.items()
+        }
+
+    def _with_passes(self, tokens: BatchTokens, passes: frozenset[Pass]) -> BatchTokens:
+        """Compute what the algorithm wants to know of every token."""
+        models, samples = self._models, self._batch.samples
+        temperature = self._batch.temperature
+        if "teacher" in passes and tokens.teacher_logprobs is None:
+            raise BatchError(
+                f"step {self._batch.step} has samples that no teacher looked at: configure a "
+                "`teacher`, or choose an algorithm that needs none"
+            )
+
+        def computed(name: Pass, find: Callable[[], Arrays]) -> NDArray[np.float32] | None:
+            return np.concatenate(find()) if name in passes else None
+
+        return replace(
+            tokens,
+            proximal_logprobs=computed(
+                "proximal", lambda: models.logprobs(models.policy, samples, temperature)
+            ),
+            reference_logprobs=computed(
+                "reference", lambda: models.reference_logprobs(samples, temperature)
+            ),
+            values=computed("values", lambda: models.values(samples)),
+        )
