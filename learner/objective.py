@@ -143,7 +143,7 @@ class Objective:
         }
         metrics = dict(estimate.metrics)
         if self.second_moment is not None:
-            keeps = self.second_moment.keeps(tokens, estimate.advantages)
+            keeps = self.second_moment.keeps(tokens)
             # a masked token keeps its place in the denominator
             columns["advantages"] = np.where(keeps, estimate.advantages, 0.0)
             metrics["second_moment_masked"] = 1 - keeps.mean()

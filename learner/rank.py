@@ -144,7 +144,7 @@ class RankModels:
         samples: Sequence[TrainSample],
         found_here: Iterator[tuple[int, NDArray[np.float32]]],
     ) -> list[NDArray[np.float32]]:
-        """What all ranks found, in the order of the samples; of one that trains nothing, nothing."""
+        """What all ranks found, in the order of the samples; empty where one trains nothing."""
         result = [np.zeros(0, dtype=np.float32)] * len(samples)
         for found in gather_objects(list(found_here)):
             for index, values in found:

@@ -113,26 +113,23 @@ class MaskMastered:
 class SecondMoment:
     """M2PO: mask as few tokens as needed for the second moment of the log-ratio to be small.
 
-    Zheng et al. 2025 (arXiv 2510.01161, section 4): among tokens whose ratio left the trust region
-    on the side that the advantage pushes to, the largest ``(log pi_now - log pi_behaviour)^2`` are
-    dropped until the mean over those left is at most ``threshold``. It looks at the whole batch.
+    Zheng et al. 2025 (arXiv 2510.01161): the tokens with the largest ``(log pi_now - log
+    pi_behaviour)^2`` are dropped until its mean over those left is at most ``threshold``. It looks
+    at the whole batch.
     """
 
     threshold: float = 0.04
 
-    def keeps(self, tokens: BatchTokens, advantages: NDArray[np.float64]) -> NDArray[np.bool_]:
+    def keeps(self, tokens: BatchTokens) -> NDArray[np.bool_]:
         """Which of the N tokens are trained on."""
         assert tokens.proximal_logprobs is not None, "log-probabilities come first"
         moved = tokens.proximal_logprobs.astype(np.float64) - tokens.behaviour_logprobs
-        squares = moved**2
-        keep = np.ones(len(moved), dtype=np.bool_)
-        removable = np.flatnonzero(moved * advantages > 0)
-        largest_first = removable[np.argsort(-squares[removable], kind="stable")]
-        totals = squares.sum() - np.concatenate([[0.0], np.cumsum(squares[largest_first])])
-        counts = len(moved) - np.arange(len(largest_first) + 1)
-        is_small = totals <= self.threshold * counts
-        num_dropped = int(np.argmax(is_small)) if is_small.any() else len(largest_first)
-        keep[largest_first[:num_dropped]] = False
+        smallest_first = np.argsort(moved**2, kind="stable")
+        sums = np.cumsum(moved[smallest_first] ** 2)
+        is_small = sums <= self.threshold * np.arange(1, len(moved) + 1)
+        keep = np.zeros(len(moved), dtype=np.bool_)
+        # means of growing sets of the smallest never fall: those up to the last small one are kept
+        keep[smallest_first[: int(is_small.sum())]] = True
         return keep
 
 
