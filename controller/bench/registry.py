@@ -10,6 +10,7 @@ from rich.console import Console
 
 from paceline.configs.diagnose import nearest
 from paceline.configs.errors import ConfigError
+from paceline.controller.bench.algorithms import bench_algorithms
 from paceline.controller.bench.asynchrony import bench_async
 from paceline.controller.bench.buffer import bench_buffer
 from paceline.controller.bench.e2e import bench_e2e
@@ -18,7 +19,12 @@ from paceline.controller.bench.result import BenchResult, show
 Bench = Callable[[bool, Path], BenchResult]
 """``(quick, output)``: measure (briefly where ``quick``), with files in the folder ``output``."""
 
-BENCHES: Mapping[str, Bench] = {"e2e": bench_e2e, "async": bench_async, "buffer": bench_buffer}
+BENCHES: Mapping[str, Bench] = {
+    "e2e": bench_e2e,
+    "async": bench_async,
+    "buffer": bench_buffer,
+    "algorithms": bench_algorithms,
+}
 
 
 def run_bench(name: str, quick: bool, output: Path) -> int:

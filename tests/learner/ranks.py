@@ -22,7 +22,14 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, schedule="consta
 
 
 def make_worker(
-    model_folder, weights_folder, rank=0, num_ranks=1, port=None, precision="float32", **settings
+    model_folder,
+    weights_folder,
+    rank=0,
+    num_ranks=1,
+    port=None,
+    precision="float32",
+    critic=None,
+    **settings,
 ):
     settings = {"tokens_per_microbatch": 64, "collective_timeout_seconds": 30} | settings
     config = LearnerConfig(num_ranks=num_ranks, **settings)
@@ -30,6 +37,7 @@ def make_worker(
         str(model_folder),
         model_config(precision=precision),
         config,
+        critic,
         rank=rank,
         rendezvous=f"tcp://127.0.0.1:{port}" if port else None,
         weights_folder=str(weights_folder),
