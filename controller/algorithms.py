@@ -144,7 +144,7 @@ def imported(config: ImportedAlgorithm) -> Algorithm:
         "algorithm.import_path", config.import_path, config.parameters, "prepare"
     )
     # the learner's processes need not be able to import it
-    ray.cloudpickle.register_pickle_by_value(sys.modules[type(found).__module__])
+    ray.cloudpickle.register_pickle_by_value(sys.modules[config.import_path.partition(":")[0]])
     return found
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``paceline train | check | eval | report | ledger | bench``.
+"""The command line: ``paceline train | check | eval | report | ledger | reproduce | bench``.
 
 Heavy libraries are imported inside the commands: ``paceline check`` needs neither torch, Ray nor
 vLLM, and ``--help`` answers at once.
@@ -132,6 +132,22 @@ def ledger(
 
     if not print_ledger(run):
         raise typer.Exit(EXIT_FAILURE)
+
+
+@app.command()
+def reproduce(
+    incident: Annotated[
+        Path, typer.Argument(help="What a failed step left, RUN/incidents/step-000012.")
+    ],
+) -> None:
+    """Do a training step again that failed a run, by itself and without writing anything.
+
+    Exit code 2 where it fails again, with what was wrong.
+    """
+    from paceline.controller.incidents import reproduce as do_again
+
+    metrics = do_again(incident).metrics
+    Console().print("this time the step can be taken:", dict(metrics))
 
 
 @app.command()

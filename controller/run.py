@@ -71,7 +71,7 @@ def run_training(config: RunConfig, *, resume: bool) -> RunOutcome:
     with RunRecorder(folder, view, config.observability.tensorboard) as recorder:
         try:
             recorder.message("preparing prompts, tokenizer and initial model")
-            prepared = prepare(config, folder.root / "initial")
+            prepared = prepare(config, folder.initial)
             resumption = checkpoint and Resumption(checkpoint[0], str(checkpoint[1]), fits)
             with contextlib.closing(open_store(config.store, folder.root, config.name)) as store:
                 journal = Journal(store, revocable=is_revocable(store, config))

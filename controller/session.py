@@ -17,6 +17,7 @@ from paceline.controller.buffer import WorkBuffer
 from paceline.controller.checkpoints import CheckpointFolder, RunState
 from paceline.controller.evaluation import accuracy
 from paceline.controller.freshness import FreshnessBudget, freshness_budget
+from paceline.controller.incidents import CautiousLearner
 from paceline.controller.ledger.journal import Journal
 from paceline.controller.loop import Loop
 from paceline.controller.metering import StepMeter
@@ -188,7 +189,7 @@ class Session:
                 recovered.batches,
             ),
             algorithm=algorithm,
-            learner=parts.learner,
+            learner=CautiousLearner(parts.learner, self._folder.incidents),
             weights=parts.weights,
             observer=observer,
             budget=self._budget,

@@ -123,17 +123,12 @@ class Objective:
         return frozenset(needed)
 
     def prepare(self, tokens: BatchTokens) -> Prepared:
-        """Advantages and weights of every token, and which samples make up each update.
-
-        Raises:
-            NonFiniteError: an advantage is not finite.
-        """
+        """Advantages and weights of every token, and which samples make up each update."""
         penalties = self._token_rewards(tokens)
         if self.overlong is not None:
             shaped = tokens.rewards + self.overlong(tokens.lengths)
             tokens = replace(tokens, rewards=shaped)
         estimate = self.advantage(tokens, penalties)
-        check_advantages(tokens, estimate.advantages)
         updates = split_by_group(tokens.groups, self.num_updates)
         columns: dict[str, NDArray] = {
             "behaviour_logprobs": tokens.behaviour_logprobs,
@@ -276,7 +271,7 @@ def split_by_group(groups: NDArray[np.int64], num_updates: int) -> tuple[NDArray
     return tuple(np.flatnonzero(np.isin(groups, share)) for share in shares)
 
 
-def check_advantages(tokens: BatchTokens, advantages: NDArray[np.float64]) -> None:
+def check_advantages(tokens: BatchTokens, advantages: NDArray[np.float32]) -> None:
     """Refuse advantages that are not finite.
 
     Raises:

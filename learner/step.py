@@ -21,7 +21,7 @@ from paceline.learner.losses.value import value_loss
 from paceline.learner.metrics import StepMetrics
 from paceline.learner.microbatch import Microbatch
 from paceline.learner.model import no_head
-from paceline.learner.objective import Algorithm, derived_metrics
+from paceline.learner.objective import Algorithm, check_advantages, derived_metrics
 from paceline.learner.rank import RankModels
 from paceline.learner.tokens import BatchTokens, batch_tokens
 
@@ -52,6 +52,7 @@ class TrainingStep:
         self._num_ranks = num_ranks
         self._tokens = self._with_passes(batch_tokens(batch), algorithm.passes)
         prepared = algorithm.prepare(self._tokens)
+        check_advantages(self._tokens, prepared.columns["advantages"])
         self._columns: Columns = dict(prepared.columns)
         if prepared.returns is not None:
             assert self._tokens.values is not None, "returns are the critic's to predict"

@@ -440,10 +440,10 @@ class ImportedAlgorithm(Section):
 
     type: Literal["import"]
     import_path: str
-    """`package.module:ClassName` of a class like `learner/objective.py`'s `Algorithm`."""
+    """`package.module:name` of what builds an `Algorithm` (`learner/objective.py`)."""
 
     parameters: dict[str, Any] = {}
-    """Keyword arguments of the class."""
+    """Keyword arguments it is called with."""
 
     critic: CriticConfig | None = None
     """The critic, where it needs `values`."""

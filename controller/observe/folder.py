@@ -121,9 +121,19 @@ class RunFolder:
         return self.root / "checkpoints"
 
     @property
+    def initial(self) -> Path:
+        """The model before any training, where the run made it itself."""
+        return self.root / "initial"
+
+    @property
     def reference(self) -> Path:
         """The frozen reference policy in Hugging Face format, where the run made it itself."""
         return self.root / "reference"
+
+    @property
+    def incidents(self) -> Path:
+        """Steps that could not be taken, with what it needs to try them again."""
+        return self.root / "incidents"
 
     @property
     def final(self) -> Path:

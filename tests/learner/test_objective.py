@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.learner.advantages import Estimate, GeneralizedAdvantage, GroupRelative, Outcome
+from paceline.learner.advantages import GeneralizedAdvantage, GroupRelative, Outcome
 from paceline.learner.aggregation import token_weights
 from paceline.learner.errors import NonFiniteError
 from paceline.learner.losses.corrections import MaskOutside, SecondMoment, Truncate
@@ -21,6 +21,7 @@ from paceline.learner.objective import (
     Objective,
     OverlongPenalty,
     ReferencePenalty,
+    check_advantages,
     derived_metrics,
     split_by_group,
 )
@@ -243,13 +244,11 @@ def test_derived_metrics_by_hand():
 
 
 def test_a_non_finite_advantage_is_named_by_group_and_sample():
-    class Broken(Outcome):
-        def __call__(self, tokens, token_rewards):
-            return Estimate(np.array([0.0, 1.0, np.inf]))
-
     tokens = tokens_of([0.0, 0.0, 0.0], [0, 1, 1], [1, 1, 1])
     with pytest.raises(NonFiniteError, match="sample 1 of group 101 is inf at its trained token 0"):
-        replace(PLAIN, advantage=Broken()).prepare(tokens)
+        check_advantages(tokens, np.array([0.0, 1.0, np.inf]))
+    with pytest.raises(AssertionError, match="one advantage a trained token"):
+        check_advantages(tokens, np.zeros(2))
 
 
 def test_an_objective_travels_to_the_ranks_by_pickle():

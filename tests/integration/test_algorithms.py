@@ -1,0 +1,77 @@
+"""Algorithms in whole runs: every named one, one of a user's, and one that fails."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.integration.commands import run, run_in
+from tests.integration.conftest import train
+
+pytestmark = pytest.mark.slow
+
+PAGE = Path(__file__).parents[2] / "docs" / "algorithms.md"
+
+BROKEN = """
+from dataclasses import dataclass
+import numpy as np
+from paceline.learner.advantages import Estimate, Outcome
+from paceline.learner.losses.policy import Reinforce
+from paceline.learner.objective import Objective
+
+@dataclass
+class Broken(Outcome):
+    calls: int = 0
+
+    def __call__(self, tokens, token_rewards):
+        advantages = tokens.of_tokens(tokens.rewards).astype(float)
+        if AT_ONCE or tokens.ages.max() > 0:
+            advantages[-1] = np.nan
+        return Estimate(advantages)
+
+def build():
+    return Objective(Broken(), Reinforce(), "token_mean", max_tokens=16)
+"""
+
+
+def completed(tmp_path, *arguments):
+    ended = run(*arguments, cwd=tmp_path)
+    return ended.code, ended.errors
+
+
+def test_the_example_of_the_page_is_an_algorithm_as_it_stands(tmp_path):
+    text = PAGE.read_text().partition("## An algorithm of your own")[2]
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (line,) = re.findall(r"```yaml\nalgorithm: (.*?)\n```", text)
+    (tmp_path / "best_of_group.py").write_text(code)
+    found = completed(tmp_path, *train("own", "loop.num_steps=3", f"algorithm={line}"))
+    assert found == (0, "")
+    shares = [step.metrics["better_fraction"] for step in run_in(tmp_path, "own").steps]
+    assert len(shares) == 3
+    assert all(0 < share < 1 for share in shares)
+
+
+def test_a_step_that_cannot_be_taken_is_kept_and_fails_again_by_itself(tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN.replace("AT_ONCE", "False"))
+    algorithm = 'algorithm={type: import, import_path: "broken:build"}'
+    code, errors = completed(tmp_path, *train("kept", "loop.num_steps=9", algorithm))
+    assert code == 2
+    said = re.search(r"the advantage of sample \d+ of group \d+ is nan", errors)
+    kept = re.search(r"kept in (\S+): `paceline reproduce (\S+)`", errors)
+    assert said and kept, errors
+    code, again = completed(tmp_path, "reproduce", kept[2])
+    assert code == 2
+    assert said[0] in again
+    assert len(again.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["ppo", "gspo", "decoupled_ppo"])
+def test_algorithms_unlike_each_other_train_in_whole_runs(tmp_path, name):
+    found = completed(tmp_path, *train(name, "loop.num_steps=2", f"algorithm.type={name}"))
+    assert found == (0, "")
+    steps = run_in(tmp_path, name).steps
+    assert [step.step for step in steps] == [1, 2]
+    assert all(step.metrics["grad_norm"] > 0 for step in steps)
+    assert steps[0].metrics["mismatch_fresh"] < 1e-4, "engine and learner agree on fresh tokens"
