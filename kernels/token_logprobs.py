@@ -1,8 +1,9 @@
 """Log-probability and entropy of chosen tokens, without ever holding all logits.
 
 ``log p(y_t) = z_t[y_t] - logsumexp(z_t)`` and ``H_t = logsumexp(z_t) - sum_v p_t[v] z_t[v]`` with
-``z_t = (W h_t) / temperature``. Rows are worked on in chunks, and the backward pass computes each
-chunk's logits again, so at most one chunk of [rows, V] logits exists at a time. The projection runs
+``z_t = (W h_t) / temperature``. Both are differentiable: ``d log p(y) / d z_v = [v = y] - p_v`` and
+``d H / d z_v = -p_v (log p_v + H)``. Rows are worked on in chunks, and the backward pass computes
+each chunk's logits again, so at most one chunk of [rows, V] logits exists at a time. The projection runs
 in the precision of its inputs (as an engine's does); softmax and sums are float32.
 
 Shapes: T positions, V vocabulary entries, H hidden size.
@@ -45,7 +46,8 @@ def token_logprobs(
         temperature: logits are divided by it; positive.
 
     Returns:
-        ``(logprobs, entropy)`` in nats, float32 [T]. Only ``logprobs`` carries a gradient.
+        ``(logprobs, entropy)`` in nats, float32 [T], both differentiable. A loss that leaves one of
+        them out pays nothing for it.
     """
     logprobs, entropy = _TokenLogprobs.apply(hidden, weight, targets, temperature)
     return logprobs, entropy
@@ -58,7 +60,7 @@ def token_logprobs_reference(
     logits_TV = (hidden @ weight.T).float() / temperature
     all_logprobs_TV = logits_TV.log_softmax(dim=-1)
     entropy = -(all_logprobs_TV.exp() * all_logprobs_TV).sum(dim=-1)
-    return all_logprobs_TV.gather(1, targets[:, None])[:, 0], entropy.detach()
+    return all_logprobs_TV.gather(1, targets[:, None])[:, 0], entropy
 
 
 def row_statistics(logits_TV: Tensor, targets: Tensor, temperature: float) -> RowStatistics:
@@ -97,27 +99,60 @@ class _TokenLogprobs(torch.autograd.Function):
         for rows in row_chunks(len(hidden), len(weight)):
             statistics = row_statistics(hidden[rows] @ weight.T, targets[rows], temperature)
             logprobs[rows], entropy[rows], logsumexp[rows] = statistics
-        ctx.save_for_backward(hidden, weight, targets, logsumexp)
+        ctx.save_for_backward(hidden, weight, targets, entropy, logsumexp)
         ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)  # None says that a loss left the output out
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hidden, weight, targets, logsumexp = ctx.saved_tensors
-        scale = grad_outputs[0].float() / ctx.temperature
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if grad_logprobs is None and grad_entropy is None:
+            return None, None, None, None
+        hidden, weight, targets, entropy, logsumexp = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for rows in row_chunks(len(hidden), len(weight)):
-            scaled_TV = (hidden[rows] @ weight.T).float() / ctx.temperature
-            # d logprob / d logits = onehot(target) - softmax
-            grad_logits_TV = (scaled_TV - logsumexp[rows, None]).exp_()
-            grad_logits_TV.mul_(-scale[rows, None])
-            grad_logits_TV.scatter_add_(1, targets[rows, None], scale[rows, None])
-            grad_logits_TV = grad_logits_TV.to(weight.dtype)
+            all_logprobs_TV = (hidden[rows] @ weight.T).float() / ctx.temperature
+            all_logprobs_TV -= logsumexp[rows, None]
+            grad_logits_TV = logits_gradient(
+                all_logprobs_TV,
+                targets[rows],
+                entropy[rows],
+                None if grad_logprobs is None else grad_logprobs[rows].float() / ctx.temperature,
+                None if grad_entropy is None else grad_entropy[rows].float() / ctx.temperature,
+            ).to(weight.dtype)
             grad_hidden[rows] = grad_logits_TV @ weight
             grad_weight += grad_logits_TV.T @ hidden[rows]
         return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+
+def logits_gradient(
+    all_logprobs_TV: Tensor,
+    targets: Tensor,
+    entropy: Tensor,
+    scale: Tensor | None,
+    entropy_scale: Tensor | None,
+) -> Tensor:
+    """``scale_t d log p(y_t) / d z_t + entropy_scale_t d H_t / d z_t``, [T, V].
+
+    A scale [T] of None leaves its term out. ``all_logprobs_TV`` is overwritten.
+    """
+    if entropy_scale is None:
+        assert scale is not None
+        grad_TV = all_logprobs_TV.exp_().mul_(-scale[:, None])
+    else:
+        # -p (s + e (log p + H)): both terms share the factor p
+        probabilities_TV = all_logprobs_TV.exp()
+        grad_TV = all_logprobs_TV.add_(entropy[:, None]).mul_(-entropy_scale[:, None])
+        # a probability of 0 adds nothing, though its logarithm be infinite
+        grad_TV.mul_(probabilities_TV).masked_fill_(probabilities_TV == 0, 0.0)
+        if scale is not None:
+            grad_TV.addcmul_(probabilities_TV, -scale[:, None].expand_as(probabilities_TV))
+    if scale is not None:
+        grad_TV.scatter_add_(1, targets[:, None], scale[:, None])
+    return grad_TV
 
 
 # Triton comes with CUDA builds of torch and is absent from CPU ones.

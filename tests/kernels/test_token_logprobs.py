@@ -64,9 +64,58 @@ def test_no_positions_give_no_values_and_zero_gradients():
     assert not any(gradient.any() for gradient in gradients)
 
 
-def test_entropy_carries_no_gradient():
-    _, entropy = op.token_logprobs(*inputs(5, 10))
-    assert not entropy.requires_grad
+@pytest.mark.parametrize(("of_logprobs", "of_entropy"), [(1.0, 0.0), (0.0, 1.0), (1.0, -0.3)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_both_outputs_are_differentiable_alone_and_together(
+    of_logprobs, of_entropy, temperature, monkeypatch
+):
+    """Against autograd through all logits in float64."""
+    monkeypatch.setattr(op, "MIN_ROWS_PER_CHUNK", 7)
+    monkeypatch.setattr(op, "LOGITS_PER_CHUNK", 64)
+    hidden, weight, targets = inputs(37, 20)
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    upstream = torch.linspace(-1, 2, len(targets))
+
+    def gradients(function, leaves):
+        logprobs, entropy = function(*leaves, targets, temperature)
+        terms = []
+        if of_logprobs:
+            terms.append(of_logprobs * (logprobs * upstream).sum())
+        if of_entropy:
+            terms.append(of_entropy * (entropy * upstream.flip(0)).sum())
+        return torch.autograd.grad(sum(terms), leaves)
+
+    def in_float64(hidden, weight, targets, temperature):
+        all_logprobs = ((hidden @ weight.T) / temperature).log_softmax(-1)
+        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)
+        return all_logprobs.gather(1, targets[:, None])[:, 0], entropy
+
+    found = gradients(op.token_logprobs, (hidden, weight))
+    for ours, exact in zip(found, gradients(in_float64, wide), strict=True):
+        torch.testing.assert_close(ours.double(), exact, atol=2e-5, rtol=1e-5)
+
+
+def test_a_token_that_cannot_be_has_a_finite_entropy_gradient():
+    hidden = torch.tensor([[1.0]], requires_grad=True)
+    weight = torch.tensor([[0.0], [1.0], [-200.0]], requires_grad=True)
+    _, entropy = op.token_logprobs(hidden, weight, torch.tensor([0]))
+    entropy.sum().backward()
+    assert hidden.grad.isfinite().all()
+    assert weight.grad.isfinite().all()
+
+
+def test_a_loss_without_entropy_does_not_pay_for_its_gradient(monkeypatch):
+    asked = []
+    plain = op.logits_gradient
+
+    def watched(logprobs, targets, entropy, scale, entropy_scale):
+        asked.append(entropy_scale is not None)
+        return plain(logprobs, targets, entropy, scale, entropy_scale)
+
+    monkeypatch.setattr(op, "logits_gradient", watched)
+    logprobs, _ = op.token_logprobs(*inputs(5, 10))
+    logprobs.sum().backward()
+    assert asked == [False]
 
 
 def test_chunks_cover_every_row_once_and_stay_bounded():
