@@ -116,19 +116,34 @@ class Rollouts:
 
 @dataclass(frozen=True)
 class Demonstrations:
-    """Gold completions in place of samples: the supervised warm start of the same loop."""
+    """Completions of a data set in place of samples: learning without sampling, in the same loop.
 
-    completion_ids: Callable[[Prompt], np.ndarray]
+    ``completion_ids`` gives those of a prompt, int32 each: a gold one alone, or a better and a
+    worse one.
+    """
+
+    completion_ids: Callable[[Prompt], tuple[np.ndarray, ...]]
 
     async def __call__(self, work: Work) -> Group:
-        """A group of one demonstration; no version sampled it and it has no log-probabilities."""
-        token_ids = self.completion_ids(work.prompt)
-        completion = Completion(
-            token_ids=token_ids.astype(np.int32),
-            logprobs=np.zeros(len(token_ids), dtype=np.float32),
-            versions=(),
-            finish_reason="stop",
+        """A group of them: no version sampled them and they have no log-probabilities.
+
+        The first has reward 1, others 0.
+        """
+        trajectories = tuple(
+            replace(
+                Trajectory.from_completion(work.prompt, demonstrated(token_ids)),
+                reward=float(index == 0),
+            )
+            for index, token_ids in enumerate(self.completion_ids(work.prompt))
         )
-        return Group(
-            work.group_id, work.prompt, (Trajectory.from_completion(work.prompt, completion),)
-        )
+        return Group(work.group_id, work.prompt, trajectories)
+
+
+def demonstrated(token_ids: np.ndarray) -> Completion:
+    """A completion that nobody sampled."""
+    return Completion(
+        token_ids=token_ids.astype(np.int32),
+        logprobs=np.zeros(len(token_ids), dtype=np.float32),
+        versions=(),
+        finish_reason="stop",
+    )

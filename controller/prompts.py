@@ -74,13 +74,32 @@ class PromptRenderer:
             ConfigError: `answer_template` names a field that the record lacks.
             DataError: it is longer than `rollout.sampling.max_tokens`.
         """
-        text = _fill("answer_template", self._format.answer_template, prompt.metadata)
+        return self._completion(prompt, "answer_template")
+
+    def preference(self, prompt: Prompt) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Token ids int32 [C] of the better and of the worse completion, stop tokens included.
+
+        Raises:
+            ConfigError: a template names a field that the record lacks.
+            DataError: one is longer than `rollout.sampling.max_tokens`, or both are the same.
+        """
+        chosen = self._completion(prompt, "chosen_template")
+        rejected = self._completion(prompt, "rejected_template")
+        if np.array_equal(chosen, rejected):
+            raise DataError(
+                f"the chosen and the rejected completion of prompt {prompt.id} are the same: "
+                "nothing can be preferred; remove the record"
+            )
+        return chosen, rejected
+
+    def _completion(self, prompt: Prompt, template: str) -> NDArray[np.int32]:
+        text = _fill(template, getattr(self._format, template), prompt.metadata)
         token_ids = (*encode(self._tokenizer, text, False), self._tokenizer.eos_token_id)
         if len(token_ids) > self._max_tokens:
             raise DataError(
-                f"the demonstration of prompt {prompt.id} has {len(token_ids)} tokens, its stop "
-                f"token included, more than rollout.sampling.max_tokens ({self._max_tokens}); "
-                f"raise that"
+                f"the completion of prompt {prompt.id} by data.source.{template} has "
+                f"{len(token_ids)} tokens, its stop token included, more than "
+                f"rollout.sampling.max_tokens ({self._max_tokens}); raise that"
             )
         return np.array(token_ids, dtype=np.int32)
 
@@ -136,9 +155,13 @@ class PromptSet:
             self._source, self._renderer, self._kept_apart, self._first_training_index
         )
 
-    def demonstration(self, prompt: Prompt) -> NDArray[np.int32]:
+    def demonstration(self, prompt: Prompt) -> tuple[NDArray[np.int32]]:
         """Token ids int32 [C] of the prompt's gold completion; see `PromptRenderer`."""
-        return self._renderer.demonstration(prompt)
+        return (self._renderer.demonstration(prompt),)
+
+    def preference(self, prompt: Prompt) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """The same of its better and its worse completion."""
+        return self._renderer.preference(prompt)
 
 
 class PromptFeed(Iterator[tuple[int, Prompt]]):

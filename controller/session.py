@@ -180,7 +180,7 @@ class Session:
         )
         loop = Loop(
             prompts=self._feed,
-            generate=parts.training_rollouts(),
+            generate=parts.training_groups(),
             collector=Collector(
                 self._buffer,
                 signal,

@@ -25,6 +25,7 @@ from paceline.controller.algorithms import critic
 from paceline.controller.concurrency import gather_or_cancel
 from paceline.controller.evaluation import Evaluator
 from paceline.controller.generation import Demonstrations, Rollouts, Sample, sample_to_end
+from paceline.controller.parts import Generate
 from paceline.controller.prompt_sources import (
     DatasetPromptSource,
     PromptSource,
@@ -145,6 +146,14 @@ class Parts:
     def demonstrations(self) -> Demonstrations:
         """Gold completions of the data source."""
         return Demonstrations(self.prepared.prompts.demonstration)
+
+    def training_groups(self) -> Generate:
+        """What fills groups in training: samples, or completions of the data source."""
+        if self.config.algorithm.type == "sft":
+            return self.demonstrations()
+        if self.config.algorithm.type == "dpo":
+            return Demonstrations(self.prepared.prompts.preference)
+        return self.training_rollouts()
 
     def evaluator(self) -> Evaluator:
         """Held-out evaluation on the same workers."""

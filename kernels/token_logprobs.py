@@ -3,8 +3,8 @@
 ``log p(y_t) = z_t[y_t] - logsumexp(z_t)`` and ``H_t = logsumexp(z_t) - sum_v p_t[v] z_t[v]`` with
 ``z_t = (W h_t) / temperature``. Both are differentiable: ``d log p(y) / d z_v = [v = y] - p_v`` and
 ``d H / d z_v = -p_v (log p_v + H)``. Rows are worked on in chunks, and the backward pass computes
-each chunk's logits again, so at most one chunk of [rows, V] logits exists at a time. The projection runs
-in the precision of its inputs (as an engine's does); softmax and sums are float32.
+each chunk's logits again, so at most one chunk of [rows, V] logits exists at a time. The projection
+runs in the precision of its inputs (as an engine's does); softmax and sums are float32.
 
 Shapes: T positions, V vocabulary entries, H hidden size.
 """

@@ -16,7 +16,13 @@ class PromptFormat(Section):
     """Python format string over the record's fields (`question`, `answer` and the source's own)."""
 
     answer_template: str = "{answer}"
-    """The same for the gold completion that warm starts imitate."""
+    """The same for the gold completion that warm starts and `algorithm.type: sft` imitate."""
+
+    chosen_template: str = "{chosen}"
+    """The same for the better completion of a pair, for `algorithm.type: dpo`."""
+
+    rejected_template: str = "{rejected}"
+    """The same for the worse one."""
 
     chat: bool = False
     """Wrap the prompt in the tokenizer's chat template as one user message."""

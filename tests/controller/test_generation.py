@@ -184,9 +184,17 @@ def test_a_seed_is_the_same_in_every_process_and_release():
 
 
 def test_a_demonstration_is_trained_on_but_was_sampled_by_nobody():
-    part = Demonstrations(lambda prompt: np.array([7, 8, 1]))
+    part = Demonstrations(lambda prompt: (np.array([7, 8, 1]),))
     (trajectory,) = group_of(part).trajectories
     assert trajectory.token_ids.tolist() == [1, 2, 3, 7, 8, 1]
     assert trajectory.loss_mask.tolist() == [False] * 3 + [True] * 3
     assert trajectory.oldest_version is None
     assert trajectory.finish_reason == "stop"
+    assert trajectory.reward == 1.0
+
+
+def test_of_a_pair_the_first_is_the_better_one():
+    part = Demonstrations(lambda prompt: (np.array([7, 1]), np.array([8, 8, 1])))
+    chosen, rejected = group_of(part).trajectories
+    assert (chosen.reward, rejected.reward) == (1.0, 0.0)
+    assert rejected.token_ids.tolist() == [1, 2, 3, 8, 8, 1]

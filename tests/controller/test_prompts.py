@@ -143,7 +143,7 @@ def test_the_quick_start_task_never_trains_on_a_held_out_word() -> None:
 
 def test_a_demonstration_is_the_gold_completion_and_a_stop_token() -> None:
     prompts = PromptSet(CyclingSource(["abc"]), renderer(), 1)
-    ids = prompts.demonstration(prompts.held_out[0])
+    ids = prompts.demonstration(prompts.held_out[0])[0]
     assert ids.dtype == np.int32
     assert ids.tolist() == [ord("c"), ord("b"), ord("a"), TOKENIZER.eos_token_id]
 
@@ -156,6 +156,22 @@ def test_a_demonstration_fills_its_whole_allowance_and_no_more() -> None:
         DataError, match=r"has 17 tokens, its stop token included, more than .* \(16\)"
     ):
         make.demonstration(longer)
+
+
+def test_a_preference_is_both_completions_with_their_stop_tokens() -> None:
+    make = renderer(chosen_template="{answer}", rejected_template="{word}")
+    prompt = make.prompt(CyclingSource(["ab"]).record(0))
+    chosen, rejected = (ids.tolist() for ids in make.preference(prompt))
+    assert chosen == [ord("b"), ord("a"), TOKENIZER.eos_token_id]
+    assert rejected == [ord("a"), ord("b"), TOKENIZER.eos_token_id]
+
+
+def test_pairs_that_cannot_be_preferred_or_found_are_refused() -> None:
+    make = renderer(chosen_template="{answer}", rejected_template="{word}")
+    with pytest.raises(DataError, match="prompt word:0 are the same"):
+        make.preference(make.prompt(CyclingSource(["aa"]).record(0)))
+    with pytest.raises(ConfigError, match="data.source.chosen_template: .*no field 'chosen'"):
+        renderer().preference(make.prompt(CyclingSource(["ab"]).record(0)))
 
 
 def test_prompts_fill_their_whole_allowance_and_no_more() -> None:
