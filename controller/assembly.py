@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from paceline.configs.errors import UserError
-from paceline.configs.vocabulary import Group, TrainBatch, TrainSample
+from paceline.configs.vocabulary import Group, Prompt, TrainBatch, TrainSample
 from paceline.controller.buffer import WorkBuffer
+from paceline.controller.curriculum import Outcome
 from paceline.controller.ledger.events import Kind
 from paceline.controller.ledger.state import Batch
 from paceline.controller.signal_filter import SignalFilter
@@ -34,12 +35,15 @@ class AssembledBatch:
     ``slots`` are the P groups whose slots this step holds: those it trains on and, where it had to
     make do with fewer, dropped ones in their stead. Every step therefore uses up P admissions,
     which is what the freshness bound counts.
+
+    ``outcomes`` are those of all groups that were graded, dropped ones too, in order of admission.
     """
 
     batch: TrainBatch
     groups: tuple[Group, ...]
     slots: tuple[int, ...]
     dropped: Counter[str]
+    outcomes: tuple[Outcome, ...] = ()
 
     @property
     def ages(self) -> list[int]:
@@ -58,10 +62,14 @@ class AssembledBatch:
 
 @dataclass(frozen=True)
 class RecordedBatch:
-    """A batch the ledger has, made before the run was interrupted, with its groups."""
+    """A batch as the ledger has it, with its groups.
+
+    ``prompts`` are those of dropped groups whose rewards it has, by id.
+    """
 
     batch: Batch
     groups: tuple[Group, ...]
+    prompts: Mapping[int, Prompt] = field(default_factory=dict)
 
 
 class Collector:
@@ -96,17 +104,20 @@ class Collector:
             return self._again(step, self._recorded.popleft())
         kept: list[Group] = []
         held: list[int] = []
-        rewards: list[float] = []
+        rewards: dict[int, float] = {}
+        prompts: dict[int, Prompt] = {}
         dropped: dict[int, str] = {}
         num_draws = self._groups_per_step * self._signal.max_draws
         for draws_left in reversed(range(num_draws)):
             group = await self._buffer.take()
             assert group is not None, "the buffer was closed under the loop"
-            rewards.append(float(group.rewards.mean()))
+            rewards[group.group_id] = float(group.rewards.mean())
             if (reason := self._signal.drop_reason(group)) is None:
                 kept.append(group)
             else:
                 dropped[group.group_id] = reason
+                if group.fault is None:
+                    prompts[group.group_id] = group.prompt
                 if len(kept) + len(held) + draws_left < self._groups_per_step:
                     held.append(group.group_id)
                 else:
@@ -116,19 +127,26 @@ class Collector:
         if not kept:
             for group_id, reason in dropped.items():
                 self._buffer.journal.note(Kind.SET_ASIDE, group_id, {"reason": reason})
-            raise NoSignalError(num_draws, float(np.mean(rewards)))
-        batch = Batch(step, tuple(group.group_id for group in kept), tuple(held), dropped)
+            raise NoSignalError(num_draws, float(np.mean(list(rewards.values()))))
+        batch = Batch(
+            step,
+            tuple(group.group_id for group in kept),
+            tuple(held),
+            dropped,
+            {group_id: rewards[group_id] for group_id in prompts},
+        )
         await self._buffer.journal.write(Kind.BATCHED, step, batch.as_detail())
-        return self._assembled(batch, kept)
+        return self._assembled(RecordedBatch(batch, tuple(kept), prompts))
 
     def _again(self, step: int, recorded: RecordedBatch) -> AssembledBatch:
         assert recorded.batch.step == step, f"step {step} got step {recorded.batch.step} again"
-        return self._assembled(recorded.batch, recorded.groups)
+        return self._assembled(recorded)
 
-    def _assembled(self, batch: Batch, groups: Sequence[Group]) -> AssembledBatch:
-        dropped = Counter(batch.dropped.values())
+    def _assembled(self, recorded: RecordedBatch) -> AssembledBatch:
+        batch, groups = recorded.batch, recorded.groups
         train_batch = self._train_batch(batch.step, groups)
-        return AssembledBatch(train_batch, tuple(groups), batch.slots, dropped)
+        dropped = Counter(batch.dropped.values())
+        return AssembledBatch(train_batch, groups, batch.slots, dropped, _outcomes(recorded))
 
     def _train_batch(self, step: int, groups: Sequence[Group]) -> TrainBatch:
         samples = tuple(
@@ -146,3 +164,11 @@ class Collector:
         )
         group_ids = tuple(group.group_id for group in groups)
         return TrainBatch(step, group_ids, samples, self._temperature)
+
+
+def _outcomes(recorded: RecordedBatch) -> tuple[Outcome, ...]:
+    rewards = recorded.batch.rewards
+    by_id = {i: Outcome(prompt, rewards[i]) for i, prompt in recorded.prompts.items()}
+    for group in recorded.groups:
+        by_id[group.group_id] = Outcome(group.prompt, float(group.rewards.mean()))
+    return tuple(by_id[group_id] for group_id in sorted(by_id))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from paceline.configs.vocabulary import StepReport
 from paceline.controller.assembly import AssembledBatch
+from paceline.controller.curriculum import Outcome
 from paceline.controller.loop import Loop
 from paceline.controller.metering import RunTotals, StepMeter, sample_records
 from paceline.controller.observe.recorder import Recorder
@@ -14,6 +15,9 @@ from paceline.controller.workers import WorkerPool
 
 StepHook = Callable[[int], Awaitable[None]]
 """Called with the number of finished steps, while the engines serve exactly that version."""
+
+OutcomeHook = Callable[[Iterable[Outcome]], Mapping[str, float]]
+"""Told how a step's groups went; answers with metrics of its own."""
 
 
 @dataclass
@@ -25,6 +29,7 @@ class TrainingObserver:
     totals: RunTotals
     pool: WorkerPool
     samples_per_step: int
+    observe_outcomes: OutcomeHook
     evaluate: StepHook
     evaluate_every: int | None
     checkpoint: StepHook
@@ -35,6 +40,10 @@ class TrainingObserver:
     async def after_step(self, batch: AssembledBatch, report: StepReport, loop: Loop) -> bool:
         """Record the step, then run what is due; never ends the loop by itself."""
         finished = batch.batch.step + 1
+        # Before the first await: the slots of this step are not free yet, so that the next prompts
+        # are chosen knowing how it went, and a checkpoint holds what its steps told.
+        found = self.observe_outcomes(batch.outcomes)
+        report = replace(report, metrics={**report.metrics, **found})
         self.totals.add(batch, report)
         if batch.batch.step in loop.buffer.journal.state.diverged:
             self.recorder.message(

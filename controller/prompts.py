@@ -8,6 +8,7 @@ hold a question twice.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paceline.configs.errors import CheckpointError, ConfigError, DataError
-from paceline.configs.schema.data import PromptFormat
+from paceline.configs.schema.data import CurriculumConfig, PromptFormat
 from paceline.configs.vocabulary import Prompt, Record
+from paceline.controller.curriculum import Curriculum, Outcome, require_fitting
 from paceline.controller.prompt_sources import PromptSource
 from paceline.controller.tokenizer import encode
 
@@ -129,14 +131,17 @@ class PromptSet:
         num_held_out: int,
         num_validation: int = 0,
         held_out_source: PromptSource | None = None,
+        curriculum: CurriculumConfig | None = None,
+        seed: int = 0,
     ) -> None:
         """Draw the held-out and validation prompts, all of different text.
 
         Held-out prompts come from ``held_out_source``, or from the beginning of ``source``.
+        ``curriculum`` chooses among training prompts; ``seed`` is that of its coins.
 
         Raises:
             DataError: there are too few different prompts, or one cannot be rendered.
-            ConfigError: a template does not fit the records.
+            ConfigError: a template or the curriculum does not fit the records.
         """
         self._source = source
         self._renderer = renderer
@@ -148,11 +153,19 @@ class PromptSet:
         self.validation = second.prompts
         self._kept_apart = frozenset(taken)
         self._first_training_index = second.next_index
+        self._curriculum, self._seed = curriculum, seed
+        if curriculum is not None:
+            fields = source.record(self._first_training_index).fields
+            require_fitting(curriculum, source.num_records, fields)
 
     def feed(self) -> PromptFeed:
-        """A new feed of training prompts, at their beginning."""
+        """A new feed of training prompts, at their beginning; no outcome is known to it."""
         return PromptFeed(
-            self._source, self._renderer, self._kept_apart, self._first_training_index
+            self._source,
+            self._renderer,
+            self._kept_apart,
+            self._first_training_index,
+            self._curriculum and Curriculum(self._curriculum, self._seed),
         )
 
     def demonstration(self, prompt: Prompt) -> tuple[NDArray[np.int32]]:
@@ -167,8 +180,9 @@ class PromptSet:
 class PromptFeed(Iterator[tuple[int, Prompt]]):
     """Training prompts without end, each with its position: its index in the source.
 
-    Positions grow, with gaps where a prompt is kept apart. ``position`` is the one looked at next:
-    a feed restored to another's state yields what that one would have yielded.
+    Positions grow, with gaps where a prompt is kept apart or ``curriculum`` passes it over.
+    ``position`` is the one looked at next: a feed restored to another's state yields what that one
+    would have yielded, once it is told the same outcomes.
     """
 
     def __init__(
@@ -177,11 +191,13 @@ class PromptFeed(Iterator[tuple[int, Prompt]]):
         renderer: PromptRenderer,
         kept_apart: frozenset[str],
         position: int,
+        curriculum: Curriculum | None = None,
     ) -> None:
         self._source = source
         self._renderer = renderer
         self._kept_apart = kept_apart
         self._fingerprint = _fingerprint(kept_apart)
+        self._curriculum = curriculum
         self.position = position
 
     def __next__(self) -> tuple[int, Prompt]:
@@ -190,6 +206,20 @@ class PromptFeed(Iterator[tuple[int, Prompt]]):
         Raises:
             DataError: no prompt is left besides those kept apart, or one cannot be rendered.
         """
+        for num_passed in itertools.count():
+            position, prompt = self._next_not_kept_apart()
+            if self._curriculum is None or self._curriculum.admits(position, prompt, num_passed):
+                break
+        return position, prompt
+
+    def observe(self, outcomes: Iterable[Outcome]) -> dict[str, float]:
+        """Tell the curriculum how groups went; its metrics, of which there are none without one."""
+        if self._curriculum is None:
+            return {}
+        self._curriculum.observe(outcomes)
+        return self._curriculum.read_and_reset()
+
+    def _next_not_kept_apart(self) -> tuple[int, Prompt]:
         for _ in range(_patience(self._source)):
             position, prompt = self.position, self.at(self.position)
             self.position += 1
@@ -202,7 +232,10 @@ class PromptFeed(Iterator[tuple[int, Prompt]]):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, in plain values."""
-        return {"position": self.position, "kept_apart": self._fingerprint}
+        state: dict[str, Any] = {"position": self.position, "kept_apart": self._fingerprint}
+        if self._curriculum is not None:
+            state["curriculum"] = self._curriculum.state()
+        return state
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``.
@@ -216,6 +249,8 @@ class PromptFeed(Iterator[tuple[int, Prompt]]):
                 "or its settings changed; resume with the same data, or start a new run"
             )
         self.position = int(state["position"])
+        if self._curriculum is not None:
+            self._curriculum.restore(state.get("curriculum", ()))
 
     def at(self, position: int) -> Prompt:
         """The prompt at a position, drawn before or not."""

@@ -89,7 +89,11 @@ async def recover(
     def load() -> Recovered:
         return Recovered(
             tuple(
-                RecordedBatch(batch, tuple(map(read, batch.trained)))
+                RecordedBatch(
+                    batch,
+                    tuple(map(read, batch.trained)),
+                    {group_id: prompt_at(group_id) for group_id in batch.rewards},
+                )
                 for batch in state.untrained_batches()
             ),
             tuple(

@@ -171,6 +171,7 @@ class Session:
             totals=progress.totals,
             pool=parts.pool,
             samples_per_step=config.observability.samples_per_step,
+            observe_outcomes=self._feed.observe,
             evaluate=self._evaluate_during,
             evaluate_every=config.evaluation.every_steps,
             checkpoint=self._save,

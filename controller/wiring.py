@@ -212,6 +212,8 @@ def prompt_set(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptS
         config.data.num_held_out,
         config.warm_start.num_validation if config.warm_start else 0,
         prompt_source(config, held_out_split) if held_out_split else None,
+        config.data.curriculum,
+        config.data.seed,
     )
 
 

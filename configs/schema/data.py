@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from paceline.configs.schema.base import Section
 
@@ -84,6 +84,47 @@ SourceConfig = Annotated[
 ]
 
 
+class CurriculumConfig(Section):
+    """Training prompts whose reward is known to be too low or too high are passed over."""
+
+    key: str = "prompt"
+    """What rewards are remembered by: `prompt` (a data set's rows, which come again each epoch),
+    `prompt_length`, or the name of a record's field that says how hard it is."""
+
+    length_bucket: int = Field(default=8, ge=1)
+    """Prompt tokens that `prompt_length` takes for one length."""
+
+    target: tuple[float, float] = (0.1, 0.9)
+    """Mean rewards from which something can be learned, both ends included; what is not known is
+    taken to lie there."""
+
+    keep_outside: float = Field(default=0.1, ge=0, le=1)
+    """Probability with which a prompt outside of the target is sampled all the same: what was too
+    hard is so found to have become easier."""
+
+    max_passed: int = Field(default=64, ge=1)
+    """After so many prompts passed over the next is sampled, whatever is known of it."""
+
+    newest_weight: float = Field(default=0.3, gt=0, le=1)
+    """Weight of the newest group in the running mean reward; the first few weigh alike."""
+
+    min_groups: int = Field(default=1, ge=1)
+    """Groups that must have been seen before something counts as known."""
+
+    max_keys: int = Field(default=100_000, ge=1)
+    """Mean rewards remembered, and kept in every checkpoint; the one observed the longest ago is
+    forgotten first. For `prompt`, give at least the rows of the data set."""
+
+    @model_validator(mode="after")
+    def _target_is_a_range(self) -> Self:
+        low, high = self.target
+        if not low <= high:
+            raise ValueError(
+                f"data.curriculum.target is [{low}, {high}]: give the lower mean reward first"
+            )
+        return self
+
+
 class DataConfig(Section):
     """Training prompts and held-out prompts, which never overlap."""
 
@@ -95,3 +136,6 @@ class DataConfig(Section):
 
     num_held_out: int = Field(default=256, ge=1)
     """How many distinct problems are kept out of all training and used for evaluation."""
+
+    curriculum: CurriculumConfig | None = None
+    """Sample what is neither too hard nor too easy; null samples every prompt."""

@@ -24,7 +24,7 @@ class Kind(StrEnum):
     CLAIMED = "claimed"  # group id
     RETURNED = "returned"  # group id; reason
     FINISHED = "finished"  # group id; oldest, newest: versions that sampled it
-    BATCHED = "batched"  # step; trained, held: group ids; dropped: reasons by group id
+    BATCHED = "batched"  # step; trained, held: ids; dropped, rewards: reason, mean by id
     TRAINED = "trained"  # step; checksum: of the weights it made
     SET_ASIDE = "set_aside"  # group id, finished and not batched; reason it will not be trained
     RESUMED = "resumed"  # step training goes back to; keep_batches: later ones are done again

@@ -48,12 +48,17 @@ class Life:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step trains on; see `AssembledBatch` for ``held``."""
+    """What one step trains on; see `AssembledBatch` for ``held``.
+
+    ``rewards`` are the mean rewards of dropped groups, as far as they were graded: their samples
+    are gone, and a curriculum that is taken back to a checkpoint must be told them again.
+    """
 
     step: int
     trained: tuple[int, ...]
     held: tuple[int, ...]
     dropped: Mapping[int, str]
+    rewards: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -62,7 +67,15 @@ class Batch:
 
     def as_detail(self) -> dict[str, Any]:
         """What its event says besides the step."""
-        return {"trained": self.trained, "held": self.held, "dropped": dict(self.dropped)}
+        detail = {"trained": self.trained, "held": self.held, "dropped": dict(self.dropped)}
+        return detail | ({"rewards": dict(self.rewards)} if self.rewards else {})
+
+    @classmethod
+    def from_detail(cls, step: int, detail: Mapping[str, Any]) -> Batch:
+        """What `as_detail` gave, before or after it was JSON, which made ids strings."""
+        dropped = {int(group_id): str(reason) for group_id, reason in detail["dropped"].items()}
+        rewards = {int(i): float(reward) for i, reward in detail.get("rewards", {}).items()}
+        return cls(step, tuple(detail["trained"]), tuple(detail["held"]), dropped, rewards)
 
 
 @dataclass(frozen=True)
@@ -146,7 +159,7 @@ class LedgerState:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON: a snapshot."""
         lives = {i: [v.status, v.claims, v.oldest, v.newest] for i, v in self.live.items()}
-        batches = [[b.step, b.trained, b.held, dict(b.dropped)] for b in self.batches.values()]
+        batches = [[batch.step, *batch.as_detail().values()] for batch in self.batches.values()]
         counts = {name: getattr(self, name) for name in _COUNTS}
         return {
             **counts,
@@ -162,8 +175,8 @@ class LedgerState:
     def from_dict(cls, values: Mapping[str, Any]) -> LedgerState:
         """What `as_dict` gave, before or after it was JSON."""
         batches = {
-            step: Batch(step, tuple(trained), tuple(held), _reasons(dropped))
-            for step, trained, held, dropped in values["batches"]
+            step: Batch.from_detail(step, dict(zip(_BATCH_KEYS, detail, strict=False)))
+            for step, *detail in values["batches"]
         }
         counts: dict[str, Any] = {name: int(values[name]) for name in _COUNTS}
         return cls(
@@ -199,10 +212,8 @@ class LedgerState:
         life.oldest, life.newest = oldest, newest
 
     def _batched(self, event: Event) -> None:
-        step, detail = event.key, event.detail
-        batch = Batch(
-            step, tuple(detail["trained"]), tuple(detail["held"]), _reasons(detail["dropped"])
-        )
+        step = event.key
+        batch = Batch.from_detail(step, event.detail)
         if step != max(self.batches, default=self.step - 1) + 1:
             raise LedgerError(f"the ledger has a batch for step {step} out of order: it is damaged")
         groups = (*batch.trained, *batch.dropped)
@@ -310,6 +321,7 @@ class LedgerState:
         self.gone.append(group_id)
 
 
+_BATCH_KEYS = ("trained", "held", "dropped", "rewards")
 _COUNTS = ("step", "settled", "last", "admitted", "trained", "returned", "resumed")
 _ACTIONS = {
     Kind.ADMITTED: LedgerState._admitted,
@@ -335,11 +347,6 @@ def fold(events: Iterable[Event]) -> LedgerState:
     for event in events:
         state.apply(event)
     return state
-
-
-def _reasons(dropped: Mapping[Any, str]) -> dict[int, str]:
-    """Reasons by group id; JSON made the ids strings."""
-    return {int(group_id): str(reason) for group_id, reason in dropped.items()}
 
 
 def _version(value: Any) -> int | None:
