@@ -73,6 +73,9 @@ class RolloutRequest:
     ``partial`` is what earlier turns left of every sample, in order (empty: nothing yet): finished
     ones are returned as they are, the others continued after their last token. ``segment_tokens``
     is the most tokens this turn may add to a sample; 0 means no such limit.
+
+    With ``scores`` nothing is sampled: ``partial`` comes back with the log-probabilities that the
+    engine's model gives its tokens, at temperature 1.
     """
 
     request_id: str
@@ -82,6 +85,7 @@ class RolloutRequest:
     seed: int
     partial: tuple[Completion, ...] = ()
     segment_tokens: int = 0
+    scores: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,12 @@ class Trajectory:
         return int(self.loss_mask.sum())
 
     @property
+    def num_bytes(self) -> int:
+        """Size of its arrays."""
+        arrays = (self.token_ids, self.loss_mask, self.logprobs, self.teacher_logprobs)
+        return sum(array.nbytes for array in arrays if array is not None)
+
+    @property
     def oldest_version(self) -> WeightVersion | None:
         """The oldest weights that sampled any token of it; None for a demonstration."""
         return min((span.version for span in self.versions), default=None)
@@ -193,9 +203,7 @@ class Group:
     @property
     def num_bytes(self) -> int:
         """Size of its arrays."""
-        return sum(
-            t.token_ids.nbytes + t.loss_mask.nbytes + t.logprobs.nbytes for t in self.trajectories
-        )
+        return sum(trajectory.num_bytes for trajectory in self.trajectories)
 
     def _versions(self) -> Iterator[WeightVersion]:
         return (span.version for t in self.trajectories for span in t.versions)

@@ -91,6 +91,7 @@ async def start_rollout_worker(
     gpus: float,
     environment: Mapping[str, str],
     max_requests: int,
+    actor_class: type[RolloutActor] | None = None,
 ) -> RolloutActor:
     """Start a rollout worker for ``max_requests`` at a time; returns once its engine is up.
 
@@ -106,7 +107,7 @@ async def start_rollout_worker(
     except BaseException:
         kill(actor)
         raise
-    return RolloutActor(actor, index)
+    return (actor_class or RolloutActor)(actor, index)
 
 
 async def start_learner_ranks(

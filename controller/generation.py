@@ -20,12 +20,15 @@ from paceline.configs.vocabulary import (
     UnfinishedGroup,
 )
 from paceline.controller.buffer import Work
+from paceline.controller.concurrency import gather_or_cancel
 
 logger = logging.getLogger(__name__)
 
 Sample = Callable[[RolloutRequest], Awaitable[tuple[Completion, ...]]]
 Grade = Callable[[Prompt, Sequence[str]], Awaitable[list[float]]]
 Decode = Callable[[np.ndarray], str]
+Teach = Callable[[Prompt, Sequence[Completion]], Awaitable[Sequence[np.ndarray]]]
+"""Log-probabilities, float32 each, that a teacher gives the tokens of a prompt's completions."""
 
 
 def request_seed(run_seed: int, stream: int, index: int) -> int:
@@ -53,6 +56,7 @@ class Rollouts:
     """Samples a group's prompt on the workers and grades what came back whole.
 
     ``segment_tokens`` is the most tokens a call may add to a sample; 0 means no such limit.
+    ``teach``, where there is one, looks at finished samples while they are graded.
     """
 
     sample: Sample
@@ -65,6 +69,7 @@ class Rollouts:
     segment_tokens: int = 0
     require_finish: bool = True
     drop_on_error: bool = False
+    teach: Teach | None = None
     _attempts: Iterator[int] = field(default_factory=itertools.count)
 
     async def __call__(self, work: Work) -> Group | UnfinishedGroup:
@@ -88,7 +93,12 @@ class Rollouts:
         completions = await self.sample(request)
         if not all(completion.is_finished for completion in completions):
             return UnfinishedGroup(work.group_id, completions)
-        return await self._graded(work, completions)
+        if self.teach is None:
+            return await self._graded(work, completions)
+        graded, taught = await gather_or_cancel(
+            self._graded(work, completions), self.teach(work.prompt, completions)
+        )
+        return with_teacher(graded, taught)
 
     async def _graded(self, work: Work, completions: Sequence[Completion]) -> Group:
         texts = [self.decode(completion.token_ids) for completion in completions]
@@ -112,6 +122,18 @@ class Rollouts:
 
     def _is_cut_off(self, completion: Completion) -> bool:
         return self.require_finish and completion.finish_reason != "stop"
+
+
+def with_teacher(group: Group, taught: Sequence[np.ndarray]) -> Group:
+    """The group with the teacher's log-probabilities of the tokens that were sampled."""
+
+    def of(trajectory: Trajectory, logprobs: np.ndarray) -> Trajectory:
+        whole = np.zeros(len(trajectory.token_ids), dtype=np.float32)
+        whole[trajectory.loss_mask] = logprobs
+        return replace(trajectory, teacher_logprobs=whole)
+
+    pairs = zip(group.trajectories, taught, strict=True)
+    return replace(group, trajectories=tuple(of(*pair) for pair in pairs))
 
 
 @dataclass(frozen=True)

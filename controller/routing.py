@@ -57,7 +57,9 @@ def demand_of(request: RolloutRequest, only: int | None = None) -> Demand:
     most = request.sampling.max_tokens
     turn = request.segment_tokens or most
     prompt = len(request.prompt_token_ids)
-    if request.partial:
+    if request.scores:
+        turn, earlier = 0, [len(each.token_ids) for each in request.partial]
+    elif request.partial:
         earlier = [len(each.token_ids) for each in request.partial if not each.is_finished]
     else:
         earlier = [0] * request.num_samples

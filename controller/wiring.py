@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from paceline.configs.schema import RunConfig
 from paceline.configs.schema.data import DatasetSource, ReasoningGymSource
 from paceline.configs.schema.reward import ExactGrader, MathGrader, ReasoningGymGrader
+from paceline.configs.schema.rollout import RolloutConfig
 from paceline.configs.vocabulary import SamplingParameters
 from paceline.controller.actors import (
     LateClass,
@@ -34,6 +36,7 @@ from paceline.controller.prompt_sources import (
 from paceline.controller.prompts import PromptRenderer, PromptSet
 from paceline.controller.routing import most_samples
 from paceline.controller.self_check import check_greedy_tokens
+from paceline.controller.teacher import FIXED, FixedWeightsActor, Teacher
 from paceline.controller.tokenizer import (
     decode_completion,
     load_tokenizer,
@@ -41,7 +44,7 @@ from paceline.controller.tokenizer import (
 )
 from paceline.controller.watching import TimeLimits
 from paceline.controller.workers import WorkerPool
-from paceline.learner.model import write_initial_model
+from paceline.learner.model import require_same_vocabulary, write_initial_model
 from paceline.reward.exact import ExactAnswerGrader
 from paceline.reward.grader import Grader
 from paceline.reward.imported import build_imported_grader
@@ -102,6 +105,7 @@ class Parts:
     grader: GraderPool
     learner: LearnerRanks
     pool: WorkerPool
+    teacher: Teacher | None = None
 
     @property
     def weights(self) -> EngineWeights:
@@ -135,13 +139,14 @@ class Parts:
     def training_rollouts(self) -> Rollouts:
         """Rollouts as the configuration's training wants them."""
         rollout = self.config.rollout
-        return self.rollouts(
+        rollouts = self.rollouts(
             self.pool.generate,
             rollout.sampling.parameters(self.prepared.stop_token_ids),
             self.config.loop.samples_per_group,
             stream=0,
             segment_tokens=rollout.segment_tokens,
         )
+        return replace(rollouts, teach=self.teacher)
 
     def demonstrations(self) -> Demonstrations:
         """Gold completions of the data source."""
@@ -259,6 +264,8 @@ def prepare(config: RunConfig, initial_folder: Path) -> Preparation:
     model_folder = write_initial_model(
         config.model, len(tokenizer), eos, config.seed, str(initial_folder)
     )
+    if config.teacher is not None:
+        require_same_vocabulary(config.teacher.path, model_folder)
     return Preparation(tokenizer, model_folder, stop_token_ids(tokenizer, model_folder), prompts)
 
 
@@ -273,12 +280,13 @@ async def started_parts(config: RunConfig, prepared: Preparation) -> AsyncIterat
         weights_folder = stack.enter_context(shared_folder())
         grader = grader_pool(config)
         stack.callback(grader.close)
-        _, learner, pool = await gather_or_cancel(
+        _, learner, pool, teacher = await gather_or_cancel(
             grader.start(),
             start_learner(config, prepared.model_folder, weights_folder, stack),
             start_pool(config, prepared.model_folder, stack),
+            start_teacher(config, stack),
         )
-        yield Parts(config, prepared, grader, learner, pool)
+        yield Parts(config, prepared, grader, learner, pool, teacher)
 
 
 async def start_learner(
@@ -310,18 +318,46 @@ async def start_pool(
     config: RunConfig, model_folder: str, stack: contextlib.AsyncExitStack
 ) -> WorkerPool:
     """Start the rollout workers and see to their end."""
-    rollout = config.rollout
+    engine = functools.partial(
+        VLLM_ENGINE,
+        model_folder,
+        config.rollout,
+        max_length=config.model.max_length,
+        dtype=config.model.precision,
+        seed=config.seed,
+    )
+    return await start_engines(config.rollout, engine, RolloutActor, stack)
+
+
+async def start_teacher(config: RunConfig, stack: contextlib.AsyncExitStack) -> Teacher | None:
+    """Start the teacher's workers, where there is one, and see to their end."""
+    if config.teacher is None:
+        return None
+    rollout = config.teacher.as_rollout()
+    engine = functools.partial(
+        VLLM_ENGINE,
+        config.teacher.path,
+        rollout,
+        max_length=config.model.max_length,
+        dtype=config.model.precision,
+        seed=config.seed,
+        fixed_version=FIXED.version,
+    )
+    pool = await start_engines(rollout, engine, FixedWeightsActor, stack)
+    await pool.update_weights(FIXED)
+    return Teacher(pool.generate)
+
+
+async def start_engines(
+    rollout: RolloutConfig,
+    engine: Callable[[], Any],
+    actor: type[RolloutActor],
+    stack: contextlib.AsyncExitStack,
+) -> WorkerPool:
+    """Start workers with an engine each, and see to their end."""
     max_samples = most_samples(rollout.max_num_seqs)
 
     async def start(index: int) -> RolloutActor:
-        engine = functools.partial(
-            VLLM_ENGINE,
-            model_folder,
-            rollout,
-            max_length=config.model.max_length,
-            dtype=config.model.precision,
-            seed=config.seed,
-        )
         return await start_rollout_worker(
             index,
             functools.partial(ROLLOUT_WORKER, engine),
@@ -329,6 +365,7 @@ async def start_pool(
             gpus=rollout.gpus_per_worker,
             environment=engine_environment(on_gpu=rollout.gpus_per_worker > 0),
             max_requests=max_samples,
+            actor_class=actor,
         )
 
     workers = await gather_or_cancel(*(start(index) for index in range(rollout.num_workers)))

@@ -154,6 +154,20 @@ def write_initial_model(
     return folder
 
 
+def require_same_vocabulary(teacher: str, model_folder: str) -> None:
+    """Refuse a teacher whose tokens are not the policy's.
+
+    Raises:
+        ModelError: it cannot be read, or embeds another number of tokens.
+    """
+    found, expected = (_read_config(path).vocab_size for path in (teacher, model_folder))
+    if found != expected:
+        raise ModelError(
+            f"the teacher {teacher} embeds {found} tokens, the policy {expected}: a teacher must "
+            "have the policy's tokenizer; choose another one"
+        )
+
+
 def no_head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     """The head that wants nothing of the vocabulary: a critic's."""
     return ()

@@ -23,12 +23,17 @@ NOTHING_YET = Completion(
 
 @dataclass(frozen=True)
 class SampleTask:
-    """What an unfinished sample asks of the engine: at most ``max_tokens`` after ``token_ids``."""
+    """What an unfinished sample asks of the engine: at most ``max_tokens`` after ``token_ids``.
+
+    The last ``num_scored`` tokens of the latter are to be scored; then what is sampled is of no
+    account.
+    """
 
     index: int
     token_ids: tuple[int, ...]
     max_tokens: int
     seed: int
+    num_scored: int = 0
 
 
 class Turn:
@@ -77,6 +82,52 @@ class Turn:
 
     def result(self) -> RolloutResult:
         """Every sample with all it has."""
+        assert self.is_over, f"samples {self.open_samples} are still open"
+        return RolloutResult(self.request.request_id, tuple(self._completions))
+
+
+class ScoringTurn:
+    """One request whose completions an engine scores: they come back with its log-probabilities."""
+
+    def __init__(self, request: RolloutRequest) -> None:
+        assert len(request.partial) == request.num_samples, "what is scored comes with the request"
+        self.request = request
+        self._completions = list(request.partial)
+        self._open = set(range(request.num_samples))
+
+    @property
+    def open_samples(self) -> list[int]:
+        """Samples the engine still owes an answer, in order."""
+        return sorted(self._open)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is owed any more."""
+        return not self._open
+
+    def task(self, index: int) -> SampleTask:
+        """The whole of sample ``index``; an engine must sample something, so it is one token."""
+        scored = self._completions[index].token_ids.tolist()
+        return SampleTask(
+            index=index,
+            token_ids=(*self.request.prompt_token_ids, *scored),
+            max_tokens=1,
+            seed=self.request.seed + index,
+            num_scored=len(scored),
+        )
+
+    def close_sample(self, index: int, new: Completion) -> None:
+        """Take the scores of a sample, or ``abort`` where there are none."""
+        finish_reason = self._completions[index].finish_reason
+        if new.finish_reason == "abort":
+            finish_reason = "abort"
+        self._completions[index] = replace(
+            self._completions[index], logprobs=new.logprobs, finish_reason=finish_reason
+        )
+        self._open.remove(index)
+
+    def result(self) -> RolloutResult:
+        """Every sample with its scores."""
         assert self.is_over, f"samples {self.open_samples} are still open"
         return RolloutResult(self.request.request_id, tuple(self._completions))
 

@@ -12,10 +12,11 @@ What a weight update does to running requests is ``rollout.on_weight_update``:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import vllm
+from numpy.typing import NDArray
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -31,7 +32,7 @@ from paceline.configs.vocabulary import (
     WeightVersion,
 )
 from paceline.rollout.engine import RolloutResult
-from paceline.rollout.turns import SampleTask, Turn
+from paceline.rollout.turns import SampleTask, ScoringTurn, Turn
 from paceline.rollout.vllm_patches import (
     abort_with_outputs,
     has_sampled,
@@ -49,10 +50,20 @@ class VLLMEngine:
     Tokenizer-free: prompts come as ids, completions leave as ids. Log-probabilities are vLLM's
     *processed* ones (after temperature, top-k and top-p), the default being the raw ones, which are
     not those of the sampling distribution.
+
+    With ``fixed_version`` it serves the folder's own weights under that name from the start: a
+    teacher, which also has room to score completions of ``max_length`` tokens with their prompts.
     """
 
     def __init__(
-        self, model_folder: str, config: RolloutConfig, *, max_length: int, dtype: str, seed: int
+        self,
+        model_folder: str,
+        config: RolloutConfig,
+        *,
+        max_length: int,
+        dtype: str,
+        seed: int,
+        fixed_version: WeightVersion | None = None,
     ) -> None:
         require_known_version()
         if current_platform.is_cpu():
@@ -61,7 +72,7 @@ class VLLMEngine:
             model=model_folder,
             skip_tokenizer_init=True,
             dtype=dtype,
-            max_model_len=max_length,
+            max_model_len=max_length if fixed_version is None else max_length + 1,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=max(MIN_BATCHED_TOKENS, max_length),
             tensor_parallel_size=config.tensor_parallel,
@@ -78,17 +89,24 @@ class VLLMEngine:
             async_scheduling=False,
             disable_log_stats=True,
             seed=seed,
+            # To score the last token vLLM wants room for one more, which has no meaning: positions
+            # are rotary, so that one beyond those trained changes nothing before it.
+            hf_overrides={}
+            if fixed_version is None
+            else {"max_position_embeddings": max_length + 1},
         )
         self._engine = start_engine(arguments)
         if current_platform.is_cpu():
             require_cpu_head_size(self._engine.vllm_config.model_config.get_head_size())
         self._max_length = max_length
         self._on_update = config.on_weight_update
-        self._version: WeightVersion | None = None
+        self._version = fixed_version
+        if fixed_version is not None:
+            self._engine.set_weight_version(str(fixed_version))
         self._num_updates = 0
-        self._turns: dict[str, Turn] = {}
+        self._turns: dict[str, Turn | ScoringTurn] = {}
         self._running: dict[str, RunningSample] = {}
-        self._over: list[Turn] = []
+        self._over: list[Turn | ScoringTurn] = []
 
     @property
     def version(self) -> WeightVersion | None:
@@ -109,7 +127,7 @@ class VLLMEngine:
                 "model.max_length"
             )
         assert request.request_id not in self._turns, f"{request.request_id} is here already"
-        turn = Turn(request)
+        turn = ScoringTurn(request) if request.scores else Turn(request)
         for index in turn.open_samples:
             self._enqueue(turn, index)
         self._turns[request.request_id] = turn
@@ -150,7 +168,7 @@ class VLLMEngine:
             self._engine.reset_prefix_cache(reset_running_requests=True)
         return self._take_over()
 
-    def _enqueue(self, turn: Turn, index: int) -> None:
+    def _enqueue(self, turn: Turn | ScoringTurn, index: int) -> None:
         """Give vLLM a sample as a request of its own, so that it can be taken back alone."""
         task = turn.task(index)
         prompt: TokensPrompt = {"prompt_token_ids": list(task.token_ids)}
@@ -161,12 +179,15 @@ class VLLMEngine:
         name = sample_id(turn.request.request_id, index)
         parameters = sampling_params(turn.request.sampling, task)
         vllm_id = self._engine.add_request(name, prompt, parameters)
-        self._running[name] = RunningSample(turn, index, vllm_id)
+        self._running[name] = RunningSample(turn, index, vllm_id, task.num_scored)
 
     def _collect(self, output: vllm.RequestOutput) -> None:
         """Close the sample that an output ends."""
         sample = self._running.pop(output.request_id)
-        sample.turn.close_sample(sample.index, completion(output.outputs[0]))
+        new = completion(output.outputs[0])
+        if sample.num_scored:
+            new = replace(new, logprobs=scores(output, sample.num_scored))
+        sample.turn.close_sample(sample.index, new)
         if sample.turn.is_over:
             self._over.append(sample.turn)
 
@@ -196,9 +217,10 @@ class VLLMEngine:
 class RunningSample:
     """A sample that vLLM works on, and the id vLLM knows it by."""
 
-    turn: Turn
+    turn: Turn | ScoringTurn
     index: int
     vllm_id: str
+    num_scored: int
 
 
 def sample_id(request_id: str, index: int) -> str:
@@ -248,6 +270,7 @@ def sampling_params(sampling: SamplingParameters, task: SampleTask) -> vllm.Samp
         ignore_eos=True,  # what ends a completion is said by the request alone
         seed=task.seed,
         logprobs=0,  # only the sampled token's
+        prompt_logprobs=0 if task.num_scored else None,
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
@@ -268,3 +291,12 @@ def completion(output: vllm.CompletionOutput) -> Completion:
         versions=spans,
         finish_reason=output.finish_reason,
     )
+
+
+def scores(output: vllm.RequestOutput, count: int) -> NDArray[np.float32]:
+    """Log-probabilities of the prompt's last ``count`` tokens; zeros where it was taken back."""
+    found = output.prompt_logprobs
+    if not found:
+        return np.zeros(count, dtype=np.float32)
+    # flat: one number a token, for no other tokens were asked for
+    return np.asarray(found.logprobs[-count:], dtype=np.float32)

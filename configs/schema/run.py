@@ -14,6 +14,7 @@ from paceline.configs.schema.model import ModelConfig
 from paceline.configs.schema.reward import GraderConfig
 from paceline.configs.schema.rollout import RolloutConfig
 from paceline.configs.schema.store import SQLiteStoreConfig, StoreConfig
+from paceline.configs.schema.teacher import TeacherConfig
 
 
 class LoopConfig(Section):
@@ -116,6 +117,9 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     """The rollout workers."""
 
+    teacher: TeacherConfig | None = None
+    """The teacher, for `algorithm.type: distillation`."""
+
     learner: LearnerConfig = LearnerConfig()
     """The learner ranks."""
 
@@ -162,6 +166,7 @@ class RunConfig(Section):
                 f"reward.type reasoning_gym needs data.source.type reasoning_gym, "
                 f"got {self.data.source.type}: use reward.type exact or math"
             )
+        self._teacher_fits()
         if self.learner.tokens_per_microbatch < self.model.max_length:
             raise ValueError(
                 f"learner.tokens_per_microbatch ({self.learner.tokens_per_microbatch}) is less "
@@ -175,6 +180,20 @@ class RunConfig(Section):
                 f"rollout.gpus_per_worker ({self.rollout.gpus_per_worker})"
             )
         return self
+
+    def _teacher_fits(self) -> None:
+        is_taught = (
+            isinstance(self.algorithm, PolicyAlgorithm)
+            and self.algorithm.advantage.type == "teacher_gap"
+        )
+        if is_taught and self.teacher is None:
+            raise ValueError("algorithm.advantage.type teacher_gap needs a teacher: give its path")
+        sampling = self.rollout.sampling
+        if is_taught and (sampling.temperature, sampling.top_p, sampling.top_k) != (1.0, 1.0, 0):
+            raise ValueError(
+                "a teacher scores tokens at temperature 1 among all others: set "
+                "rollout.sampling.temperature to 1, top_p to 1 and top_k to 0"
+            )
 
 
 def compares_siblings(algorithm: AlgorithmConfig) -> bool:

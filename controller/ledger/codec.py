@@ -20,6 +20,7 @@ _ALIGNMENT = 8
 _ARRAYS = {
     "token_ids": (np.dtype("<i4"), "I32"),
     "logprobs": (np.dtype("<f4"), "F32"),
+    "teacher_logprobs": (np.dtype("<f4"), "F32"),
     "loss_mask": (np.dtype(np.bool_), "BOOL"),
 }
 """Types of what a trajectory holds, in numpy and in safetensors; the widest come first."""
@@ -28,12 +29,13 @@ _WHAT_TO_DO = "restore the ledger from a copy, or start the run anew under anoth
 
 def encode_group(group: Group) -> bytes:
     """Samples of a group in one piece; its prompt is named, not kept: the feed has it."""
+    names = _present(group)
     arrays: list[memoryview] = [
-        np.ascontiguousarray(getattr(trajectory, name), dtype).data
-        for name, (dtype, _) in _ARRAYS.items()
+        np.ascontiguousarray(getattr(trajectory, name), _ARRAYS[name][0]).data
+        for name in names
         for trajectory in group.trajectories
     ]
-    header = _header(group)
+    header = _header(group, names)
     # Our own safetensors writer: the library's would copy every byte four times.
     body = b"".join((_LENGTH.pack(len(header)), header, *arrays))
     return _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body)) + body
@@ -80,7 +82,14 @@ def verify(content: bytes, group_id: int) -> None:
         )
 
 
-def _header(group: Group) -> bytes:
+def _present(group: Group) -> list[str]:
+    """The arrays that the group's trajectories have: all of them the same ones."""
+    is_taught = {trajectory.teacher_logprobs is not None for trajectory in group.trajectories}
+    assert len(is_taught) == 1, "a teacher looked at all samples of a group or at none"
+    return [name for name in _ARRAYS if name != "teacher_logprobs" or is_taught == {True}]
+
+
+def _header(group: Group, names: list[str]) -> bytes:
     """What safetensors says before the arrays, padded so that they are aligned."""
     lengths = [len(trajectory.token_ids) for trajectory in group.trajectories]
     facts = {
@@ -92,7 +101,8 @@ def _header(group: Group) -> bytes:
     }
     text = f'{{"__metadata__":{{"group":{json.dumps(json.dumps(facts))}}}'
     length, start = sum(lengths), 0
-    for name, (dtype, code) in _ARRAYS.items():
+    for name in names:
+        dtype, code = _ARRAYS[name]
         end = start + length * dtype.itemsize
         text += f',"{name}":{{"dtype":"{code}","shape":[{length}],"data_offsets":[{start},{end}]}}'
         start = end

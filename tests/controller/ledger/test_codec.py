@@ -14,7 +14,7 @@ from tests.controller.builders import make_group, make_prompt
 
 
 @st.composite
-def trajectories(draw):
+def trajectories(draw, is_taught=False):
     length = draw(st.integers(1, 30))
     generator = np.random.default_rng(draw(st.integers(0, 10**6)))
     cut = draw(st.integers(0, length))
@@ -27,17 +27,24 @@ def trajectories(draw):
         finish_reason=draw(st.sampled_from(["stop", "length"])),
         reward=draw(st.floats(allow_nan=False)),
         text=draw(st.text()),
+        teacher_logprobs=generator.normal(size=length).astype(np.float32) if is_taught else None,
     )
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(trajectories(), min_size=1, max_size=5), st.none() | st.text())
+@given(
+    st.booleans().flatmap(lambda taught: st.lists(trajectories(taught), min_size=1, max_size=5)),
+    st.none() | st.text(),
+)
 def test_a_group_comes_back_as_it_was(samples, fault):
     group = Group(7, make_prompt(7), tuple(samples), fault)
     again = decode_group(encode_group(group), make_prompt(7), 7)
     assert (again.group_id, again.prompt, again.fault) == (7, group.prompt, fault)
     for mine, theirs in zip(again.trajectories, group.trajectories, strict=True):
-        for name in ("token_ids", "loss_mask", "logprobs"):
+        for name in ("token_ids", "loss_mask", "logprobs", "teacher_logprobs"):
+            if getattr(theirs, name) is None:
+                assert getattr(mine, name) is None
+                continue
             np.testing.assert_array_equal(getattr(mine, name), getattr(theirs, name))
             assert getattr(mine, name).dtype == getattr(theirs, name).dtype
         for name in ("versions", "finish_reason", "reward", "text"):
