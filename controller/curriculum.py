@@ -145,4 +145,4 @@ def require_fitting(
 
 def _coin(seed: int, position: int) -> float:
     """A number in [0, 1) that belongs to the position: thrown again, it falls the same way."""
-    return (xxhash.xxh3_64_intdigest(f"{seed}/{position}") >> 11) / 2**53
+    return (xxhash.xxh3_64_intdigest(f"{seed}/{position}".encode()) >> 11) / 2**53
