@@ -119,9 +119,7 @@ class CurriculumConfig(Section):
     def _target_is_a_range(self) -> Self:
         low, high = self.target
         if not low <= high:
-            raise ValueError(
-                f"data.curriculum.target is [{low}, {high}]: give the lower mean reward first"
-            )
+            raise ValueError(f"target is [{low}, {high}]: give the lower mean reward first")
         return self
 
 

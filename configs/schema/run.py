@@ -167,6 +167,11 @@ class RunConfig(Section):
                 f"got {self.data.source.type}: use reward.type exact or math"
             )
         self._teacher_fits()
+        if self.data.curriculum is not None and self.algorithm.type in ("sft", "dpo"):
+            raise ValueError(
+                "data.curriculum goes by the rewards of samples, and "
+                f"{self.algorithm.type} samples nothing: remove the curriculum"
+            )
         if self.learner.tokens_per_microbatch < self.model.max_length:
             raise ValueError(
                 f"learner.tokens_per_microbatch ({self.learner.tokens_per_microbatch}) is less "

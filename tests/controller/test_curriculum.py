@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from paceline.configs.errors import ConfigError
+from paceline.configs.load import load_config
 from paceline.configs.schema.data import CurriculumConfig, PromptFormat
 from paceline.configs.vocabulary import Prompt, Record, StepReport, WeightVersion
 from paceline.controller.assembly import Collector
@@ -23,6 +24,7 @@ from paceline.controller.buffer import WorkBuffer
 from paceline.controller.curriculum import Curriculum, Estimate, Outcome, difficulty
 from paceline.controller.freshness import FreshnessBudget
 from paceline.controller.ledger.journal import Journal
+from paceline.controller.ledger.state import Batch, LedgerState
 from paceline.controller.metering import RunTotals
 from paceline.controller.phases import TrainingObserver
 from paceline.controller.prompts import PromptFeed, PromptRenderer, PromptSet
@@ -241,6 +243,12 @@ def test_a_key_that_tells_nothing_of_later_prompts_is_refused() -> None:
     assert draw(make_feed(None, key="level"), 3)
 
 
+@pytest.mark.parametrize("recipe", ["sft", "dpo"])
+def test_where_nothing_is_sampled_a_curriculum_is_refused(recipe: str) -> None:
+    with pytest.raises(ConfigError, match=f"goes by the rewards of samples, and {recipe} samples"):
+        load_config(recipe, ["data.curriculum.key=prompt_length"])
+
+
 def simulate(curriculum: dict, num_groups: int = 4000) -> tuple[float, float, float]:
     """A learner that learns only from mixed groups, on problems of five levels.
 
@@ -312,6 +320,21 @@ def test_outcomes_of_trained_and_dropped_groups_are_told_and_told_alike_after_a_
     assert batch.outcomes == tuple(Outcome(make_prompt(i), reward) for i, reward in expected)
     assert again.outcomes == batch.outcomes
     assert again.dropped == batch.dropped == {"zero_signal": 2, "grader_error": 1}
+
+
+def test_a_ledger_from_before_rewards_were_kept_is_read_as_it_was() -> None:
+    old = {"trained": [1], "held": [], "dropped": {"0": "zero_signal"}}
+    batch = Batch.from_detail(0, old)
+    assert batch == Batch(0, (1,), (), {0: "zero_signal"}, {})
+    whole = LedgerState(batches={0: batch}).as_dict()
+    assert whole["batches"] == [[0, (1,), (), {0: "zero_signal"}]]
+    assert LedgerState.from_dict(json.loads(json.dumps(whole))).batches == {0: batch}
+
+
+def test_a_snapshot_of_the_ledger_keeps_the_rewards_of_dropped_groups() -> None:
+    batch = Batch(0, (1,), (), {0: "zero_signal"}, {0: 1 / 3})
+    whole = json.loads(json.dumps(LedgerState(batches={0: batch}).as_dict()))
+    assert LedgerState.from_dict(whole).batches == {0: batch}
 
 
 class Witness:
