@@ -27,6 +27,39 @@ DECOUPLED = "lag 4, decoupled PPO"
 TRUNCATED = "lag 4, TIS"
 
 _CLIP = "{type: clip, clip_low: 0.2, clip_high: 0.28}"
+# Groups without signal are kept: their replacements would be of newer weights.
+_SHARED = {"algorithm.zero_signal": "keep"}
+_GRPO = {
+    **_SHARED,
+    "algorithm.type": "grpo",
+    "algorithm.aggregation": "token_mean",
+    "algorithm.loss": _CLIP,
+}
+# All that the freshness budget allows is sampled at once, so that it is as old as it may be.
+_LATE = {"loop.max_lag": "4", "loop.pacing": "false", "rollout.max_num_seqs": "2560"}
+VARIANTS: Mapping[str, Mapping[str, str]] = {
+    IN_STEP: {"loop.max_lag": "0", **_GRPO},
+    UNCORRECTED: {**_LATE, **_SHARED, "algorithm.type": "reinforce"},
+    CLIPPED: {**_LATE, **_GRPO},
+    DECOUPLED: {
+        **_LATE,
+        **_SHARED,
+        "algorithm.type": "decoupled_ppo",
+        "algorithm.loss": _CLIP,
+    },
+    TRUNCATED: {
+        **_LATE,
+        **_SHARED,
+        "algorithm.type": "reinforce",
+        "algorithm.corrections": "[{type: truncate, cap: 2.0}]",
+    },
+}
+CORRECTED = "lag 4, uncorrected"
+CLIPPED = "lag 4, clipped ratio"
+DECOUPLED = "lag 4, decoupled PPO"
+TRUNCATED = "lag 4, TIS"
+
+_CLIP = "{type: clip, clip_low: 0.2, clip_high: 0.28}"
 _GRPO = {"algorithm.type": "grpo", "algorithm.aggregation": "token_mean", "algorithm.loss": _CLIP}
 # Without pacing every slot of the budget is used: samples get as old as they may.
 _LATE = {"loop.max_lag": "4", "loop.pacing": "false"}
@@ -61,7 +94,7 @@ class Plan:
     is_warm: bool = True
 
 
-FULL = Plan(tuple(VARIANTS), (0, 1), num_steps=120, evaluate_every=20)
+FULL = Plan(tuple(VARIANTS), (0, 1), num_steps=100, evaluate_every=20)
 QUICK = Plan((IN_STEP, CLIPPED), (0,), 4, 2, num_held_out=32, is_warm=False)
 
 
