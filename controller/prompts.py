@@ -160,12 +160,13 @@ class PromptSet:
 
     def feed(self) -> PromptFeed:
         """A new feed of training prompts, at their beginning; no outcome is known to it."""
+        chosen = self._curriculum
         return PromptFeed(
             self._source,
             self._renderer,
             self._kept_apart,
             self._first_training_index,
-            self._curriculum and Curriculum(self._curriculum, self._seed),
+            None if chosen is None else Curriculum(chosen, self._seed),
         )
 
     def demonstration(self, prompt: Prompt) -> tuple[NDArray[np.int32]]:
