@@ -3,7 +3,8 @@
 ``log p(y_t) = z_t[y_t] - logsumexp(z_t)`` and ``H_t = logsumexp(z_t) - sum_v p_t[v] z_t[v]`` with
 ``z_t = (W h_t) / temperature``. Both are differentiable: ``d log p(y) / d z_v = [v = y] - p_v`` and
 ``d H / d z_v = -p_v (log p_v + H)``. Rows are worked on in chunks, and the backward pass computes
-each chunk's logits again, so at most one chunk of [rows, V] logits exists at a time. The projection
+each chunk's logits again, so at most one chunk of [rows, V] logits exists at a time
+(and one of probabilities, where a loss uses the entropy). The projection
 runs in the precision of its inputs (as an engine's does); softmax and sums are float32.
 
 Shapes: T positions, V vocabulary entries, H hidden size.
@@ -146,8 +147,7 @@ def logits_gradient(
         # -p (s + e (log p + H)): both terms share the factor p
         probabilities_TV = all_logprobs_TV.exp()
         grad_TV = all_logprobs_TV.add_(entropy[:, None]).mul_(-entropy_scale[:, None])
-        # a probability of 0 adds nothing, though its logarithm be infinite
-        grad_TV.mul_(probabilities_TV).masked_fill_(probabilities_TV == 0, 0.0)
+        grad_TV.mul_(probabilities_TV)
         if scale is not None:
             grad_TV.addcmul_(probabilities_TV, -scale[:, None].expand_as(probabilities_TV))
     if scale is not None:

@@ -98,6 +98,9 @@ class SequenceClipLoss(Section):
     clip_high: float = Field(default=4e-4, ge=0)
     """Ratios over 1 + clip_high stop lowering the loss."""
 
+    length_normalized: bool = True
+    """Take the ratio's root by the sample's length (GSPO); false: the ratio itself."""
+
 
 class ClippedWeightLoss(Section):
     """REINFORCE with a bounded importance weight (CISPO, arXiv 2506.13585; AIPO, 2505.24034)."""

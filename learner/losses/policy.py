@@ -68,15 +68,18 @@ class SequenceClip:
     """GSPO: the clipped surrogate with the ratio of whole sequences.
 
     Zheng et al. 2025 (arXiv 2507.18071, eq. 5-7): ``s = (pi(y) / pi_old(y))^(1/|y|)``, the same for
-    every token of a sample. With the mean over each sequence this is the paper's loss.
+    every token of a sample. With the mean over each sequence this is the paper's loss. Without
+    ``length_normalized`` s is the ratio itself, as in TRL's RLOO.
     """
 
     clip_low: float = 3e-4
     clip_high: float = 4e-4
+    length_normalized: bool = True
 
     def __call__(self, terms: PolicyTerms) -> TokenLosses:
         """Loss of each token by its sample's ratio."""
-        log_ratio_T = terms.sequences.mean(terms.log_ratio)
+        over_sample = terms.sequences.mean if self.length_normalized else terms.sequences.sum
+        log_ratio_T = over_sample(terms.log_ratio)
         return clipped_surrogate(log_ratio_T, terms.advantages, self.clip_low, self.clip_high)
 
 
