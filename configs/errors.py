@@ -31,5 +31,13 @@ class CheckpointError(UserError):
     """A checkpoint is missing, incomplete or belongs to another run."""
 
 
+class BatchError(UserError):
+    """A batch lacks what the algorithm needs of it; no weight was written."""
+
+
+class NonFiniteError(BatchError):
+    """A number that an update depends on is infinite or not a number; no weight was written."""
+
+
 class RunInterrupted(Exception):
     """The user asked the run to stop; it was saved and can be resumed."""

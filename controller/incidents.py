@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from ray import cloudpickle
 
-from paceline.configs.errors import CheckpointError
+from paceline.configs.errors import BatchError, CheckpointError
 from paceline.configs.load import load_config
 from paceline.configs.vocabulary import StepReport, TrainBatch
 from paceline.controller import algorithms
@@ -23,8 +23,7 @@ from paceline.controller.actors import LearnerRanks
 from paceline.controller.observe.folder import RunFolder
 from paceline.controller.observe.jsonl import read_json, write_json
 from paceline.controller.parts import Algorithm
-from paceline.learner.errors import BatchError
-from paceline.learner.worker import LearnerWorker
+from paceline.controller.wiring import LEARNER_WORKER
 
 T = TypeVar("T")
 
@@ -87,7 +86,7 @@ def reproduce(folder: Path) -> StepReport:
     config = load_config(run.config)
     batch, algorithm = cloudpickle.loads((folder / "batch.pkl").read_bytes())
     with tempfile.TemporaryDirectory() as weights_folder:
-        worker = LearnerWorker(
+        worker = LEARNER_WORKER(
             config.model.path or str(run.initial),
             config.model,
             config.learner.model_copy(update={"num_ranks": 1, "gpus_per_rank": 0}),

@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from paceline.configs.errors import NonFiniteError
 from paceline.learner.advantages import Estimator, Pass
 from paceline.learner.aggregation import Aggregation, token_weights
-from paceline.learner.errors import NonFiniteError
 from paceline.learner.losses.corrections import Correction, SecondMoment
 from paceline.learner.losses.divergence import DivergenceEstimator, divergence
 from paceline.learner.losses.inputs import LossInputs, LossOutputs

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from paceline.configs.errors import NonFiniteError
 from paceline.configs.schema.learner import OptimizerConfig
-from paceline.learner.errors import NonFiniteError
 
 
 def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from paceline.configs.errors import BatchError, NonFiniteError
 from paceline.configs.schema.algorithm import CriticConfig
 from paceline.configs.vocabulary import TrainBatch
 from paceline.kernels.token_logprobs import token_logprobs
 from paceline.learner.advantages import Pass
-from paceline.learner.errors import BatchError, NonFiniteError
 from paceline.learner.losses.inputs import LossInputs, LossOutputs, Sequences
 from paceline.learner.losses.value import value_loss
 from paceline.learner.metrics import StepMetrics

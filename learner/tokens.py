@@ -14,8 +14,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from paceline.configs.errors import BatchError, NonFiniteError
 from paceline.configs.vocabulary import TrainBatch, TrainSample
-from paceline.learner.errors import BatchError, NonFiniteError
 
 
 @dataclass(frozen=True)

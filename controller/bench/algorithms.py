@@ -54,26 +54,6 @@ VARIANTS: Mapping[str, Mapping[str, str]] = {
         "algorithm.corrections": "[{type: truncate, cap: 2.0}]",
     },
 }
-CORRECTED = "lag 4, uncorrected"
-CLIPPED = "lag 4, clipped ratio"
-DECOUPLED = "lag 4, decoupled PPO"
-TRUNCATED = "lag 4, TIS"
-
-_CLIP = "{type: clip, clip_low: 0.2, clip_high: 0.28}"
-_GRPO = {"algorithm.type": "grpo", "algorithm.aggregation": "token_mean", "algorithm.loss": _CLIP}
-# Without pacing every slot of the budget is used: samples get as old as they may.
-_LATE = {"loop.max_lag": "4", "loop.pacing": "false"}
-VARIANTS: Mapping[str, Mapping[str, str]] = {
-    IN_STEP: {"loop.max_lag": "0", **_GRPO},
-    UNCORRECTED: {**_LATE, "algorithm.type": "reinforce"},
-    CLIPPED: {**_LATE, **_GRPO},
-    DECOUPLED: {**_LATE, "algorithm.type": "decoupled_ppo", "algorithm.loss": _CLIP},
-    TRUNCATED: {
-        **_LATE,
-        "algorithm.type": "reinforce",
-        "algorithm.corrections": "[{type: truncate, cap: 2.0}]",
-    },
-}
 CORRECTED = (CLIPPED, DECOUPLED, TRUNCATED)
 TOLERANCE = 5.0
 """Points of accuracy that a corrected run may end below lag 0."""

@@ -50,7 +50,7 @@ def broken_contracts(folder: Path) -> str:
     [
         ("configs/module.py", "torch", "configs runs without"),
         ("controller/module.py", "torch", "hold no tensors"),
-        ("controller/module.py", "paceline.rollout.module", "wiring.py alone"),
+        ("controller/module.py", "paceline.rollout.module", "algorithms.py alone"),
         ("kernels/module.py", "paceline.spec.module", "Rooms import downwards"),
         ("learner/module.py", "vllm", "Only rollout imports vLLM"),
         ("learner/module.py", "paceline.rollout.module", "Rooms import downwards"),

@@ -2,8 +2,8 @@
 
 Values and gradients agree to 1e-5 or better. Where implementations disagree:
 
-- GRPO's standard deviation: the paper does not say whether of the sample; TRL, verl and we divide by
-  n - 1. TRL adds 1e-4 to it, verl and we 1e-6.
+- GRPO's standard deviation: the paper does not say whether of the sample; TRL, verl and we divide
+  by n - 1. TRL adds 1e-4 to it, verl and we 1e-6.
 - CISPO: TRL's ``epsilon_high`` is the bound itself, the paper's is what it exceeds 1 by; our
   ``high`` is the bound. Neither bounds from below.
 - DAPO and CISPO divide by the tokens of the whole update in TRL, verl and here, by those of a group
@@ -32,9 +32,8 @@ from paceline.configs.schema.algorithm import PolicyAlgorithm
 from paceline.controller.algorithms import policy_optimization
 from paceline.learner.advantages import GeneralizedAdvantage, GroupRelative, LeaveOneOut
 from paceline.learner.losses.inputs import LossInputs, Sequences
+from tests.learner import trl_losses
 from tests.learner.token_tables import nothing, tokens_of
-
-trl_losses = pytest.importorskip("tests.learner.trl_losses")
 
 MAX_TOKENS = 12
 GROUPS, SAMPLES = 3, 4
@@ -74,7 +73,7 @@ def our_loss(objective, logprobs, old, rewards, mask, **columns):
         advantages=torch.from_numpy(advantages),
         weights=torch.from_numpy(prepared.columns["weights"]).double(),
         ages=torch.zeros(int(lengths.sum())),
-        reference_logprobs=columns["reference_logprobs"][inside] if columns else None,
+        **{name: column[inside] for name, column in columns.items() if name != "values"},
     )
     return objective.loss(inputs).loss, advantages[tokens.starts]
 
@@ -132,9 +131,7 @@ def test_ppos_loss_for_advantages_of_tokens_is_trls(seed):
     of_tokens = objective.advantage(tokens, nothing(tokens)).advantages
     advantages = torch.zeros_like(old)
     advantages[inside] = torch.from_numpy(of_tokens)
-    loss, _ = our_loss(
-        objective, logprobs, old, rewards, mask, values=values, reference_logprobs=old
-    )
+    loss, _ = our_loss(objective, logprobs, old, rewards, mask, values=values)
     theirs = trl_losses.grpo_loss(
         "bnpo", logprobs, old, advantages, mask, clip_low=0.2, clip_high=0.2
     )

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from paceline.configs.errors import NonFiniteError
 from paceline.learner.advantages import GeneralizedAdvantage, GroupRelative, Outcome
 from paceline.learner.aggregation import token_weights
-from paceline.learner.errors import NonFiniteError
 from paceline.learner.losses.corrections import MaskOutside, SecondMoment, Truncate
 from paceline.learner.losses.policy import Clip, ClippedWeight, Reinforce, SequenceClip
 from paceline.learner.objective import (

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from paceline.configs.errors import NonFiniteError
 from paceline.configs.schema.learner import OptimizerConfig
-from paceline.learner.errors import NonFiniteError
 from paceline.learner.optimizer import build_optimizer, learning_rate, reset_state, take_step
 
 

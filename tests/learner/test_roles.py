@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from paceline.configs.errors import CheckpointError
+from paceline.configs.errors import BatchError, CheckpointError
 from paceline.configs.schema.algorithm import CriticConfig
 from paceline.configs.vocabulary import TrainBatch
 from paceline.controller.algorithms import imitation, preferences
 from paceline.learner.advantages import GeneralizedAdvantage, Outcome
-from paceline.learner.errors import BatchError
 from paceline.learner.losses.corrections import SecondMoment
 from paceline.learner.losses.policy import Clip, SequenceClip
 from paceline.learner.objective import Objective, ReferencePenalty

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from paceline.configs.errors import BatchError, NonFiniteError
 from paceline.configs.vocabulary import TrainBatch, VersionSpan
-from paceline.learner.errors import BatchError, NonFiniteError
 from paceline.learner.tokens import batch_tokens
 from tests.learner.conftest import random_batch, random_sample
 

@@ -10,10 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from paceline.configs.errors import CheckpointError, ClusterError
+from paceline.configs.errors import BatchError, CheckpointError, ClusterError, NonFiniteError
 from paceline.configs.vocabulary import TrainBatch
 from paceline.controller.algorithms import imitation
-from paceline.learner.errors import BatchError, NonFiniteError
 from paceline.learner.model import write_initial_model
 from paceline.weights_sync.shared_memory import read_weights
 from tests.learner.conftest import VOCAB_SIZE, model_config, random_batch, random_sample
