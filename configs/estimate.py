@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from paceline.configs.model_shape import ModelShape, model_shape
 from paceline.configs.schema import RunConfig
+from paceline.configs.schema.algorithm import critic_of, reference_of
 
 _MIB = 1024**2
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -25,6 +26,7 @@ class Placement:
     num_rollout_workers: int
     num_learner_ranks: int
     num_grader_processes: int
+    num_teacher_workers: int
     cpus: float
     gpus: float
 
@@ -72,30 +74,38 @@ def estimate(config: RunConfig) -> Estimate:
 
 def placement(config: RunConfig) -> Placement:
     """Count the actors and sum what Ray reserves for them."""
-    rollout, learner = config.rollout, config.learner
+    rollout, learner, teacher = config.rollout, config.learner, config.teacher
+    engines = [rollout] if teacher is None else [rollout, teacher]
     return Placement(
         num_rollout_workers=rollout.num_workers,
         num_learner_ranks=learner.num_ranks,
         num_grader_processes=config.reward.num_processes,
-        cpus=rollout.num_workers * rollout.cpus_per_worker
+        num_teacher_workers=0 if teacher is None else teacher.num_workers,
+        cpus=sum(engine.num_workers * engine.cpus_per_worker for engine in engines)
         + learner.num_ranks * learner.cpus_per_rank,
-        gpus=rollout.num_workers * rollout.gpus_per_worker
+        gpus=sum(engine.num_workers * engine.gpus_per_worker for engine in engines)
         + learner.num_ranks * learner.gpus_per_rank,
     )
 
 
 def _learner_rank(config: RunConfig, shape: ModelShape) -> MemoryEstimate:
-    """Master weights, gradients and both Adam moments are float32 and sharded over the ranks; the
-    layer at work is gathered in the run's precision."""
+    """Master weights, gradients and both Adam moments are float32 and sharded over the ranks, those
+    of a critic with its own backbone too, and so is a reference policy; the layer at work is
+    gathered in the run's precision."""
     shard = -(-shape.num_parameters // config.learner.num_ranks)
     largest_unit = max(shape.parameters_per_layer, shape.vocabulary * shape.hidden)
     gathered = _BYTES[config.model.precision] * largest_unit if config.learner.num_ranks > 1 else 0
+    critic = critic_of(config.algorithm)
+    has_own_critic = critic is not None and critic.backbone == "separate"
+    reference = reference_of(config.algorithm)
     return MemoryEstimate(
         (
             ("base", _LEARNER_BASE),
             ("master weights", 4 * shard),
             ("gradients", 4 * shard),
             ("optimiser", 8 * shard),
+            ("critic", 16 * shard * has_own_critic),
+            ("reference", 4 * shard * (reference is not None)),
             ("gathered layer", gathered),
             ("activations", _activations(config, shape)),
         )

@@ -101,13 +101,14 @@ async def start_rollout_worker(
     """
     # Ray makes calls beyond its limit wait: an interrupt must not wait for what it interrupts.
     max_concurrency = 2 * max_requests + CONTROL_CALLS
+    actor_class = actor_class or RolloutActor
     actor = start_actor(cpus, gpus, environment, max_concurrency=max_concurrency)
     try:
-        await result_of(actor.build.remote(factory), ClusterError, f"rollout worker {index}")
+        await result_of(actor.build.remote(factory), ClusterError, actor_class.named(index))
     except BaseException:
         kill(actor)
         raise
-    return (actor_class or RolloutActor)(actor, index)
+    return actor_class(actor, index)
 
 
 async def start_learner_ranks(
@@ -189,9 +190,17 @@ def one_line(error: BaseException) -> str:
 class RolloutActor:
     """A `RolloutWorker` actor as a `Worker`: its death becomes `WorkerLost`."""
 
+    section = "rollout"
+    """The section of the configuration that its engine is of."""
+
     def __init__(self, actor: ActorHandle, index: int) -> None:
         self._actor = actor
-        self._who = f"rollout worker {index}"
+        self._who = self.named(index)
+
+    @classmethod
+    def named(cls, index: int) -> str:
+        """What a worker is called in messages."""
+        return f"{cls.section} worker {index}"
 
     async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
         """All completions of a request, unfinished ones where its turn ended first."""

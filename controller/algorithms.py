@@ -15,10 +15,7 @@ import ray.cloudpickle
 from paceline.configs.imports import build_imported
 from paceline.configs.schema import RunConfig
 from paceline.configs.schema.algorithm import (
-    AlgorithmConfig,
     CorrectionConfig,
-    CriticConfig,
-    FrozenPolicyConfig,
     ImportedAlgorithm,
     PolicyAlgorithm,
     PreferenceAlgorithm,
@@ -146,16 +143,6 @@ def imported(config: ImportedAlgorithm) -> Algorithm:
     # the learner's processes need not be able to import it
     ray.cloudpickle.register_pickle_by_value(sys.modules[config.import_path.partition(":")[0]])
     return found
-
-
-def critic(config: AlgorithmConfig) -> CriticConfig | None:
-    """The critic that an algorithm asks for."""
-    return config.critic if isinstance(config, PolicyAlgorithm | ImportedAlgorithm) else None
-
-
-def reference(config: AlgorithmConfig) -> FrozenPolicyConfig | None:
-    """The frozen policy that an algorithm asks for."""
-    return None if isinstance(config, SupervisedAlgorithm) else config.reference
 
 
 def built(table: Mapping[str, Callable[..., Any]], section: Section | CorrectionConfig) -> Any:

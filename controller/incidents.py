@@ -17,8 +17,8 @@ from ray import cloudpickle
 
 from paceline.configs.errors import BatchError, CheckpointError
 from paceline.configs.load import load_config
+from paceline.configs.schema.algorithm import critic_of, reference_of
 from paceline.configs.vocabulary import StepReport, TrainBatch
-from paceline.controller import algorithms
 from paceline.controller.actors import LearnerRanks
 from paceline.controller.observe.folder import RunFolder
 from paceline.controller.observe.jsonl import read_json, write_json
@@ -90,14 +90,14 @@ def reproduce(folder: Path) -> StepReport:
             config.model.path or str(run.initial),
             config.model,
             config.learner.model_copy(update={"num_ranks": 1, "gpus_per_rank": 0}),
-            algorithms.critic(config.algorithm),
+            critic_of(config.algorithm),
             rank=0,
             rendezvous=None,
             weights_folder=weights_folder,
             seed=config.seed,
         )
         worker.load(str(folder / "learner"))
-        reference = algorithms.reference(config.algorithm)
+        reference = reference_of(config.algorithm)
         if reference is not None:
             worker.load_reference(reference.path or str(run.reference))
         report = worker.forward_backward(batch, algorithm)

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from paceline.configs.estimate import Estimate, MemoryEstimate, estimate
 from paceline.configs.schema import RunConfig
+from paceline.configs.schema.algorithm import AlgorithmConfig, PolicyAlgorithm
 from paceline.controller.freshness import freshness_budget
 
 
@@ -33,6 +34,7 @@ def plan_rows(config: RunConfig) -> list[tuple[str, str]]:
         ("model", f"{model}, {parameters(found)}, {config.model.precision}"),
         ("run folder", f"{config.output_dir}/{config.name}"),
         ("step", f"{loop.groups_per_step} groups x {loop.samples_per_group} samples"),
+        ("algorithm", algorithm_of(config.algorithm)),
         ("steps", f"{loop.num_steps}" + ("" if config.warm_start is None else " + warm start")),
         (
             "freshness",
@@ -40,6 +42,7 @@ def plan_rows(config: RunConfig) -> list[tuple[str, str]]:
             f"({budget.capacity} groups in flight, window {budget.window})",
         ),
         ("rollout workers", placed(config.rollout.num_workers, config.rollout.gpus_per_worker)),
+        *teacher_rows(config),
         ("learner ranks", placed(config.learner.num_ranks, config.learner.gpus_per_rank)),
         ("grader processes", str(found.placement.num_grader_processes)),
         (
@@ -49,6 +52,27 @@ def plan_rows(config: RunConfig) -> list[tuple[str, str]]:
         ("memory, learner rank", memory(found.learner_rank)),
         ("memory, engine", memory(found.engine)),
     ]
+
+
+def algorithm_of(config: AlgorithmConfig) -> str:
+    """Its name and the parts it is a choice of."""
+    if not isinstance(config, PolicyAlgorithm):
+        return config.type
+    parts = [config.advantage.type, config.loss.type, config.aggregation]
+    parts += [f"ratio to the {config.old_policy} policy"]
+    parts += [correction.type for correction in config.corrections]
+    parts += ["critic"] if config.critic else []
+    parts += ["reference"] if config.reference else []
+    return f"{config.type} ({', '.join(parts)})"
+
+
+def teacher_rows(config: RunConfig) -> list[tuple[str, str]]:
+    """The teacher's line, where there is one."""
+    teacher = config.teacher
+    if teacher is None:
+        return []
+    on = placed(teacher.num_workers, teacher.gpus_per_worker)
+    return [("teacher workers", f"{on}, {teacher.path}")]
 
 
 def placed(count: int, gpus: float) -> str:

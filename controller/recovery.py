@@ -142,4 +142,10 @@ def groups_fit(previous: RunConfig, config: RunConfig) -> bool:
         and before.samples_per_group == now.samples_per_group
         and before.window_fraction == now.window_fraction
         and before.max_lag <= now.max_lag
+        and teacher_path(previous) == teacher_path(config)
     )
+
+
+def teacher_path(config: RunConfig) -> str | None:
+    """The model whose scores are part of finished groups."""
+    return None if config.teacher is None else config.teacher.path

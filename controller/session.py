@@ -9,7 +9,7 @@ from typing import Any
 
 from paceline.configs.errors import RunInterrupted, UserError
 from paceline.configs.schema import RunConfig
-from paceline.configs.schema.algorithm import WarmStartConfig
+from paceline.configs.schema.algorithm import WarmStartConfig, reference_of
 from paceline.configs.schema.learner import OptimizerConfig
 from paceline.controller import algorithms, wiring
 from paceline.controller.assembly import Collector
@@ -46,6 +46,8 @@ class Resumption:
 
 BYTES_PER_TOKEN = 9
 """Of a sample: int32 id, float32 log-probability and the loss mask."""
+TEACHER_BYTES = 4
+"""Of a sample a teacher looked at: its float32 log-probability."""
 SOLVED_REWARD = 0.99
 """Mean reward from which a run without learning signal counts as solved rather than stuck."""
 
@@ -76,7 +78,8 @@ class Session:
         self._recovered = Recovered()
         loop = self._config.loop
         self._budget = freshness_budget(loop.groups_per_step, loop.max_lag, loop.window_fraction)
-        group_bytes = loop.samples_per_group * self._config.model.max_length * BYTES_PER_TOKEN
+        token_bytes = BYTES_PER_TOKEN + TEACHER_BYTES * (self._config.teacher is not None)
+        group_bytes = loop.samples_per_group * self._config.model.max_length * token_bytes
         self._buffer = WorkBuffer(self._budget, journal, loop.buffer_mb << 20, group_bytes)
 
     async def run(self, resume_from: Resumption | None) -> None:
@@ -239,7 +242,7 @@ class Session:
         """
         optimizer, num_steps = self._config.learner.optimizer, self._config.loop.num_steps
         await self._parts.learner.begin(optimizer, num_steps)
-        reference = algorithms.reference(self._config.algorithm)
+        reference = reference_of(self._config.algorithm)
         if reference is None:
             return
         folder = reference.path or str(self._folder.reference)

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from paceline.configs.schema import RunConfig
+from paceline.configs.schema.algorithm import critic_of
 from paceline.configs.schema.data import DatasetSource, ReasoningGymSource
 from paceline.configs.schema.reward import ExactGrader, MathGrader, ReasoningGymGrader
 from paceline.configs.schema.rollout import RolloutConfig
@@ -23,7 +24,6 @@ from paceline.controller.actors import (
     start_learner_ranks,
     start_rollout_worker,
 )
-from paceline.controller.algorithms import critic
 from paceline.controller.concurrency import gather_or_cancel
 from paceline.controller.evaluation import Evaluator
 from paceline.controller.generation import Demonstrations, Rollouts, Sample, sample_to_end
@@ -299,7 +299,7 @@ async def start_learner(
         model_folder,
         config.model,
         learner,
-        critic(config.algorithm),
+        critic_of(config.algorithm),
         weights_folder=weights_folder,
         seed=config.seed,
     )

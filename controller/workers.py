@@ -1,4 +1,4 @@
-"""The pool of rollout workers: who samples what, weight updates, replacement of the lost."""
+"""A pool of workers: who samples what, weight updates, replacement of the lost."""
 
 from __future__ import annotations
 
@@ -69,11 +69,14 @@ class WorkerPool:
         max_restarts: int,
         max_samples: int,
         limits: TimeLimits,
+        section: str = "rollout",
     ) -> None:
+        """``section`` of the configuration is what messages tell a user to change."""
         self._start_worker = start_worker
         self._max_restarts = max_restarts
         self._max_samples = max_samples
         self._limits = limits
+        self._section = section
         self._affinity = Affinity()
         self._waiting: list[Ticket] = []
         self._restarts: set[asyncio.Task[None]] = set()
@@ -153,7 +156,7 @@ class WorkerPool:
         finally:
             self._leave(seat, demand)
         if answer.overdue:
-            logger.info("rollout worker %d is slow: took back %s", seat.index, request.request_id)
+            logger.info("%s is slow: took back %s", self._named(seat.index), request.request_id)
             self._affinity.remember(demand.prompt, seat.index, was_slow=True)
         return answer.completions
 
@@ -214,14 +217,17 @@ class WorkerPool:
         seat.joined = seat.served is not None
         self._dispatch()
 
+    def _named(self, index: int) -> str:
+        return f"{self._section} worker {index}"
+
     def _seat(self, index: int, worker: Worker, num_restarts: int = 0) -> Seat:
-        name, on_lost = f"rollout worker {index}", functools.partial(self._replace, index)
+        name, on_lost = self._named(index), functools.partial(self._replace, index)
         return Seat(index, WatchedWorker(worker, name, self._limits, on_lost), num_restarts)
 
     def _replace(self, index: int) -> None:
         """Start a replacement for the worker that was just found lost."""
         seat = self._seats[index]
-        lost = WorkerLost(f"rollout worker {index} {seat.worker.fate}")
+        lost = WorkerLost(f"{self._named(index)} {seat.worker.fate}")
         self._turn_away(lost, [ticket for ticket in self._waiting if ticket.demand.only == index])
         restart = asyncio.create_task(self._restart(seat), name=f"restart-worker-{index}")
         self._restarts.add(restart)
@@ -232,15 +238,16 @@ class WorkerPool:
         try:
             if num_restarts > self._max_restarts:
                 raise ClusterError(
-                    f"rollout worker {index} died {times(num_restarts)} and rollout.max_restarts "
-                    f"is {self._max_restarts}: {advice(lost.worker)}"
+                    f"{self._named(index)} died {times(num_restarts)} and "
+                    f"{self._section}.max_restarts is {self._max_restarts}: "
+                    f"{advice(lost.worker, self._section)}"
                 )
-            logger.warning("rollout worker %d %s: starting another", index, lost.worker.fate)
+            logger.warning("%s %s: starting another", self._named(index), lost.worker.fate)
             await lost.worker.close()
             worker = await self._start_worker(index)
             self._seats[index] = self._seat(index, worker, num_restarts)
             await self._acknowledge(self._seats[index])
-            logger.warning("rollout worker %d serves again", index)
+            logger.warning("%s serves again", self._named(index))
         except WorkerLost:
             pass  # the replacement's own loss has it replaced
         except Exception as error:
@@ -259,13 +266,14 @@ def times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
 
 
-def advice(worker: WatchedWorker) -> str:
+def advice(worker: WatchedWorker, section: str) -> str:
     """What to do about a worker that was lost once too often."""
     if worker.fate == "died":
         return (
-            "its log says why; if memory ran out, lower rollout.max_num_seqs or rollout.kv_cache_mb"
+            f"its log says why; if memory ran out, lower {section}.max_num_seqs or "
+            f"{section}.kv_cache_mb"
         )
     return (
-        f"it {worker.fate}; if it was only slow, raise rollout.answer_seconds, or "
-        "rollout.claim_seconds where that is longer"
+        f"it {worker.fate}; if it was only slow, raise {section}.answer_seconds, or "
+        f"{section}.claim_seconds where that is longer"
     )

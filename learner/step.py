@@ -27,6 +27,11 @@ from paceline.learner.tokens import BatchTokens, batch_tokens
 
 Columns = dict[str, NDArray[np.float32]]
 Arrays = list[NDArray[np.float32]]
+WHERE_FROM: dict[Pass, str] = {
+    "teacher": "a `teacher`",
+    "reference": "`algorithm.reference`",
+    "values": "`algorithm.critic`",
+}
 
 
 class TrainingStep:
@@ -148,11 +153,17 @@ class TrainingStep:
         """Compute what the algorithm wants to know of every token."""
         models, samples = self._models, self._batch.samples
         temperature = self._batch.temperature
-        if "teacher" in passes and tokens.teacher_logprobs is None:
-            raise BatchError(
-                f"step {self._batch.step} has samples that no teacher looked at: configure a "
-                "`teacher`, or choose an algorithm that needs none"
-            )
+        missing = {
+            "teacher": tokens.teacher_logprobs is None,
+            "reference": models.reference is None,
+            "values": models.value_model is None,
+        }
+        for name, where in WHERE_FROM.items():
+            if name in passes and missing[name]:
+                raise BatchError(
+                    f"step {self._batch.step}: the algorithm needs {name} of every token, and "
+                    f"there is none: configure {where}, or choose an algorithm that needs none"
+                )
 
         def computed(name: Pass, find: Callable[[], Arrays]) -> NDArray[np.float32] | None:
             return np.concatenate(find()) if name in passes else None

@@ -467,6 +467,16 @@ AlgorithmConfig = Annotated[
 ]
 
 
+def critic_of(algorithm: AlgorithmConfig) -> CriticConfig | None:
+    """The critic that an algorithm asks for."""
+    return algorithm.critic if isinstance(algorithm, PolicyAlgorithm | ImportedAlgorithm) else None
+
+
+def reference_of(algorithm: AlgorithmConfig) -> FrozenPolicyConfig | None:
+    """The frozen policy that an algorithm asks for."""
+    return None if isinstance(algorithm, SupervisedAlgorithm) else algorithm.reference
+
+
 class WarmStartConfig(Section):
     """Supervised steps before reinforcement learning, on the same loop and the same learner."""
 

@@ -38,6 +38,16 @@ class TeacherConfig(Section):
     enforce_eager: bool = True
     """Run without graph capture and compilation; the CPU always does."""
 
+    max_restarts: int = Field(default=1, ge=0)
+    """How often a dead worker is replaced before the run ends with its error."""
+
+    claim_seconds: float = Field(default=600.0, gt=0)
+    """Longest a worker may hold a request: what it has not scored by then is asked again."""
+
+    answer_seconds: float = Field(default=60.0, gt=0)
+    """A worker is replaced when its process gives no sign of life for this long, or leaves an
+    interrupt unanswered."""
+
     def as_rollout(self) -> RolloutConfig:
         """The same as the engine of a rollout worker takes it."""
         return RolloutConfig.model_validate(self.model_dump(exclude={"path"}))

@@ -6,8 +6,8 @@ import pytest
 
 from paceline.configs.errors import ConfigError
 from paceline.configs.load import dump_config, load_config
-from paceline.configs.schema.algorithm import PRESETS
-from paceline.controller.algorithms import algorithm, critic, reference
+from paceline.configs.schema.algorithm import PRESETS, critic_of, reference_of
+from paceline.controller.algorithms import algorithm
 from paceline.learner.advantages import GroupRelative
 from paceline.learner.losses.corrections import SecondMoment, Truncate
 from paceline.learner.losses.policy import Clip
@@ -22,7 +22,7 @@ def configured(*overrides):
 @pytest.mark.parametrize("name", sorted(set(PRESETS) - {"distillation"}))
 def test_every_named_algorithm_moves_the_weights(name, model_folder, tmp_path):  # noqa: F811
     config = configured(f"algorithm.type={name}")
-    worker = make_worker(model_folder, tmp_path / "weights", critic=critic(config.algorithm))
+    worker = make_worker(model_folder, tmp_path / "weights", critic=critic_of(config.algorithm))
     _, objective = algorithm(config)
     metrics = worker.forward_backward(random_batch(), objective).metrics
     assert metrics["ess"] > 0
@@ -93,8 +93,8 @@ def test_contradictory_parts_are_refused_in_one_line(overrides, said):
 
 
 def test_who_asks_for_a_reference_gets_one():
-    assert reference(configured("algorithm={type: sft}").algorithm) is None
-    assert reference(configured("algorithm={type: grpo}").algorithm) is None
-    assert reference(configured("algorithm={type: dpo}").algorithm) is not None
+    assert reference_of(configured("algorithm={type: sft}").algorithm) is None
+    assert reference_of(configured("algorithm={type: grpo}").algorithm) is None
+    assert reference_of(configured("algorithm={type: dpo}").algorithm) is not None
     asked = configured("algorithm={type: grpo, reference: {coefficient: 0.1}}").algorithm
-    assert reference(asked).coefficient == 0.1
+    assert reference_of(asked).coefficient == 0.1

@@ -88,6 +88,18 @@ def train(worker, batches, start=0):
     return reports, weights(worker)
 
 
+def train_roles(worker, batches, algorithm, reference_folder):
+    """Steps of an algorithm with critic and reference; metrics, and weights of both models."""
+    worker.load_reference(reference_folder)
+    reports = []
+    for step, batch in enumerate(batches):
+        report = worker.forward_backward(batch, algorithm)
+        applied = worker.optimizer_step(step + 1, OPTIMIZER, step, 100)
+        reports.append({**report.metrics, **applied})
+    critic = {name: whole(p) for name, p in worker._models.critic.trained_parameters()}
+    return reports, weights(worker), critic
+
+
 def train_and_save(worker, batches, folder):
     result = train(worker, batches)
     worker.save(folder)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from paceline.configs.errors import ClusterError
+from paceline.configs.schema.algorithm import CriticConfig
 from paceline.configs.vocabulary import TrainBatch
+from paceline.learner.advantages import GeneralizedAdvantage
+from paceline.learner.losses.policy import Clip
+from paceline.learner.objective import Objective, ReferencePenalty
 from paceline.weights_sync.shared_memory import read_weights
 from tests.learner import ranks
 from tests.learner.conftest import random_batch, random_sample
@@ -30,12 +36,18 @@ def processes():
     A process keeps its rank, as in a run: torch caches shard offsets by mesh and forgets to key
     them by rank.
     """
+    with rank_process() as first, rank_process() as second:
+        yield first, second
+
+
+@contextmanager
+def rank_process():
+    """A process that can import what the tests can."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(REPOSITORY)
         patch.setenv("OMP_NUM_THREADS", "1")
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, context) as first, ProcessPoolExecutor(1, context) as second:
-            yield first, second
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            yield process
 
 
 @pytest.fixture
@@ -179,15 +191,37 @@ def test_bfloat16_trains_float32_masters_and_publishes_bfloat16(on_ranks, tmp_pa
         assert torch.equal(parameter, rounded)
 
 
-def test_a_rank_that_waits_in_vain_names_the_rendezvous(processes, model_folder, tmp_path):
+def test_a_rank_that_waits_in_vain_names_the_rendezvous(model_folder, tmp_path):
+    """In a process of its own: one that failed to meet the others counts its groups differently."""
     port = ranks.free_port()
-    alone = processes[0].submit(
-        ranks.make_worker,
-        model_folder,
-        tmp_path / "weights",
-        num_ranks=2,
-        port=port,
-        collective_timeout_seconds=1,
+    with rank_process() as alone, pytest.raises(ClusterError) as error:
+        alone.submit(
+            ranks.make_worker,
+            model_folder,
+            tmp_path / "weights",
+            num_ranks=2,
+            port=port,
+            collective_timeout_seconds=1,
+        ).result(timeout=120)
+    assert re.search(rf"rank 0 of 2 did not meet .*:{port} within 1 s", str(error.value))
+
+
+def test_critic_and_reference_on_two_ranks_do_what_they_do_on_one(on_ranks, model_folder):
+    algorithm = Objective(
+        GeneralizedAdvantage(trace_decay=0.9),
+        Clip(0.2, 0.28),
+        "sequence_mean",
+        max_tokens=64,
+        reference=ReferencePenalty(0.1),
+        num_updates=2,
+        old_policy="recomputed",
     )
-    with pytest.raises(ClusterError, match=rf"rank 0 of 2 did not meet .*:{port} within 1 s"):
-        alone.result(timeout=120)
+    batches = [random_batch(seed=seed, num_samples=13) for seed in range(3)]
+    arguments = (batches, algorithm, model_folder)
+    critic = CriticConfig(clip=0.2)
+    [(reports, policy, values)] = on_ranks(1, ranks.train_roles, *arguments, critic=critic)
+    for found in on_ranks(2, ranks.train_roles, *arguments, critic=critic):
+        for mine, theirs in zip(found[0], reports, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+        assert_same(found[1], policy, 1e-3)
+        assert_same(found[2], values, 1e-3)

@@ -13,7 +13,7 @@ from paceline.configs.errors import BatchError, CheckpointError
 from paceline.configs.schema.algorithm import CriticConfig
 from paceline.configs.vocabulary import TrainBatch
 from paceline.controller.algorithms import imitation, preferences
-from paceline.learner.advantages import GeneralizedAdvantage, Outcome
+from paceline.learner.advantages import GeneralizedAdvantage, Outcome, TeacherGap
 from paceline.learner.losses.corrections import SecondMoment
 from paceline.learner.losses.policy import Clip, SequenceClip
 from paceline.learner.objective import Objective, ReferencePenalty
@@ -240,8 +240,14 @@ def test_gspo_and_m2po_do_not_depend_on_how_a_batch_is_split(new_worker):
         assert report.metrics["loss"] == pytest.approx(whole_report.metrics["loss"], abs=1e-6)
 
 
-def test_samples_without_a_teacher_are_refused_where_one_is_needed(new_worker):
-    from paceline.learner.advantages import TeacherGap
-
-    with pytest.raises(BatchError, match="no teacher looked at"):
-        new_worker().forward_backward(random_batch(), replace(LOSS, advantage=TeacherGap()))
+@pytest.mark.parametrize(
+    ("algorithm", "where"),
+    [
+        (replace(LOSS, advantage=TeacherGap()), "a `teacher`"),
+        (replace(LOSS, reference=ReferencePenalty(0.1)), "`algorithm.reference`"),
+        (PPO, "`algorithm.critic`"),
+    ],
+)
+def test_what_an_algorithm_needs_and_there_is_not_is_said(new_worker, algorithm, where):
+    with pytest.raises(BatchError, match=f"there is none: configure {where}"):
+        new_worker().forward_backward(random_batch(), algorithm)
