@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from paceline.configs.errors import ClusterError
+from paceline.configs.estimate import placement
 from paceline.configs.schema.run import ClusterConfig, RunConfig
 
 PROBE_SECONDS = 5.0
@@ -90,18 +91,14 @@ def require_resources(config: RunConfig) -> None:
     Raises:
         ClusterError: it has fewer CPUs or GPUs than the run reserves.
     """
-    rollout, learner = config.rollout, config.learner
-    wanted = {
-        "GPU": rollout.num_workers * rollout.gpus_per_worker
-        + learner.num_ranks * learner.gpus_per_rank,
-        "CPU": rollout.num_workers * rollout.cpus_per_worker
-        + learner.num_ranks * learner.cpus_per_rank,
-    }
+    found = placement(config)
+    wanted = {"GPU": found.gpus, "CPU": found.cpus}
+    teachers = f", {found.num_teacher_workers} teacher workers" if config.teacher else ""
     available = ray.cluster_resources()
     for kind, count in wanted.items():
         if count > available.get(kind, 0):
             raise ClusterError(
-                f"the run reserves {count:g} {kind}s for {rollout.num_workers} rollout workers and "
-                f"{learner.num_ranks} learner ranks, the cluster has "
+                f"the run reserves {count:g} {kind}s for {found.num_rollout_workers} rollout "
+                f"workers{teachers} and {found.num_learner_ranks} learner ranks, the cluster has "
                 f"{available.get(kind, 0):g}: lower them or join a larger cluster"
             )

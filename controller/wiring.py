@@ -16,6 +16,7 @@ from paceline.configs.schema.algorithm import critic_of
 from paceline.configs.schema.data import DatasetSource, ReasoningGymSource
 from paceline.configs.schema.reward import ExactGrader, MathGrader, ReasoningGymGrader
 from paceline.configs.schema.rollout import RolloutConfig
+from paceline.configs.schema.run import given_completions
 from paceline.configs.vocabulary import SamplingParameters
 from paceline.controller.actors import (
     LateClass,
@@ -184,6 +185,12 @@ class Parts:
             precision=self.config.model.precision,
             label=label,
         )
+
+
+def training_temperature(config: RunConfig) -> float:
+    """At which the learner computes log-probabilities: the sampling's, 1 where nothing is sampled."""
+    is_sampled = given_completions(config.algorithm) is None
+    return config.rollout.sampling.temperature if is_sampled else 1.0
 
 
 def max_claims(config: RunConfig) -> int:
@@ -375,6 +382,7 @@ async def start_engines(
         max_restarts=rollout.max_restarts,
         max_samples=max_samples,
         limits=TimeLimits(rollout.claim_seconds, rollout.answer_seconds),
+        section=actor.section,
     )
     stack.push_async_callback(pool.close)
     return pool

@@ -59,6 +59,8 @@ class WorkerPool:
 
     A worker holds at most ``max_samples``, or one request. What it cannot take waits here, in no
     more places than there are callers: the loop's ``generate`` tasks, or an evaluation's prompts.
+
+    ``section`` of the configuration names the workers and is what messages tell a user to change.
     """
 
     def __init__(
@@ -71,7 +73,6 @@ class WorkerPool:
         limits: TimeLimits,
         section: str = "rollout",
     ) -> None:
-        """``section`` of the configuration is what messages tell a user to change."""
         self._start_worker = start_worker
         self._max_restarts = max_restarts
         self._max_samples = max_samples

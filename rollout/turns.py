@@ -91,6 +91,7 @@ class ScoringTurn:
 
     def __init__(self, request: RolloutRequest) -> None:
         assert len(request.partial) == request.num_samples, "what is scored comes with the request"
+        assert all(len(each.token_ids) for each in request.partial), "nothing has no score"
         self.request = request
         self._completions = list(request.partial)
         self._open = set(range(request.num_samples))

@@ -12,11 +12,13 @@ What a weight update does to running requests is ``rollout.on_weight_update``:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import numpy as np
 import vllm
 from numpy.typing import NDArray
+from transformers import PretrainedConfig
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
@@ -89,11 +91,9 @@ class VLLMEngine:
             async_scheduling=False,
             disable_log_stats=True,
             seed=seed,
-            # To score the last token vLLM wants room for one more, which has no meaning: positions
-            # are rotary, so that one beyond those trained changes nothing before it.
             hf_overrides={}
             if fixed_version is None
-            else {"max_position_embeddings": max_length + 1},
+            else functools.partial(with_positions, max_length + 1),
         )
         self._engine = start_engine(arguments)
         if current_platform.is_cpu():
@@ -221,6 +221,19 @@ class RunningSample:
     index: int
     vllm_id: str
     num_scored: int
+
+
+def with_positions(count: int, config: PretrainedConfig) -> PretrainedConfig:
+    """A model's configuration with at least ``count`` positions.
+
+    To score a context's last token vLLM wants room for one more, which is of no account: positions
+    are rotary, and one beyond those trained changes nothing before it. A model that has more keeps
+    what it has: some kinds of scaling depend on it.
+    """
+    text = config.get_text_config()
+    if getattr(text, "max_position_embeddings", count) < count:
+        text.max_position_embeddings = count
+    return config
 
 
 def sample_id(request_id: str, index: int) -> str:

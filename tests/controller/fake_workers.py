@@ -108,7 +108,7 @@ def request(name, num_samples=1, prompt=(1,), max_tokens=64, partial=(), segment
     )
 
 
-def pool_of(workers, spares=(), max_restarts=3, max_samples=1000):
+def pool_of(workers, spares=(), max_restarts=3, max_samples=1000, section="rollout"):
     spares = list(spares)
 
     async def start(index):
@@ -121,4 +121,5 @@ def pool_of(workers, spares=(), max_restarts=3, max_samples=1000):
         max_restarts=max_restarts,
         max_samples=max_samples,
         limits=TimeLimits(CLAIM_SECONDS, ANSWER_SECONDS),
+        section=section,
     )

@@ -123,6 +123,7 @@ def test_a_cluster_is_left_however_its_block_ends(start_fake):
         (["rollout.num_workers=3", "rollout.cpus_per_worker=2"], {"CPU": 4}, "6 CPUs.*has 4"),
         (["rollout.gpus_per_worker=1", "learner.gpus_per_rank=1"], {"GPU": 1}, "2 GPUs.*has 1"),
         (["learner.gpus_per_rank=1"], {"CPU": 64}, "1 GPUs.*has 0"),
+        (["teacher={path: wiser, gpus_per_worker: 1}"], {"CPU": 64}, "1 teacher workers.*has 0"),
     ],
 )
 def test_more_than_the_cluster_has_is_refused_before_anything_waits(

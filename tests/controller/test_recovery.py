@@ -303,8 +303,17 @@ def test_a_new_run_does_not_begin_in_the_ledger_of_another():
         ("loop.samples_per_group=8", False),
         ("rollout.sampling.temperature=0.7", False),
         ("reward.require_finish=false", False),
+        ("teacher={path: wiser}", False),
     ],
 )
 def test_groups_fit_unless_what_made_or_bounds_them_changed(change, fits):
     recipe = str(Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml")
     assert groups_fit(load_config(recipe, ()), load_config(recipe, (change,))) is fits
+
+
+def test_demonstrations_are_not_trained_on_as_if_they_had_been_sampled():
+    given = load_config("sft", ())
+    sampled = load_config("sft", ("algorithm={type: ppo}",))
+    assert given.loop == sampled.loop
+    assert not groups_fit(given, sampled)
+    assert groups_fit(given, given)

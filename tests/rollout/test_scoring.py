@@ -83,6 +83,16 @@ def test_a_completion_up_to_the_very_end_of_the_context_is_scored(teacher):
     assert (scored.logprobs < 0).all()
 
 
+@pytest.mark.parametrize(("has", "expected"), [(32, 65), (65, 65), (4096, 4096)])
+def test_a_teacher_never_loses_positions_that_its_model_has(has, expected):
+    from transformers import Qwen3Config
+
+    from paceline.rollout.vllm_engine import with_positions
+
+    config = with_positions(65, Qwen3Config(max_position_embeddings=has))
+    assert config.max_position_embeddings == expected
+
+
 def test_a_score_that_is_taken_back_says_so(teacher):
     engine, _ = teacher
     request = make_request("back", partial=[sampled(np.random.default_rng(2), 4)])
