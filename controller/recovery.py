@@ -117,8 +117,8 @@ def require_nothing_trained_since(step: int, state: LedgerState) -> None:
     if since:
         raise ConfigError(
             f"--resume: {len(since)} steps after the checkpoint must be trained again as they "
-            "were, but settings of loop, rollout.sampling or reward changed: resume with the "
-            "settings of config.yaml first"
+            "were, but settings of loop, rollout.sampling, reward or teacher changed: resume with "
+            "the settings of config.yaml first"
         )
 
 
