@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from paceline.configs.model_shape import ModelShape, model_shape
 from paceline.configs.schema import RunConfig
 from paceline.configs.schema.algorithm import critic_of, reference_of
+from paceline.configs.schema.rollout import RolloutConfig
+from paceline.configs.schema.teacher import TeacherConfig
 
 _MIB = 1024**2
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -75,7 +77,9 @@ def estimate(config: RunConfig) -> Estimate:
 def placement(config: RunConfig) -> Placement:
     """Count the actors and sum what Ray reserves for them."""
     rollout, learner, teacher = config.rollout, config.learner, config.teacher
-    engines = [rollout] if teacher is None else [rollout, teacher]
+    engines: list[RolloutConfig | TeacherConfig] = [rollout]
+    if teacher is not None:
+        engines.append(teacher)
     return Placement(
         num_rollout_workers=rollout.num_workers,
         num_learner_ranks=learner.num_ranks,

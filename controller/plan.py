@@ -58,7 +58,7 @@ def algorithm_of(config: AlgorithmConfig) -> str:
     """Its name and the parts it is a choice of."""
     if not isinstance(config, PolicyAlgorithm):
         return config.type
-    parts = [config.advantage.type, config.loss.type, config.aggregation]
+    parts: list[str] = [config.advantage.type, config.loss.type, config.aggregation]
     parts += [f"ratio to the {config.old_policy} policy"]
     parts += [correction.type for correction in config.corrections]
     parts += ["critic"] if config.critic else []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.commands import run, run_in
-from tests.integration.conftest import train
+from tests.integration.conftest import LEARNS_QUICKLY, train
 
 pytestmark = pytest.mark.slow
 
@@ -75,3 +75,46 @@ def test_algorithms_unlike_each_other_train_in_whole_runs(tmp_path, name):
     assert [step.step for step in steps] == [1, 2]
     assert all(step.metrics["grad_norm"] > 0 for step in steps)
     assert steps[0].metrics["mismatch_fresh"] < 1e-4, "engine and learner agree on fresh tokens"
+
+
+PAIRS = (
+    "data.source={type: import, import_path: 'paceline.reward.spelling_pairs:SpellingPairs', "
+    "parameters: {parameters: {min_word_len: 3, max_word_len: 6}}, prompt_template: '{word}='}",
+    "reward={type: exact}",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "metric"),
+    [("sft", (), "loss"), ("dpo", PAIRS, "preference_loss")],
+)
+def test_runs_without_sampling_learn_in_the_same_loop(tmp_path, name, overrides, metric):
+    arguments = train(
+        name, "loop.num_steps=12", f"algorithm={{type: {name}}}", *LEARNS_QUICKLY, *overrides
+    )
+    assert completed(tmp_path, *arguments) == (0, "")
+    run_folder = run_in(tmp_path, name)
+    steps = run_folder.steps
+    found = [step.loss if metric == "loss" else step.metrics[metric] for step in steps]
+    assert len(found) == 12
+    assert found[-1] < found[0]
+    assert all(step.age_max is None for step in steps), "what nobody sampled has no age"
+    assert run("ledger", str(run_folder.folder.root), cwd=tmp_path).code == 0
+
+
+def test_a_student_comes_closer_to_its_teacher(tmp_path, finished_run):
+    """The teacher is another run's model; the ledger balances with its scores in it."""
+    teacher = finished_run.run.folder.final
+    arguments = train(
+        "taught",
+        "loop.num_steps=12",
+        "seed=7",
+        "algorithm={type: distillation}",
+        f"teacher={{path: '{teacher}', kv_cache_mb: 16}}",
+        *LEARNS_QUICKLY,
+    )
+    assert completed(tmp_path, *arguments) == (0, "")
+    run_folder = run_in(tmp_path, "taught")
+    gaps = [step.metrics["teacher_reverse_kl"] for step in run_folder.steps]
+    assert gaps[-1] < 0.5 * gaps[0]
+    assert run("ledger", str(run_folder.folder.root), cwd=tmp_path).code == 0
