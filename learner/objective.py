@@ -160,27 +160,40 @@ class Objective:
         correction_T = self._correction(inputs, now_T - inputs.behaviour_logprobs)
         # where(): a masked token's loss may be infinite, and infinity times zero is no number
         loss_T = torch.where(correction_T == 0, 0.0, correction_T * losses.loss)
-        metrics = {"entropy": inputs.entropy.detach().sum()}
+        loss_T = loss_T + self._penalty(inputs)
+        with torch.no_grad():
+            metrics, maxima = self._metrics(inputs, losses.is_clipped, correction_T)
+        return LossOutputs((inputs.weights * loss_T).sum(), metrics, maxima)
+
+    def _penalty(self, inputs: LossInputs) -> Tensor | float:
+        """What each token costs beside the policy loss: leaving the reference, losing entropy."""
+        penalty: Tensor | float = 0.0
         if self.reference is not None and self.reference.place == "loss":
             assert inputs.reference_logprobs is not None, "the reference's come first"
-            kl_T = divergence(inputs.reference_logprobs - inputs.logprobs, self.reference.estimator)
-            loss_T = loss_T + self.reference.coefficient * kl_T
+            away_T = inputs.reference_logprobs - inputs.logprobs
+            kl_T = divergence(away_T, self.reference.estimator)
+            penalty = self.reference.coefficient * kl_T
         if self.entropy_coefficient:
-            loss_T = loss_T - self.entropy_coefficient * inputs.entropy
-        maxima: dict[str, Tensor] = {}
-        with torch.no_grad():
-            if inputs.reference_logprobs is not None:
-                away_T = inputs.reference_logprobs - inputs.logprobs
-                metrics["reference_kl"] = divergence(away_T, "k3").sum()
-            if self.is_sampled:
-                metrics |= {
-                    "clip_fraction": losses.is_clipped.sum(),
-                    "masked_fraction": (correction_T == 0).sum(),
-                    "correction_weight": correction_T.sum(),
-                }
-                moved, maxima = off_policy_metrics(inputs)
-                metrics |= moved
-        return LossOutputs((inputs.weights * loss_T).sum(), metrics, maxima)
+            penalty = penalty - self.entropy_coefficient * inputs.entropy
+        return penalty
+
+    def _metrics(
+        self, inputs: LossInputs, is_clipped_T: Tensor, correction_T: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Sums over tokens, and maxima."""
+        sums = {"entropy": inputs.entropy.sum()}
+        if inputs.reference_logprobs is not None:
+            away_T = inputs.reference_logprobs - inputs.logprobs
+            sums["reference_kl"] = divergence(away_T, "k3").sum()
+        if not self.is_sampled:
+            return sums, {}
+        moved, maxima = off_policy_metrics(inputs)
+        corrected = {
+            "clip_fraction": is_clipped_T.sum(),
+            "masked_fraction": (correction_T == 0).sum(),
+            "correction_weight": correction_T.sum(),
+        }
+        return sums | corrected | moved, maxima
 
     def _old_logprobs(self, inputs: LossInputs) -> Tensor:
         current_T = inputs.logprobs.detach()
