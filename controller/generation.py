@@ -21,6 +21,7 @@ from paceline.configs.vocabulary import (
 )
 from paceline.controller.buffer import Work
 from paceline.controller.concurrency import gather_or_cancel
+from paceline.controller.prompts import Demonstration
 
 logger = logging.getLogger(__name__)
 
@@ -140,11 +141,10 @@ def with_teacher(group: Group, taught: Sequence[np.ndarray]) -> Group:
 class Demonstrations:
     """Completions of a data set in place of samples: learning without sampling, in the same loop.
 
-    ``completion_ids`` gives those of a prompt, int32 each: a gold one alone, or a better and a
-    worse one.
+    ``given`` is a prompt's: a gold one alone, or a better and a worse one.
     """
 
-    completion_ids: Callable[[Prompt], tuple[np.ndarray, ...]]
+    given: Callable[[Prompt], tuple[Demonstration, ...]]
 
     async def __call__(self, work: Work) -> Group:
         """A group of them: no version sampled them and they have no log-probabilities.
@@ -153,19 +153,20 @@ class Demonstrations:
         """
         trajectories = tuple(
             replace(
-                Trajectory.from_completion(work.prompt, demonstrated(token_ids)),
+                Trajectory.from_completion(work.prompt, unsampled(demonstration)),
                 reward=float(index == 0),
+                text=demonstration.text,
             )
-            for index, token_ids in enumerate(self.completion_ids(work.prompt))
+            for index, demonstration in enumerate(self.given(work.prompt))
         )
         return Group(work.group_id, work.prompt, trajectories)
 
 
-def demonstrated(token_ids: np.ndarray) -> Completion:
-    """A completion that nobody sampled."""
+def unsampled(demonstration: Demonstration) -> Completion:
+    """A completion that no version sampled."""
     return Completion(
-        token_ids=token_ids.astype(np.int32),
-        logprobs=np.zeros(len(token_ids), dtype=np.float32),
+        token_ids=demonstration.token_ids,
+        logprobs=np.zeros(len(demonstration.token_ids), dtype=np.float32),
         versions=(),
         finish_reason="stop",
     )

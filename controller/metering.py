@@ -79,7 +79,7 @@ class StepMeter:
         if engines:
             clock["generate"] = engine.get("busy_seconds", 0.0) / len(engines)
         clock["step"] = elapsed
-        sampled = self._phase == "train"
+        sampled = bool(batch.ages)
         rewards = np.concatenate([group.rewards for group in batch.groups])
         lengths = [t.num_completion_tokens for g in batch.groups for t in g.trajectories]
         metrics = dict(report.metrics)

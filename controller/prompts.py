@@ -30,6 +30,14 @@ if TYPE_CHECKING:
 _PATIENCE = 10_000
 
 
+@dataclass(frozen=True)
+class Demonstration:
+    """A completion that the data source gives: token ids int32 [C], its stop token included."""
+
+    text: str
+    token_ids: NDArray[np.int32]
+
+
 class PromptRenderer:
     """Makes prompts and demonstrations out of records, and refuses those that do not fit.
 
@@ -69,8 +77,8 @@ class PromptRenderer:
             )
         return Prompt(record.id, text, token_ids, record.reference, record.fields)
 
-    def demonstration(self, prompt: Prompt) -> NDArray[np.int32]:
-        """Token ids int32 [C] of the gold completion, the stop token at its end.
+    def demonstration(self, prompt: Prompt) -> Demonstration:
+        """The gold completion.
 
         Raises:
             ConfigError: `answer_template` names a field that the record lacks.
@@ -78,8 +86,8 @@ class PromptRenderer:
         """
         return self._completion(prompt, "answer_template")
 
-    def preference(self, prompt: Prompt) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Token ids int32 [C] of the better and of the worse completion, stop tokens included.
+    def preference(self, prompt: Prompt) -> tuple[Demonstration, Demonstration]:
+        """The better and the worse completion.
 
         Raises:
             ConfigError: a template names a field that the record lacks.
@@ -87,14 +95,14 @@ class PromptRenderer:
         """
         chosen = self._completion(prompt, "chosen_template")
         rejected = self._completion(prompt, "rejected_template")
-        if np.array_equal(chosen, rejected):
+        if np.array_equal(chosen.token_ids, rejected.token_ids):
             raise DataError(
                 f"the chosen and the rejected completion of prompt {prompt.id} are the same: "
                 "nothing can be preferred; remove the record"
             )
         return chosen, rejected
 
-    def _completion(self, prompt: Prompt, template: str) -> NDArray[np.int32]:
+    def _completion(self, prompt: Prompt, template: str) -> Demonstration:
         text = _fill(template, getattr(self._format, template), prompt.metadata)
         token_ids = (*encode(self._tokenizer, text, False), self._tokenizer.eos_token_id)
         if len(token_ids) > self._max_tokens:
@@ -103,7 +111,7 @@ class PromptRenderer:
                 f"{len(token_ids)} tokens, its stop token included, more than "
                 f"rollout.sampling.max_tokens ({self._max_tokens}); raise that"
             )
-        return np.array(token_ids, dtype=np.int32)
+        return Demonstration(text, np.array(token_ids, dtype=np.int32))
 
     def _as_chat(self, text: str) -> str:
         system = self._format.system_prompt
@@ -169,12 +177,12 @@ class PromptSet:
             None if chosen is None else Curriculum(chosen, self._seed),
         )
 
-    def demonstration(self, prompt: Prompt) -> tuple[NDArray[np.int32]]:
-        """Token ids int32 [C] of the prompt's gold completion; see `PromptRenderer`."""
+    def demonstration(self, prompt: Prompt) -> tuple[Demonstration]:
+        """The prompt's gold completion; see `PromptRenderer`."""
         return (self._renderer.demonstration(prompt),)
 
-    def preference(self, prompt: Prompt) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """The same of its better and its worse completion."""
+    def preference(self, prompt: Prompt) -> tuple[Demonstration, Demonstration]:
+        """Its better and its worse completion; see `PromptRenderer`."""
         return self._renderer.preference(prompt)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from paceline.configs.errors import ConfigError
 from paceline.configs.schema import RunConfig
+from paceline.configs.schema.run import given_completions
 from paceline.configs.vocabulary import Group, Prompt
 from paceline.controller.assembly import RecordedBatch
 from paceline.controller.buffer import State, Work
@@ -143,6 +144,7 @@ def groups_fit(previous: RunConfig, config: RunConfig) -> bool:
         and before.window_fraction == now.window_fraction
         and before.max_lag <= now.max_lag
         and teacher_path(previous) == teacher_path(config)
+        and given_completions(previous.algorithm) == given_completions(config.algorithm)
     )
 
 

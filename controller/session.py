@@ -167,7 +167,7 @@ class Session:
         loop_config, recovered = config.loop, self._recovered
         self._buffer.restore(recovered.works, recovered.slots)
         signal, algorithm = algorithms.algorithm(config)
-        temperature = config.rollout.sampling.temperature
+        temperature = wiring.training_temperature(config)
         observer = TrainingObserver(
             recorder=self._recorder,
             meter=StepMeter("train", self._started),

@@ -188,7 +188,7 @@ class Parts:
 
 
 def training_temperature(config: RunConfig) -> float:
-    """At which the learner computes log-probabilities: the sampling's, 1 where nothing is sampled."""
+    """That of the learner's log-probabilities: as in sampling, or 1 where nothing is sampled."""
     is_sampled = given_completions(config.algorithm) is None
     return config.rollout.sampling.temperature if is_sampled else 1.0
 

@@ -6,7 +6,13 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from paceline.configs.schema.algorithm import AlgorithmConfig, PolicyAlgorithm, WarmStartConfig
+from paceline.configs.schema.algorithm import (
+    AlgorithmConfig,
+    PolicyAlgorithm,
+    PreferenceAlgorithm,
+    SupervisedAlgorithm,
+    WarmStartConfig,
+)
 from paceline.configs.schema.base import Section
 from paceline.configs.schema.data import DataConfig, ReasoningGymSource
 from paceline.configs.schema.learner import LearnerConfig
@@ -27,7 +33,7 @@ class LoopConfig(Section):
     """Prompts (groups) trained in one step: P."""
 
     samples_per_group: int = Field(default=16, ge=1)
-    """Completions sampled for a prompt: n."""
+    """Completions sampled for a prompt: n. The demonstration of `sft` is 1, the pair of `dpo` 2."""
 
     max_lag: int = Field(default=1, ge=0)
     """No trained token is older than this many weight versions: S. 0 is synchronous training."""
@@ -167,11 +173,7 @@ class RunConfig(Section):
                 f"got {self.data.source.type}: use reward.type exact or math"
             )
         self._teacher_fits()
-        if self.data.curriculum is not None and self.algorithm.type in ("sft", "dpo"):
-            raise ValueError(
-                "data.curriculum goes by the rewards of samples, and "
-                f"{self.algorithm.type} samples nothing: remove the curriculum"
-            )
+        self._given_completions_fit()
         if self.learner.tokens_per_microbatch < self.model.max_length:
             raise ValueError(
                 f"learner.tokens_per_microbatch ({self.learner.tokens_per_microbatch}) is less "
@@ -186,6 +188,22 @@ class RunConfig(Section):
             )
         return self
 
+    def _given_completions_fit(self) -> None:
+        num_given = given_completions(self.algorithm)
+        if num_given is None:
+            return
+        if self.data.curriculum is not None:
+            raise ValueError(
+                "data.curriculum goes by the rewards of samples, and "
+                f"{self.algorithm.type} samples nothing: remove the curriculum"
+            )
+        if self.loop.samples_per_group != num_given:
+            raise ValueError(
+                f"loop.samples_per_group is {self.loop.samples_per_group}, but "
+                f"{self.algorithm.type} trains on {num_given} of the data source's completions of "
+                f"a prompt: set it to {num_given}"
+            )
+
     def _teacher_fits(self) -> None:
         is_taught = (
             isinstance(self.algorithm, PolicyAlgorithm)
@@ -199,6 +217,13 @@ class RunConfig(Section):
                 "a teacher scores tokens at temperature 1 among all others: set "
                 "rollout.sampling.temperature to 1, top_p to 1 and top_k to 0"
             )
+
+
+def given_completions(algorithm: AlgorithmConfig) -> int | None:
+    """How many completions of a prompt the data source gives to learn from; None to sample them."""
+    if isinstance(algorithm, SupervisedAlgorithm):
+        return 1
+    return 2 if isinstance(algorithm, PreferenceAlgorithm) else None
 
 
 def compares_siblings(algorithm: AlgorithmConfig) -> bool:

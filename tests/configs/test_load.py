@@ -189,6 +189,12 @@ def test_contradictions_between_sections_come_as_one_line() -> None:
     assert line.startswith("run.yaml: rollout.sampling.max_tokens (512) leaves no room")
 
 
+@pytest.mark.parametrize(("recipe", "given"), [("sft", 1), ("dpo", 2)])
+def test_what_the_data_source_gives_is_not_a_number_of_samples(recipe: str, given: int) -> None:
+    (line,) = complaints(recipe, "loop.samples_per_group=4")
+    assert f"is 4, but {recipe} trains on {given} of the data source's" in line
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -93,8 +93,10 @@ def test_contradictory_parts_are_refused_in_one_line(overrides, said):
 
 
 def test_who_asks_for_a_reference_gets_one():
-    assert reference_of(configured("algorithm={type: sft}").algorithm) is None
+    given = configured("algorithm={type: sft}", "loop.samples_per_group=1")
+    assert reference_of(given.algorithm) is None
     assert reference_of(configured("algorithm={type: grpo}").algorithm) is None
-    assert reference_of(configured("algorithm={type: dpo}").algorithm) is not None
+    pairs = configured("algorithm={type: dpo}", "loop.samples_per_group=2")
+    assert reference_of(pairs.algorithm) is not None
     asked = configured("algorithm={type: grpo, reference: {coefficient: 0.1}}").algorithm
     assert reference_of(asked).coefficient == 0.1

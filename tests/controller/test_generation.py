@@ -16,6 +16,7 @@ from paceline.controller.generation import (
     sample_to_end,
 )
 from paceline.controller.parts import WorkerLost
+from paceline.controller.prompts import Demonstration
 from tests.controller.builders import make_completion, make_prompt
 from tests.controller.fake_workers import request, tokens_of
 
@@ -183,18 +184,24 @@ def test_a_seed_is_the_same_in_every_process_and_release():
     assert request_seed(1, 2, 3) == 3822189696
 
 
+def demonstration(text, *token_ids):
+    return Demonstration(text, np.array(token_ids, dtype=np.int32))
+
+
 def test_a_demonstration_is_trained_on_but_was_sampled_by_nobody():
-    part = Demonstrations(lambda prompt: (np.array([7, 8, 1]),))
+    part = Demonstrations(lambda prompt: (demonstration("ab", 7, 8, 1),))
     (trajectory,) = group_of(part).trajectories
     assert trajectory.token_ids.tolist() == [1, 2, 3, 7, 8, 1]
     assert trajectory.loss_mask.tolist() == [False] * 3 + [True] * 3
     assert trajectory.oldest_version is None
     assert trajectory.finish_reason == "stop"
-    assert trajectory.reward == 1.0
+    assert (trajectory.reward, trajectory.text) == (1.0, "ab")
+    assert not trajectory.logprobs.any()
 
 
 def test_of_a_pair_the_first_is_the_better_one():
-    part = Demonstrations(lambda prompt: (np.array([7, 1]), np.array([8, 8, 1])))
+    pair = demonstration("a", 7, 1), demonstration("bb", 8, 8, 1)
+    part = Demonstrations(lambda prompt: pair)
     chosen, rejected = group_of(part).trajectories
     assert (chosen.reward, rejected.reward) == (1.0, 0.0)
     assert rejected.token_ids.tolist() == [1, 2, 3, 8, 8, 1]

@@ -84,11 +84,12 @@ def test_a_step_record_holds_rewards_lengths_and_ages_of_its_batch():
     assert (record.age_mean, record.age_max) == (3.0, 5.0)
 
 
-def test_demonstrations_have_neither_rewards_nor_ages():
+@pytest.mark.parametrize("phase", ["warm_start", "train"])
+def test_demonstrations_have_neither_rewards_nor_ages(phase):
     demonstration = replace(
         make_group(0), trajectories=(replace(make_group(0).trajectories[0], versions=()),)
     )
-    record = measure(StepMeter("warm_start", 0.0), batch_of(demonstration))
+    record = measure(StepMeter(phase, 0.0), batch_of(demonstration))
     assert (record.reward, record.reward_std) == (None, None)
     assert (record.age_mean, record.age_max) == (None, None)
     assert record.rollout_tokens_per_second is None

@@ -143,15 +143,16 @@ def test_the_quick_start_task_never_trains_on_a_held_out_word() -> None:
 
 def test_a_demonstration_is_the_gold_completion_and_a_stop_token() -> None:
     prompts = PromptSet(CyclingSource(["abc"]), renderer(), 1)
-    ids = prompts.demonstration(prompts.held_out[0])[0]
-    assert ids.dtype == np.int32
-    assert ids.tolist() == [ord("c"), ord("b"), ord("a"), TOKENIZER.eos_token_id]
+    (found,) = prompts.demonstration(prompts.held_out[0])
+    assert found.text == "cba"
+    assert found.token_ids.dtype == np.int32
+    assert found.token_ids.tolist() == [ord("c"), ord("b"), ord("a"), TOKENIZER.eos_token_id]
 
 
 def test_a_demonstration_fills_its_whole_allowance_and_no_more() -> None:
     make = renderer(max_length=64)
     fitting, longer = (make.prompt(CyclingSource(["a" * n]).record(0)) for n in (15, 16))
-    assert len(make.demonstration(fitting)) == 16
+    assert len(make.demonstration(fitting).token_ids) == 16
     with pytest.raises(
         DataError, match=r"has 17 tokens, its stop token included, more than .* \(16\)"
     ):
@@ -161,7 +162,7 @@ def test_a_demonstration_fills_its_whole_allowance_and_no_more() -> None:
 def test_a_preference_is_both_completions_with_their_stop_tokens() -> None:
     make = renderer(chosen_template="{answer}", rejected_template="{word}")
     prompt = make.prompt(CyclingSource(["ab"]).record(0))
-    chosen, rejected = (ids.tolist() for ids in make.preference(prompt))
+    chosen, rejected = (found.token_ids.tolist() for found in make.preference(prompt))
     assert chosen == [ord("b"), ord("a"), TOKENIZER.eos_token_id]
     assert rejected == [ord("a"), ord("b"), TOKENIZER.eos_token_id]
 

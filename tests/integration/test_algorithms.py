@@ -81,12 +81,13 @@ PAIRS = (
     "data.source={type: import, import_path: 'paceline.reward.spelling_pairs:SpellingPairs', "
     "parameters: {parameters: {min_word_len: 3, max_word_len: 6}}, prompt_template: '{word}='}",
     "reward={type: exact}",
+    "loop.samples_per_group=2",
 )
 
 
 @pytest.mark.parametrize(
     ("name", "overrides", "metric"),
-    [("sft", (), "loss"), ("dpo", PAIRS, "preference_loss")],
+    [("sft", ("loop.samples_per_group=1",), "loss"), ("dpo", PAIRS, "preference_loss")],
 )
 def test_runs_without_sampling_learn_in_the_same_loop(tmp_path, name, overrides, metric):
     arguments = train(
@@ -98,7 +99,8 @@ def test_runs_without_sampling_learn_in_the_same_loop(tmp_path, name, overrides,
     found = [step.loss if metric == "loss" else step.metrics[metric] for step in steps]
     assert len(found) == 12
     assert found[-1] < found[0]
-    assert all(step.age_max is None for step in steps), "what nobody sampled has no age"
+    unmeasured = {(step.age_max, step.reward) for step in steps}
+    assert unmeasured == {(None, None)}, "what nobody sampled has neither age nor reward"
     assert run("ledger", str(run_folder.folder.root), cwd=tmp_path).code == 0
 
 
