@@ -1,4 +1,4 @@
-"""The command line: ``paceline train | check | eval | report | ledger | reproduce | bench``.
+"""The command line: ``paceline train | check | eval | report | compare | ledger | reproduce | bench``.
 
 Heavy libraries are imported inside the commands: ``paceline check`` needs neither torch, Ray nor
 vLLM, and ``--help`` answers at once.
@@ -118,6 +118,17 @@ def report(
     from paceline.controller.observe.report import write_report
 
     Console().print(str(write_report(RunFolder.open(run))), soft_wrap=True, highlight=False)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, at most seven.")],
+    output: Annotated[Path, typer.Option(help="Where the drawing goes.")] = Path("comparison.svg"),
+) -> None:
+    """Held-out accuracy of several runs by step: a table, and curves in an SVG file."""
+    from paceline.controller.observe.comparison import compare_runs
+
+    compare_runs(runs, output)
 
 
 @app.command()

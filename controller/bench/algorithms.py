@@ -15,7 +15,9 @@ from typing import Any
 from paceline.controller.bench.paceline_runs import make_initial_model, train
 from paceline.controller.bench.result import BenchResult, BenchTable, Spread, Target
 from paceline.controller.bench.workload import SHORT, Workload
+from paceline.controller.observe.comparison import drawing
 from paceline.controller.observe.folder import RunFolder
+from paceline.controller.observe.jsonl import write_atomically
 from paceline.controller.observe.recorder import read_records
 from paceline.controller.observe.records import EvaluationRecord
 from paceline.controller.observe.versions import collect_versions
@@ -104,7 +106,15 @@ def bench_algorithms(quick: bool, output: Path) -> BenchResult:
         seed: {name: _curve(plan, name, seed, folder) for name in plan.variants}
         for seed in plan.seeds
     }
+    for seed, of in curves.items():
+        shares = {name: _shares(curve) for name, curve in of.items()}
+        title = f"greedy accuracy, seed {seed}"
+        write_atomically(folder / f"curves-seed{seed}.svg", drawing(title, shares))
     return _result(plan, curves)
+
+
+def _shares(curve: Curve) -> dict[int, float]:
+    return {step: percent / 100 for step, percent in curve.greedy.items()}
 
 
 def _workload(plan: Plan, seed: int) -> Workload:
