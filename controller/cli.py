@@ -1,4 +1,4 @@
-"""The command line: ``paceline train | check | eval | report | compare | ledger | reproduce | bench``.
+"""The command line: ``paceline train | check | eval | report | compare | ledger | bench | …``.
 
 Heavy libraries are imported inside the commands: ``paceline check`` needs neither torch, Ray nor
 vLLM, and ``--help`` answers at once.

@@ -14,7 +14,7 @@ from paceline.controller.observe.folder import RunFolder
 from paceline.controller.observe.jsonl import write_atomically
 from paceline.controller.observe.markup import Markup, tag
 from paceline.controller.observe.recorder import read_records
-from paceline.controller.observe.records import EvaluationRecord
+from paceline.controller.observe.records import WARM_START_LABELS, EvaluationRecord
 from paceline.controller.observe.stylesheet import STYLE
 
 COLORS = ("c1", "c2", "c3", "c4", "c5", "c6", "c7")
@@ -50,7 +50,7 @@ def held_out_curve(run: Path) -> Curve:
         record.step: record.greedy
         for record in read_records(RunFolder.open(run))
         if isinstance(record, EvaluationRecord)
-        and record.label != "validation"
+        and record.label not in WARM_START_LABELS
         and record.greedy is not None
     }
     if not curve:
