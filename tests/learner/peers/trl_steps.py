@@ -76,6 +76,9 @@ def grpo_step(samples: Samples, loss_type: str, max_tokens: int, **settings: Any
     """
     arguments = {"delta": settings.pop("delta", None), "use_bias_correction_kl": False}
     trainer = _trainer(GRPOTrainer, samples, arguments)
+    prompt_ids, completion_ids, texts = _generation(samples)
+    # lists of scalars keep the precision
+    engine = [list(column) for column in samples.behaviour_logprobs.split(samples.lengths.tolist())]
     trainer.__dict__ |= {
         "environment_factories": None,
         "environments": None,
@@ -94,7 +97,16 @@ def grpo_step(samples: Samples, loss_type: str, max_tokens: int, **settings: Any
         "use_vllm": True,
         "vllm_importance_sampling_correction": False,
         "vllm_importance_sampling_clip_min": None,
-        "_generate": _generated(samples, (None, samples, {}, None, [])),
+        "_generate": lambda prompts: (
+            prompt_ids,
+            completion_ids,
+            None,
+            texts,
+            engine,
+            {},
+            None,
+            [],
+        ),
     }
     trainer.__dict__ |= settings
     return _run(trainer, samples)
@@ -109,7 +121,7 @@ def rloo_step(samples: Samples, **settings: Any) -> Step:
     trainer.__dict__ |= {
         "reward_clip_range": None,
         "normalize_advantages": False,
-        "_generate": _generated(samples, None),
+        "_generate": lambda prompts: _generation(samples),
     }
     trainer.__dict__ |= settings
     return _run(trainer, samples)
@@ -198,25 +210,10 @@ def _trainer(kind: type, samples: Samples, arguments: dict[str, Any]) -> Any:
     return trainer
 
 
-def _generated(samples: Samples, rest: tuple | None) -> Callable[[list[str]], tuple]:
-    """What generation gives: token ids and texts, for GRPO also the engine's log-probabilities."""
-    lengths = samples.lengths.tolist()
-    ids = [[1] * length for length in lengths]
-    texts = ["" for _ in lengths]
-    if rest is None:
-        return lambda prompts: ([[1] for _ in ids], ids, texts)
-    engine = [list(column) for column in samples.behaviour_logprobs.split(lengths)]
-    tool_mask, _, extra, images, tool_images = rest
-    return lambda prompts: (
-        [[1] for _ in ids],
-        ids,
-        tool_mask,
-        texts,
-        engine,
-        extra,
-        images,
-        tool_images,
-    )
+def _generation(samples: Samples) -> tuple[list[list[int]], list[list[int]], list[str]]:
+    """Ids of prompts and completions, and texts: nobody looks at what they are."""
+    completion_ids = [[1] * length for length in samples.lengths.tolist()]
+    return [[1] for _ in completion_ids], completion_ids, ["" for _ in completion_ids]
 
 
 def _run(trainer: Any, samples: Samples) -> Step:
