@@ -254,7 +254,7 @@ def start_engine(arguments: vllm.EngineArgs) -> vllm.LLMEngine:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(
             f"vLLM cannot serve the model {arguments.model} ({type(error).__name__}: {reason}): "
-            "choose another model, or correct the rollout section"
+            "choose another model, or correct the section of its engine: rollout, or teacher"
         ) from error
 
 
