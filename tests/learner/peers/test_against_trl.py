@@ -1,8 +1,19 @@
 """Our objectives beside whole steps of TRL's trainers: same rewards in, same gradient out.
 
-Unlike in `test_against_peers.py`, which compares losses of given advantages, everything between
-rewards and gradient is TRL's here, in float64: advantages, corrections, penalties, bonus, pairs.
-PPO, which TRL no longer has, is compared with `reference_losses.py`.
+Everything between rewards and gradient is TRL's here, in float64: advantages, corrections,
+penalties, bonus, pairs. PPO, which TRL no longer has, is compared with `reference_losses.py`, and
+its advantages with RLlib's (`test_against_rllib.py`).
+
+Where implementations disagree, and what we follow:
+
+- GRPO's paper does not say whether its standard deviation is of the sample; TRL, verl and we divide
+  by n - 1.
+- TRL's ``epsilon_high`` of CISPO is the bound itself, as our ``high``; the paper's is what it
+  exceeds 1 by. Neither bounds from below.
+- DAPO and CISPO divide by the tokens of the whole update in TRL, verl and here, by those of a group
+  in DAPO's paper.
+- RLOO: TRL clips the ratio of the whole sample, verl that of each token, the paper has none. The
+  preset is verl's, which old samples survive; TRL's is compared here.
 
 Settings that make the two the same, and would not by default:
 

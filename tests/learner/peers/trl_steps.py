@@ -21,7 +21,18 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 
-from tests.learner.trl_losses import OneProcess
+
+class OneProcess:
+    """The little of an accelerator that losses ask for."""
+
+    num_processes = 1
+    sync_gradients = True
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
+        return tensor
 
 
 @dataclass(frozen=True)
