@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -27,8 +28,8 @@ def started(recipe: str, *overrides: str) -> Parts:
     return Parts(config, prepared, grader=unused, learner=unused, pool=unused)
 
 
-def first_group(recipe: str) -> Group:
-    parts = started(recipe)
+def first_group(recipe: str, *overrides: str) -> Group:
+    parts = started(recipe, *overrides)
     position, prompt = next(parts.prepared.prompts.feed())
     return asyncio.run(parts.training_groups()(Work(position, prompt)))
 
@@ -45,6 +46,17 @@ def test_preferences_are_fed_with_the_better_completion_and_then_the_worse():
     chosen, rejected = group.trajectories
     assert chosen.text == group.prompt.reference != rejected.text
     assert group.rewards.tolist() == [1.0, 0.0]
+
+
+def test_a_file_of_pairs_is_enough(tmp_path):
+    rows = [{"question": f"{n}+1=", "chosen": str(n + 1), "rejected": str(n)} for n in range(8)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    source = f"data.source={{type: dataset, path: '{path}', answer_field: chosen}}"
+    group = first_group("dpo", source)
+    number = int(group.prompt.text.partition("+")[0])
+    assert [t.text for t in group.trajectories] == [str(number + 1), str(number)]
+    assert group.prompt.reference == str(number + 1)
 
 
 def test_reinforcement_learning_is_fed_with_samples():
