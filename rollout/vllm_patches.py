@@ -9,11 +9,13 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 import vllm
-from torch import nn
+from torch import Tensor, nn
 from vllm.model_executor.layers import utils
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.output_processor import RequestOutputCollector
+from vllm.v1.sample import rejection_sampler
 
 PATCHED_VERSION = "0.32"
 
@@ -62,6 +64,34 @@ def repack_cpu_linears(model: nn.Module) -> None:
     for module in model.modules():
         if module in _packed_layers:
             _original_dispatch(module, remove_weight=False)
+
+
+def give_drafts_their_sampling_constraints() -> None:
+    """On a CPU, verify drafts at their request's temperature, top-k and top-p.
+
+    Defect (vLLM 0.32, ``utils/cpu_triton_utils.py::_expand_kernel_impl``, reached by
+    ``v1/sample/rejection_sampler.py::expand_batch_to_tokens``): for anything but int64 the kernel
+    writes into a converted copy of its output, which is then thrown away. Temperatures, top-k and
+    top-p of drafted positions are uninitialised memory, and what is sampled there is biased in
+    silence: log-probabilities look right, only the distribution is not. Greedy requests are not
+    affected. Without drafting the function is never called.
+    """
+    require_known_version()
+    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+
+
+def expand_batch_to_tokens(
+    x: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+) -> Tensor:
+    """Each request's value ``x`` [B] for all of its drafted tokens, [num_tokens].
+
+    ``cu_num_tokens`` [B] are cumulative counts; ``replace_from`` becomes ``replace_to``.
+    """
+    cumulative = cu_num_tokens.to(torch.int64)
+    counts = torch.diff(cumulative, prepend=cumulative.new_zeros(1))
+    if replace_from != replace_to:
+        x = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
+    return x.repeat_interleave(counts, output_size=num_tokens)
 
 
 def abort_with_outputs(engine: vllm.LLMEngine, vllm_ids: list[str]) -> list[vllm.RequestOutput]:
