@@ -211,6 +211,11 @@ class RunConfig(Section):
         )
         if is_taught and self.teacher is None:
             raise ValueError("algorithm.advantage.type teacher_gap needs a teacher: give its path")
+        if self.teacher is not None and given_completions(self.algorithm) is not None:
+            raise ValueError(
+                f"a teacher has nothing to look at: {self.algorithm.type} samples nothing; leave "
+                "the teacher out"
+            )
         sampling = self.rollout.sampling
         if is_taught and (sampling.temperature, sampling.top_p, sampling.top_k) != (1.0, 1.0, 0):
             raise ValueError(

@@ -73,6 +73,7 @@ def test_a_resolved_configuration_loads_back_to_the_same(name, tmp_path):
             "algorithm={type: grpo, reference: {estimator: k1}}",
             "estimator k1 has no gradient in the loss",
         ),
+        ("algorithm={type: distillation}", "teacher_gap needs a teacher: give its path"),
         ("algorithm={type: grppo}", "unknown type 'grppo'; give one of grpo, dr_grpo"),
         (
             "algorithm={type: grpo, corrections: [{type: truncat}]}",
@@ -90,6 +91,14 @@ def test_contradictory_parts_are_refused_in_one_line(overrides, said):
         configured(overrides)
     assert said in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_teacher_that_cannot_do_its_work_is_refused():
+    teacher = "teacher={path: somewhere}"
+    with pytest.raises(ConfigError, match="sft samples nothing; leave the teacher out"):
+        configured("algorithm={type: sft}", teacher)
+    with pytest.raises(ConfigError, match="set rollout.sampling.temperature to 1"):
+        configured("algorithm={type: distillation}", teacher, "rollout.sampling.temperature=0.7")
 
 
 def test_who_asks_for_a_reference_gets_one():
