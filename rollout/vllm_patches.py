@@ -21,6 +21,7 @@ PATCHED_VERSION = "0.32"
 
 _packed_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _original_dispatch: Any = None
+_original_constraints: Any = None
 
 
 def require_known_version() -> None:
@@ -78,6 +79,26 @@ def give_drafts_their_sampling_constraints() -> None:
     """
     require_known_version()
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+
+
+def let_everybody_draft_nothing() -> None:
+    """Survive steps in which no request drafts a token although drafting is on.
+
+    Defect (vLLM 0.32, ``v1/sample/ops/topk_topp_sampler.py::apply_top_k_only``): every step goes
+    through the rejection sampler then, with drafted positions or without, and the largest top-k of
+    none of them is asked for: the engine ends with ``max(): Expected reduction dim``.
+    """
+    global _original_constraints
+    require_known_version()
+    if _original_constraints is None:
+        _original_constraints = rejection_sampler.apply_sampling_constraints
+        rejection_sampler.apply_sampling_constraints = _constrain_if_any
+
+
+def _constrain_if_any(logits: Tensor, cu_num_draft_tokens: Tensor, metadata: Any) -> Tensor:
+    if not len(logits):
+        return logits
+    return _original_constraints(logits, cu_num_draft_tokens, metadata)
 
 
 def expand_batch_to_tokens(

@@ -12,6 +12,7 @@ import vllm
 from vllm.inputs import TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample import rejection_sampler
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_only
 
 from paceline.learner.model import write_initial_model
 from paceline.rollout.vllm_engine import start_engine
@@ -19,6 +20,7 @@ from paceline.rollout.vllm_patches import (
     expand_batch_to_tokens,
     give_drafts_their_sampling_constraints,
     keep_cpu_linear_weights,
+    let_everybody_draft_nothing,
 )
 from tests.rollout.conftest import MAX_LENGTH, STOP, build_reference, tiny_model_config
 from tests.rollout.drafters import FixedDrafter
@@ -169,6 +171,24 @@ def test_without_the_patch_the_distribution_is_wrong(drafting, monkeypatch):
     monkeypatch.undo()
     exact = exact_second(reference.model, temperature=0.6)
     assert chi_square_probability(tokens, exact) < SUSPICIOUS
+
+
+def test_steps_without_any_draft_are_sampled_too(drafting):
+    engine, reference = drafting
+    give_drafts_their_sampling_constraints()
+    let_everybody_draft_nothing()
+    FixedDrafter.tokens = []
+    setting = {"temperature": 0.8, "top_k": 5}
+    (tokens,) = second_tokens(engine, [setting])
+    exact = exact_second(reference.model, **setting)
+    assert chi_square_probability(tokens, exact) > SUSPICIOUS
+
+
+def test_vllm_as_it_comes_ends_where_nothing_is_drafted():
+    """Fails once it does not: then the patch can go."""
+    nothing = torch.zeros(0, 8)
+    with pytest.raises(RuntimeError, match="reduction dim"):
+        apply_top_k_only(nothing, torch.zeros(0, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.int64])
