@@ -86,6 +86,9 @@ class StepMeter:
         metrics["padding_fraction"] = report.num_padding_tokens / max(
             1, report.num_tokens + report.num_padding_tokens
         )
+        if rounds := engine.get("num_rounds", 0.0):
+            metrics["accepted_per_draft"] = engine["num_accepted"] / rounds
+            metrics["draft_acceptance"] = engine["num_accepted"] / engine["num_drafted"]
         metrics["buffer_megabytes"] = loop.buffer.num_bytes / 1e6
         return StepRecord(
             phase=self._phase,

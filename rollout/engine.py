@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +33,10 @@ class Engine(Protocol):
 
     def step(self) -> list[RolloutResult]:
         """Run one forward pass over the running batch; return the requests whose turn it ended."""
+
+    @property
+    def draft_counters(self) -> Mapping[str, int]:
+        """Running totals of drafting; empty where nothing is drafted."""
 
     def has_work(self) -> bool:
         """Whether any request has not been answered."""

@@ -6,7 +6,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +103,11 @@ class EngineThread:
 
         self._submit(update, future)
         return future
+
+    @property
+    def draft_counters(self) -> Mapping[str, int]:
+        """Running totals of the engine's drafting."""
+        return self._engine.draft_counters
 
     def close(self) -> None:
         """Stop after the current step."""

@@ -80,6 +80,10 @@ class Turn:
         self._completions[index] = whole
         self._open.remove(index)
 
+    def completion(self, index: int) -> Completion:
+        """What sample ``index`` has so far."""
+        return self._completions[index]
+
     def result(self) -> RolloutResult:
         """Every sample with all it has."""
         assert self.is_over, f"samples {self.open_samples} are still open"

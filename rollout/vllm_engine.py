@@ -13,7 +13,9 @@ What a weight update does to running requests is ``rollout.on_weight_update``:
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import vllm
@@ -25,7 +27,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from paceline.configs.errors import DataError, ModelError
-from paceline.configs.schema.rollout import RolloutConfig
+from paceline.configs.schema.rollout import DraftingConfig, RolloutConfig
 from paceline.configs.vocabulary import (
     Completion,
     RolloutRequest,
@@ -37,10 +39,14 @@ from paceline.rollout.engine import RolloutResult
 from paceline.rollout.turns import SampleTask, ScoringTurn, Turn
 from paceline.rollout.vllm_patches import (
     abort_with_outputs,
+    give_drafts_their_sampling_constraints,
     has_sampled,
     keep_cpu_linear_weights,
+    let_everybody_draft_nothing,
+    model_runner,
     require_known_version,
 )
+from paceline.spec.proposer import SuffixProposer
 from paceline.weights_sync.handle import WeightHandle
 
 MIN_BATCHED_TOKENS = 4096
@@ -70,6 +76,10 @@ class VLLMEngine:
         require_known_version()
         if current_platform.is_cpu():
             keep_cpu_linear_weights()
+        if config.drafting is not None:
+            let_everybody_draft_nothing()
+            if current_platform.is_cpu():
+                give_drafts_their_sampling_constraints()
         arguments = vllm.EngineArgs(
             model=model_folder,
             skip_tokenizer_init=True,
@@ -90,6 +100,7 @@ class VLLMEngine:
             # after it: weights change between steps, so steps must not overlap.
             async_scheduling=False,
             disable_log_stats=True,
+            speculative_config=speculation(config.drafting),
             seed=seed,
             hf_overrides={}
             if fixed_version is None
@@ -98,6 +109,9 @@ class VLLMEngine:
         self._engine = start_engine(arguments)
         if current_platform.is_cpu():
             require_cpu_head_size(self._engine.vllm_config.model_config.get_head_size())
+        self._proposer = None
+        if config.drafting is not None:
+            self._proposer = self._attached(config.drafting)
         self._max_length = max_length
         self._on_update = config.on_weight_update
         self._version = fixed_version
@@ -106,6 +120,7 @@ class VLLMEngine:
         self._num_updates = 0
         self._turns: dict[str, Turn | ScoringTurn] = {}
         self._running: dict[str, RunningSample] = {}
+        self._prompts: dict[str, tuple[int, ...]] = {}
         self._over: list[Turn | ScoringTurn] = []
 
     @property
@@ -140,6 +155,11 @@ class VLLMEngine:
             for output in self._engine.step():
                 self._collect(output)
         return self._take_over()
+
+    @property
+    def draft_counters(self) -> Mapping[str, int]:
+        """Running totals of drafting; empty where nothing is drafted."""
+        return {} if self._proposer is None else asdict(self._proposer.counters)
 
     def has_work(self) -> bool:
         """Whether any request has not been answered."""
@@ -179,17 +199,35 @@ class VLLMEngine:
         name = sample_id(turn.request.request_id, index)
         parameters = sampling_params(turn.request.sampling, task)
         vllm_id = self._engine.add_request(name, prompt, parameters)
+        self._prompts[vllm_id] = turn.request.prompt_token_ids
         self._running[name] = RunningSample(turn, index, vllm_id, task.num_scored)
 
     def _collect(self, output: vllm.RequestOutput) -> None:
         """Close the sample that an output ends."""
         sample = self._running.pop(output.request_id)
+        self._prompts.pop(sample.vllm_id)
         new = completion(output.outputs[0])
         if sample.num_scored:
             new = replace(new, logprobs=scores(output, sample.num_scored))
         sample.turn.close_sample(sample.index, new)
+        if self._proposer is not None and isinstance(sample.turn, Turn):
+            whole = sample.turn.completion(sample.index)
+            if whole.is_finished:
+                self._proposer.learn(sample.turn.request.prompt_token_ids, whole.token_ids)
         if sample.turn.is_over:
             self._over.append(sample.turn)
+
+    def _attached(self, drafting: DraftingConfig) -> SuffixProposer:
+        """The proposer that vLLM built, told whose rows its batch has."""
+        runner = model_runner(self._engine)
+        proposer = runner.drafter
+        assert isinstance(proposer, SuffixProposer)
+
+        def rows() -> list[tuple[str, tuple[int, ...]]]:
+            return [(vllm_id, self._prompts[vllm_id]) for vllm_id in runner.input_batch.req_ids]
+
+        proposer.attach(rows, drafting.max_sequences, drafting.max_prompts)
+        return proposer
 
     def _take_over(self) -> list[RolloutResult]:
         """Results of the turns that are over."""
@@ -239,6 +277,17 @@ def with_positions(count: int, config: PretrainedConfig) -> PretrainedConfig:
 def sample_id(request_id: str, index: int) -> str:
     """The name of one sample of a request."""
     return f"{request_id}/{index}"
+
+
+def speculation(drafting: DraftingConfig | None) -> dict[str, Any] | None:
+    """vLLM's settings for our proposer."""
+    if drafting is None:
+        return None
+    return {
+        "method": "custom_class",
+        "model": f"{SuffixProposer.__module__}.{SuffixProposer.__name__}",
+        "num_speculative_tokens": drafting.max_tokens,
+    }
 
 
 def start_engine(arguments: vllm.EngineArgs) -> vllm.LLMEngine:

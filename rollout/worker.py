@@ -47,7 +47,8 @@ class RolloutWorker:
 
     async def counters(self) -> dict[str, float]:
         """Running totals of the engine, and the seconds the worker has been up."""
-        return asdict(self._engine.counters) | {"up_seconds": time.perf_counter() - self._started}
+        up = {"up_seconds": time.perf_counter() - self._started}
+        return asdict(self._engine.counters) | dict(self._engine.draft_counters) | up
 
     async def close(self) -> None:
         """Stop the engine's thread."""

@@ -32,6 +32,23 @@ class SamplingConfig(Section):
         )
 
 
+class DraftingConfig(Section):
+    """Guess tokens from earlier samples of the same prompt; the engine verifies them.
+
+    What is sampled keeps its distribution; a step may yield several tokens of a sequence.
+    """
+
+    max_tokens: int = Field(default=6, ge=1, le=32)
+    """Tokens drafted at a time, at most."""
+
+    max_sequences: int = Field(default=4, ge=1)
+    """Draft only while at most so many sequences are decoded together: with more, verifying a draft
+    costs more than the steps it saves."""
+
+    max_prompts: int = Field(default=4096, ge=1)
+    """Prompts whose samples an engine remembers; the least recently used is forgotten."""
+
+
 class RolloutConfig(Section):
     """One vLLM engine in each of `num_workers` Ray actors."""
 
@@ -78,6 +95,9 @@ class RolloutConfig(Section):
     answer_seconds: float = Field(default=60.0, gt=0)
     """A worker is replaced when its process gives no sign of life for this long, or leaves an
     interrupt unanswered. Loading weights may take `claim_seconds` where that is longer."""
+
+    drafting: DraftingConfig | None = None
+    """Speculative decoding from earlier samples; null decodes token by token."""
 
     sampling: SamplingConfig = SamplingConfig()
     """How training completions are drawn."""

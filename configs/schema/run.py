@@ -173,6 +173,11 @@ class RunConfig(Section):
                 f"got {self.data.source.type}: use reward.type exact or math"
             )
         self._teacher_fits()
+        if self.rollout.drafting is not None and self.rollout.tensor_parallel > 1:
+            raise ValueError(
+                "rollout.drafting works with rollout.tensor_parallel 1 only, got "
+                f"{self.rollout.tensor_parallel}: leave one of them out"
+            )
         self._given_completions_fit()
         if self.learner.tokens_per_microbatch < self.model.max_length:
             raise ValueError(

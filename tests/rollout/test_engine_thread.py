@@ -47,6 +47,10 @@ class FakeEngine:
         self.in_step = False
         return [RolloutResult(name, (make_completion(self.version),)) for name in done]
 
+    @property
+    def draft_counters(self):
+        return {"num_drafted": 2}
+
     def has_work(self):
         return bool(self.running)
 

@@ -1,0 +1,147 @@
+"""An engine that drafts gives what one that does not draft gives, in fewer steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from paceline.configs.schema.rollout import DraftingConfig, RolloutConfig
+from paceline.learner.model import write_initial_model
+from tests.rollout.conftest import (
+    LONG,
+    STOP,
+    VersionedReference,
+    build_engine,
+    build_reference,
+    make_request,
+    run_to_end,
+    steps,
+    tiny_model_config,
+)
+
+pytestmark = pytest.mark.slow
+
+BUDGET = 48
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """One that drafts and one that does not, of one peaked model, and the model."""
+    from paceline.rollout.vllm_engine import VLLMEngine
+
+    folder = str(tmp_path_factory.mktemp("drafted"))
+    config = tiny_model_config(LONG, initializer_range=0.3)
+    write_initial_model(config, 128, STOP, seed=0, folder=folder)
+    plain = build_engine(folder, max_num_seqs=8, max_length=LONG)
+    drafting = VLLMEngine(
+        folder,
+        RolloutConfig(
+            max_num_seqs=8, kv_cache_mb=16, drafting=DraftingConfig(max_tokens=4, max_sequences=8)
+        ),
+        max_length=LONG,
+        dtype="float32",
+        seed=0,
+    )
+    reference = VersionedReference(build_reference(folder, tmp_path_factory.mktemp("published")))
+    return drafting, plain, reference
+
+
+def num_steps(engine, *requests):
+    for request in requests:
+        engine.add(request)
+    results, count = {}, 0
+    while engine.has_work():
+        results |= {result.request_id: result.completions for result in engine.step()}
+        count += 1
+    return results, count
+
+
+def publish(engines, version):
+    drafting, plain, reference = engines
+    for engine in (drafting, plain):
+        reference.serve(engine, version)
+
+
+def test_greedy_tokens_are_the_same_and_take_fewer_steps(engines):
+    drafting, plain, _ = engines
+    publish(engines, 1)
+    settings = {"temperature": 0.0, "max_tokens": BUDGET, "stop_token_ids": ()}
+    expected = run_to_end(plain, make_request("plain", **settings))["plain"]
+    before = drafting.draft_counters["num_accepted"]
+    first, slow = num_steps(drafting, make_request("first", **settings))
+    again, fast = num_steps(drafting, make_request("again", **settings))
+    for found in (first["first"], again["again"]):
+        assert found[0].token_ids.tolist() == expected[0].token_ids.tolist()
+        np.testing.assert_allclose(found[0].logprobs, expected[0].logprobs, atol=1e-4)
+    assert slow >= BUDGET
+    assert fast < 0.5 * slow, "what was sampled before is drafted, and accepted"
+    assert drafting.draft_counters["num_accepted"] - before >= BUDGET - fast
+
+
+def test_log_probabilities_are_those_of_the_spans_across_updates_in_the_middle(engines):
+    drafting, _, reference = engines
+    publish(engines, 2)
+    warm = make_request("warm", max_tokens=BUDGET, num_samples=4, stop_token_ids=())
+    run_to_end(drafting, warm)
+    before = drafting.draft_counters["num_drafted"]
+    request = make_request("mixed", max_tokens=BUDGET, num_samples=4, seed=3, stop_token_ids=())
+    drafting.add(request)
+    results = {}
+    for version in (3, 4):
+        results |= {r.request_id: r.completions for r in steps(drafting, 5)}
+        publish(engines, version)
+    while drafting.has_work():
+        results |= {result.request_id: result.completions for result in drafting.step()}
+    assert drafting.draft_counters["num_drafted"] > before
+    for completion in results["mixed"]:
+        assert len(completion.token_ids) == BUDGET
+        assert len(completion.versions) > 1, "no update fell into it"
+        assert reference.error(request, completion) < 1e-4
+
+
+def test_what_stops_within_a_draft_stops(engines):
+    drafting, plain, _ = engines
+    publish(engines, 5)
+    greedy = {"temperature": 0.0, "max_tokens": BUDGET}
+    (whole,) = run_to_end(plain, make_request("whole", **greedy, stop_token_ids=()))["whole"]
+    run_to_end(drafting, make_request("learn", **greedy, stop_token_ids=()))
+    tokens = whole.token_ids.tolist()
+    stop = tokens[BUDGET // 2]
+    expected = tokens[: tokens.index(stop) + 1]
+    (found,) = run_to_end(drafting, make_request("stop", **greedy, stop_token_ids=(stop,)))["stop"]
+    assert found.token_ids.tolist() == expected
+    assert found.finish_reason == "stop"
+    for budget in range(1, 8):
+        short = make_request(f"{budget}", temperature=0.0, max_tokens=budget, stop_token_ids=())
+        (found,) = run_to_end(drafting, short)[f"{budget}"]
+        assert found.token_ids.tolist() == tokens[:budget]
+
+
+def test_an_interrupted_sample_leaves_with_whole_rounds_and_is_continued(engines):
+    drafting, plain, _ = engines
+    publish(engines, 6)
+    settings = {"temperature": 0.0, "max_tokens": BUDGET, "stop_token_ids": ()}
+    expected = run_to_end(plain, make_request("e", **settings))["e"][0].token_ids.tolist()
+    run_to_end(drafting, make_request("l", **settings))
+    drafting.add(make_request("cut", **settings))
+    steps(drafting, 3)
+    (partial,) = drafting.interrupt("cut").completions
+    assert partial.token_ids.tolist() == expected[: len(partial.token_ids)]
+    assert 3 < len(partial.token_ids) < BUDGET
+    (whole,) = run_to_end(plain, make_request("on", **settings, partial=[partial]))["on"]
+    assert whole.token_ids.tolist() == expected
+
+
+def test_nothing_is_drafted_for_more_sequences_than_configured(engines):
+    drafting, _, _ = engines
+    publish(engines, 7)
+    drafting._proposer._max_sequences = 1
+    try:
+        request = make_request("many", max_tokens=12, num_samples=4, stop_token_ids=())
+        run_to_end(drafting, request)
+        before = drafting.draft_counters["num_drafted"]
+        again = make_request("again", max_tokens=12, num_samples=4, stop_token_ids=())
+        run_to_end(drafting, again)
+        assert drafting.draft_counters["num_drafted"] == before
+    finally:
+        drafting._proposer._max_sequences = 8
