@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from glob import glob
+
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.errors import CCompilerError
@@ -30,8 +32,8 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "paceline.spec._native",
-            sources=["spec/native/binding.cpp", "spec/native/suffix_automaton.cpp"],
-            depends=["spec/native/suffix_automaton.h"],
+            sources=sorted(glob("spec/native/*.cpp")),
+            depends=sorted(glob("spec/native/*.h")),
             include_dirs=["spec/native"],
             cxx_std=17,
             extra_compile_args=["-O3"],

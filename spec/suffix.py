@@ -21,10 +21,12 @@ class SuffixDrafter:
     """Proposes the most frequent continuation of the longest suffix seen before.
 
     Deterministic: the same sequences in the same order give the same drafts, and of two equally
-    frequent continuations the smaller token id is proposed. Token ids are int32; contiguous numpy
-    int32 arrays are read in place, an array of another dtype raises ``TypeError``, a sequence of
-    ints is copied. Calls release the GIL, and queries from many threads run side by side; adding
-    waits for them.
+    frequent continuations the smaller token id is proposed. In a text that repeats itself for
+    long, only the longest of its suffixes are counted, so that learning stays linear.
+
+    Token ids are int32; contiguous numpy int32 arrays are read in place, an array of another dtype
+    raises ``TypeError``, a sequence of ints is copied. Calls release the GIL; queries run beside
+    each other and beside adding, and wait for nobody.
     """
 
     def __init__(self, sequences: Iterable[Tokens] = ()) -> None:
@@ -39,7 +41,7 @@ class SuffixDrafter:
 
     def extend(self, tokens: Tokens) -> None:
         """Learn the next tokens of the open sequence: a rollout that is still being sampled."""
-        self._automaton.extend(_as_array(tokens))
+        self._automaton.extend(as_tokens(tokens))
 
     def end_sequence(self) -> None:
         """Close the open sequence."""
@@ -50,7 +52,7 @@ class SuffixDrafter:
 
         Reads the whole context: pass its tail where that is enough.
         """
-        return self._automaton.longest_match(_as_array(context))
+        return self._automaton.longest_match(as_tokens(context))
 
     def propose(self, context: Tokens, max_tokens: int) -> list[int]:
         """Draft at most ``max_tokens`` tokens after ``context``; empty if nothing is known.
@@ -58,7 +60,7 @@ class SuffixDrafter:
         The draft continues the longest suffix of ``context`` that occurs somewhere with a token
         after it, one most frequent token at a time, and ends where every sequence ended.
         """
-        return self._automaton.propose(_as_array(context), max_tokens)
+        return self._automaton.propose(as_tokens(context), max_tokens)
 
     @property
     def num_tokens(self) -> int:
@@ -76,5 +78,6 @@ class SuffixDrafter:
         return self._automaton.memory_bytes
 
 
-def _as_array(tokens: Tokens) -> NDArray[np.int32]:
+def as_tokens(tokens: Tokens) -> NDArray[np.int32]:
+    """The tokens as native code reads them: an array as it is, a sequence of ints copied."""
     return tokens if isinstance(tokens, np.ndarray) else np.array(tokens, dtype=np.int32)

@@ -1,161 +1,148 @@
 #include "suffix_automaton.h"
 
 #include <algorithm>
-#include <mutex>
 #include <stdexcept>
-#include <utility>
 
 namespace paceline {
 
-SuffixAutomaton::SuffixAutomaton() : states_(1) {}
+SuffixAutomaton::SuffixAutomaton(Epochs& epochs, Budget* budget)
+    : states_(budget), edges_(epochs, budget) {
+  add_state(0);
+  state_at(kRoot).link = kNone;
+}
 
-void SuffixAutomaton::extend(TokenView tokens) {
-  const std::unique_lock lock(mutex_);
-  for (const Token token : tokens) {
-    const StateIndex before = last_;
-    last_ = append(token);
-    count_occurrence(before, last_, token);
-    ++num_tokens_;
+SuffixAutomaton::StateIndex SuffixAutomaton::append(StateIndex end, Token token) {
+  const StateIndex after = extend(end, token);
+  count_occurrence(end, after, token);
+  num_tokens_.fetch_add(1, std::memory_order_release);
+  return after;
+}
+
+void SuffixAutomaton::advance(Position& position, Token token) const {
+  StateIndex next = target(position.state, token);
+  while (next == kRoot && position.state != kRoot) {
+    position.state = link_of(position.state);
+    position.length = std::min(position.length, state_at(position.state).length);
+    next = target(position.state, token);
+  }
+  if (next != kRoot) position = {next, position.length + 1};
+}
+
+void SuffixAutomaton::shorten(Position& position, std::uint32_t length) const {
+  position.length = std::min(position.length, length);
+  while (position.state != kRoot) {
+    const StateIndex link = link_of(position.state);
+    if (state_at(link).length < position.length) return;
+    position.state = link;
   }
 }
 
-void SuffixAutomaton::end_sequence() {
-  const std::unique_lock lock(mutex_);
-  last_ = kRoot;
-}
-
-std::size_t SuffixAutomaton::longest_match(TokenView context) const {
-  const std::shared_lock lock(mutex_);
-  return match(context).length;
-}
-
-std::vector<Token> SuffixAutomaton::propose(TokenView context, std::size_t max_tokens) const {
-  const std::shared_lock lock(mutex_);
-  StateIndex state = match(context).state;
-  while (state != kRoot && states_[state].best_target == kNone) state = states_[state].link;
-  std::vector<Token> draft;
-  if (state == kRoot) return draft;
-  while (draft.size() < max_tokens && states_[state].best_target != kNone) {
-    draft.push_back(states_[state].best_token);
-    state = states_[state].best_target;
+SuffixAutomaton::Position SuffixAutomaton::continued(Position position) const {
+  while (position.state != kRoot && favourite(position.state) == kNoEdge) {
+    position.state = link_of(position.state);
+    position.length = std::min(position.length, state_at(position.state).length);
   }
-  return draft;
+  return position;
 }
 
-std::size_t SuffixAutomaton::num_tokens() const {
-  const std::shared_lock lock(mutex_);
-  return num_tokens_;
-}
-
-std::size_t SuffixAutomaton::num_states() const {
-  const std::shared_lock lock(mutex_);
-  return states_.size();
-}
-
-std::size_t SuffixAutomaton::memory_bytes() const {
-  const std::shared_lock lock(mutex_);
-  std::size_t bytes = sizeof(*this) + states_.capacity() * sizeof(State);
-  for (const State& state : states_) bytes += state.edges.capacity() * sizeof(Edge);
-  return bytes;
-}
-
-SuffixAutomaton::Match SuffixAutomaton::match(TokenView context) const {
-  Match match{kRoot, 0};
-  for (const Token token : context) {
-    StateIndex target = target_of(match.state, token);
-    while (target == kNone && match.state != kRoot) {
-      match.state = states_[match.state].link;
-      match.length = static_cast<std::size_t>(states_[match.state].length);
-      target = target_of(match.state, token);
-    }
-    if (target != kNone) match = {target, match.length + 1};
-  }
-  return match;
-}
-
-// Puts the open sequence plus `token` into the automaton and returns its class, occurrence not yet
+// Puts the sequence `end` plus `token` into the automaton and returns its class, occurrence not yet
 // counted. The generalised construction: where an earlier sequence already led the way, no state is
-// made.
-SuffixAutomaton::StateIndex SuffixAutomaton::append(Token token) {
-  const std::int32_t length = states_[last_].length + 1;
-  const StateIndex known = target_of(last_, token);
-  if (known != kNone) {
-    return states_[known].length == length ? known : clone(last_, token, known);
-  }
-  State fresh;
-  fresh.length = length;
-  const StateIndex added = add_state(std::move(fresh));
-  StateIndex parent = last_;
-  StateIndex target = kNone;
-  while (parent != kNone && (target = target_of(parent, token)) == kNone) {
-    set_edge(parent, token, added);
-    parent = states_[parent].link;
-  }
-  StateIndex link = kRoot;
+// made. A new state is complete before the first edge leads to it.
+SuffixAutomaton::StateIndex SuffixAutomaton::extend(StateIndex end, Token token) {
+  const std::uint32_t length = state_at(end).length + 1;
+  const StateIndex known = target(end, token);
+  if (known != kRoot) return state_at(known).length == length ? known : clone(end, token, known);
+
+  const StateIndex added = add_state(length);
+  StateIndex parent = end;
+  StateIndex found = kRoot;
+  while (parent != kNone && (found = target(parent, token)) == kRoot) parent = link_of(parent);
   if (parent != kNone) {
-    const bool fits = states_[target].length == states_[parent].length + 1;
-    link = fits ? target : clone(parent, token, target);
+    const bool fits = state_at(found).length == state_at(parent).length + 1;
+    state_at(added).link = fits ? found : clone(parent, token, found);
   }
-  states_[added].link = link;
+  for (StateIndex state = end; state != parent; state = link_of(state)) {
+    set_edge(state, make_edge(token, added));
+  }
   return added;
 }
 
 // Splits off the strings of `original` that are no longer than parent's longest plus `token`: they
 // are about to occur where the longer ones do not. Counts and continuations were the same until
-// now, so the copy keeps them.
+// now, so the copy keeps them. A reader that still finds `original` by one of those strings is set
+// right by `shorten`.
 SuffixAutomaton::StateIndex SuffixAutomaton::clone(StateIndex parent, Token token,
                                                    StateIndex original) {
-  State copy = states_[original];
-  copy.length = states_[parent].length + 1;
-  const StateIndex cloned = add_state(std::move(copy));
-  states_[original].link = cloned;
-  for (; parent != kNone && target_of(parent, token) == original; parent = states_[parent].link) {
-    set_edge(parent, token, cloned);
+  const StateIndex cloned = add_state(state_at(parent).length + 1);
+  State& from = state_at(original);
+  State& to = state_at(cloned);
+  to.link = from.link.load();
+  to.count = from.count.load();
+  to.others = edges_.copy(from.others);
+  to.favourite = from.favourite.load();
+  from.link.store(cloned, std::memory_order_release);
+  for (; parent != kNone && target(parent, token) == original; parent = link_of(parent)) {
+    set_edge(parent, make_edge(token, cloned));
   }
   return cloned;
 }
 
-// Every suffix of the open sequence before `token` has now been followed by it once more, and every
+// Every suffix of the sequence before `token` has now been followed by it once more, and every
 // suffix after it has occurred once more. The former lead to the latter, and only their favourites
-// can have changed. A favourite that `clone` redirected has just outgrown its own old target.
+// can have changed: a favourite that `clone` redirected has just outgrown its own old target.
 void SuffixAutomaton::count_occurrence(StateIndex before, StateIndex after, Token token) {
-  for (StateIndex state = after; state != kRoot; state = states_[state].link) ++states_[state].count;
-  for (StateIndex index = before; index != kNone; index = states_[index].link) {
-    State& state = states_[index];
-    const StateIndex target = target_of(index, token);
-    const std::int32_t count = states_[target].count;
-    const std::int32_t best = state.best_target == kNone ? 0 : states_[state.best_target].count;
-    if (count > best || (count == best && token < state.best_token)) {
-      state.best_token = token;
-      state.best_target = target;
+  StateIndex ending = after;
+  for (int i = 0; i < kMaxCounted && ending != kRoot; ++i, ending = link_of(ending)) {
+    state_at(ending).count.store(count(ending) + 1, std::memory_order_relaxed);  // no other writer
+  }
+  StateIndex target = after;
+  for (int i = 0; i < kMaxCounted && before != kNone; ++i, before = link_of(before)) {
+    State& state = state_at(before);
+    while (state_at(link_of(target)).length > state.length) target = link_of(target);
+    const Edge favourite = state.favourite.load(std::memory_order_relaxed);
+    if (token_of(favourite) == token) continue;
+    const std::uint32_t most = count(target_of(favourite));
+    const std::uint32_t now = count(target);
+    if (now > most || (now == most && token < token_of(favourite))) {
+      put_beside(state, favourite);
+      state.favourite.store(make_edge(token, target), std::memory_order_release);
     }
   }
 }
 
-SuffixAutomaton::StateIndex SuffixAutomaton::target_of(StateIndex state, Token token) const {
-  const std::vector<Edge>& edges = states_[state].edges;
-  const auto found = std::lower_bound(edges.begin(), edges.end(), token,
-                                      [](const Edge& edge, Token t) { return edge.token < t; });
-  return found != edges.end() && found->token == token ? found->target : kNone;
+SuffixAutomaton::StateIndex SuffixAutomaton::target(StateIndex index, Token token) const {
+  const State& state = state_at(index);
+  const Edge favourite = state.favourite.load(std::memory_order_acquire);
+  if (favourite != kNoEdge && token_of(favourite) == token) return target_of(favourite);
+  return target_of(edges_.find(state.others.load(std::memory_order_acquire), token));
 }
 
-void SuffixAutomaton::set_edge(StateIndex state, Token token, StateIndex target) {
-  std::vector<Edge>& edges = states_[state].edges;
-  const auto found = std::lower_bound(edges.begin(), edges.end(), token,
-                                      [](const Edge& edge, Token t) { return edge.token < t; });
-  if (found != edges.end() && found->token == token) {
-    found->target = target;
-  } else {
-    edges.insert(found, Edge{token, target});
-  }
+void SuffixAutomaton::set_edge(StateIndex index, Edge edge) {
+  State& state = state_at(index);
+  const Edge favourite = state.favourite.load(std::memory_order_relaxed);
+  const bool is_favourite = favourite == kNoEdge || token_of(favourite) == token_of(edge);
+  const EdgePool::Table others = state.others.load(std::memory_order_relaxed);
+  if (!is_favourite || edges_.find(others, token_of(edge)) != kNoEdge) put_beside(state, edge);
+  if (is_favourite) state.favourite.store(edge, std::memory_order_release);
 }
 
-SuffixAutomaton::StateIndex SuffixAutomaton::add_state(State state) {
-  if (states_.size() >= static_cast<std::size_t>(std::numeric_limits<StateIndex>::max())) {
-    throw std::length_error("a suffix automaton holds at most 2**31 - 1 states: start a new one");
+void SuffixAutomaton::put_beside(State& state, Edge edge) {
+  const EdgePool::Table before = state.others.load(std::memory_order_relaxed);
+  const EdgePool::Table after = edges_.put(before, edge);
+  if (after == before) return;
+  state.others.store(after, std::memory_order_release);
+  edges_.retire(before);
+}
+
+SuffixAutomaton::StateIndex SuffixAutomaton::add_state(std::uint32_t length) {
+  const StateIndex index = num_states_.load(std::memory_order_relaxed);
+  if (index >= kNone - states_.kFirst - 1) {
+    throw std::length_error("a suffix automaton holds at most 2**32 states: start a new one");
   }
-  states_.push_back(std::move(state));
-  return static_cast<StateIndex>(states_.size() - 1);
+  states_.allocate(index + states_.kFirst);
+  state_at(index).length = length;
+  num_states_.store(index + 1, std::memory_order_release);
+  return index;
 }
 
 }  // namespace paceline

@@ -3,19 +3,25 @@
 // A state stands for a class of strings that end at the same places of the text ("endpos", Blumer
 // et al. 1985). Each state keeps how often its strings occurred and which token most often followed
 // them, so a draft is read off by one edge per token. Sequences never touch: a sequence starts at
-// the root, so no string that crosses two of them is ever in the automaton.
+// the root, so no string that crosses two of them is ever in the automaton. Several sequences may
+// grow side by side.
+//
+// One writer, readers without locks: states never move, links, counts and edges are atomic, and
+// whatever an edge leads to was complete before the edge was there. A reader sees the text up to
+// some token, and perhaps part of the token after it. Where a table of edges gives way to a larger
+// one, the old one is kept until no reader is in it: readers hold an `Epochs::Guard`.
 
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
-#include <shared_mutex>
-#include <vector>
+
+#include "edge_pool.h"
+#include "epochs.h"
+#include "growing_array.h"
 
 namespace paceline {
-
-using Token = std::int32_t;
 
 // A read-only view of caller-owned tokens.
 struct TokenView {
@@ -25,69 +31,77 @@ struct TokenView {
   const Token* end() const { return data + size; }
 };
 
-// Queries may run in many threads at once; `extend` and `end_sequence` wait for them and exclude
-// them.
 class SuffixAutomaton {
  public:
-  SuffixAutomaton();
+  using StateIndex = std::uint32_t;
+  static constexpr StateIndex kRoot = 0;
 
-  // Appends to the open sequence. Amortised O(log fan-out) of structure, plus one count for each
-  // class among the suffixes of the text so far: about ten in ordinary text, as many as the run is
-  // long inside a run of one token.
-  void extend(TokenView tokens);
+  // A suffix of some text that occurs here: its class and its length.
+  struct Position {
+    StateIndex state = kRoot;
+    std::uint32_t length = 0;
+  };
 
-  // Closes the open sequence: the next token starts a new one.
-  void end_sequence();
+  explicit SuffixAutomaton(Epochs& epochs, Budget* budget = nullptr);
 
-  // Length of the longest suffix of `context` that occurs in some sequence. O(context).
-  std::size_t longest_match(TokenView context) const;
+  // Appends to the sequence whose class is `end` (kRoot: a new one) and returns its new class.
+  // Amortised O(1) table accesses of structure, plus one count for each class among the suffixes
+  // of the sequence so far: about ten in ordinary text. A text that repeats itself has many more,
+  // and of those only the `kMaxCounted` longest are counted.
+  StateIndex append(StateIndex end, Token token);
+  static constexpr int kMaxCounted = 64;
 
-  // Up to `max_tokens` tokens that continue the longest suffix of `context` which occurs somewhere
-  // with a token after it; empty if there is none but the empty one. Each token is the most
-  // frequent continuation of that suffix and the tokens drafted so far, the smallest id on a tie;
-  // the draft ends where nothing ever followed.
-  std::vector<Token> propose(TokenView context, std::size_t max_tokens) const;
+  std::size_t num_tokens() const { return num_tokens_.load(std::memory_order_acquire); }
+  std::size_t num_states() const { return num_states_.load(std::memory_order_acquire); }
+  std::size_t memory_bytes() const { return sizeof(*this) + states_.bytes() + edges_.bytes(); }
 
-  std::size_t num_tokens() const;
-  std::size_t num_states() const;
-  std::size_t memory_bytes() const;
+  // The rest may run beside the writer.
+
+  // Moves from the longest suffix known of a text to that of the text with `token` after it.
+  void advance(Position& position, Token token) const;
+
+  // Shortens a match to at most `length` tokens, and to the class that its string has by now.
+  void shorten(Position& position, std::uint32_t length) const;
+
+  // The longest suffix of a match that something followed; length 0 if none.
+  Position continued(Position position) const;
+
+  // The most frequent continuation, the smallest token on a tie; kNoEdge if nothing ever followed.
+  Edge favourite(StateIndex state) const {
+    return state_at(state).favourite.load(std::memory_order_acquire);
+  }
+
+  // How often the strings of the class occurred.
+  std::uint32_t count(StateIndex state) const {
+    return state_at(state).count.load(std::memory_order_relaxed);
+  }
 
  private:
-  using StateIndex = std::int32_t;
-  static constexpr StateIndex kRoot = 0;
-  static constexpr StateIndex kNone = -1;
-
-  struct Edge {
-    Token token;
-    StateIndex target;
-  };
-
   struct State {
-    std::int32_t length = 0;         // of the longest string of the class
-    StateIndex link = kNone;         // class of the longest suffix with more occurrences
-    std::int32_t count = 0;          // occurrences of the strings of the class
-    Token best_token = 0;            // most frequent continuation, meaningless without a best_target
-    StateIndex best_target = kNone;  // where it leads; kNone if nothing ever followed
-    std::vector<Edge> edges;         // sorted by token
+    std::uint32_t length = 0;                // of the longest string of the class
+    std::atomic<StateIndex> link{kRoot};     // class of the longest suffix with more occurrences
+    std::atomic<std::uint32_t> count{0};     // occurrences of the strings of the class
+    std::atomic<EdgePool::Table> others{0};  // all edges, once there is more than the favourite
+    std::atomic<Edge> favourite{kNoEdge};    // most states have this one only
   };
+  static constexpr StateIndex kNone = 0xFFFFFFFF;  // the root's link
 
-  struct Match {
-    StateIndex state;
-    std::size_t length;
-  };
-
-  StateIndex target_of(StateIndex state, Token token) const;
-  void set_edge(StateIndex state, Token token, StateIndex target);
-  StateIndex add_state(State state);
+  State& state_at(StateIndex index) const { return *states_.at(index + states_.kFirst); }
+  StateIndex link_of(StateIndex index) const {
+    return state_at(index).link.load(std::memory_order_acquire);
+  }
+  StateIndex target(StateIndex state, Token token) const;
+  StateIndex add_state(std::uint32_t length);
+  void set_edge(StateIndex state, Edge edge);
+  void put_beside(State& state, Edge edge);
+  StateIndex extend(StateIndex end, Token token);
   StateIndex clone(StateIndex parent, Token token, StateIndex original);
-  StateIndex append(Token token);
   void count_occurrence(StateIndex before, StateIndex after, Token token);
-  Match match(TokenView context) const;
 
-  mutable std::shared_mutex mutex_;
-  std::vector<State> states_;
-  StateIndex last_ = kRoot;  // class of the whole open sequence
-  std::size_t num_tokens_ = 0;
+  GrowingArray<State> states_;
+  EdgePool edges_;
+  std::atomic<StateIndex> num_states_{0};
+  std::atomic<std::size_t> num_tokens_{0};
 };
 
 }  // namespace paceline

@@ -139,7 +139,7 @@ def test_memory_grows_with_what_is_learned() -> None:
     drafter = SuffixDrafter()
     empty = drafter.memory_bytes
     drafter.add(random.integers(0, 1000, 10_000, dtype=np.int32))
-    assert 10_000 * 40 < drafter.memory_bytes - empty < 10_000 * 400
+    assert 10_000 * 20 < drafter.memory_bytes - empty < 10_000 * 150
 
 
 def test_queries_see_whole_states_while_another_thread_learns() -> None:
@@ -174,7 +174,7 @@ def test_learning_releases_the_gil() -> None:
     ticker = threading.Thread(target=tick)
     ticker.start()
     start = time.perf_counter()
-    SuffixDrafter().add(np.zeros(10_000, dtype=np.int32))  # the slowest text there is
+    SuffixDrafter().add(np.zeros(200_000, dtype=np.int32))  # the slowest text there is
     end = time.perf_counter()
     done.set()
     ticker.join()

@@ -1,0 +1,198 @@
+"""What was sampled so far, and drafts from it: suffix automata by problem and weight version.
+
+Rollouts of one problem repeat each other: those of its group that are being sampled now, those of
+earlier epochs, and traces given at the start. A ``History`` keeps one suffix automaton for each
+problem and generation (the weight version that sampled the text); a ``Reader`` follows the requests
+of one engine through them and drafts for a whole batch in one native call. DAS (arXiv 2511.13841)
+does it with suffix trees; see ``spec/native/`` for the structure and how readers go without locks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from paceline.spec import _native
+from paceline.spec.suffix import Tokens, as_tokens
+
+
+@dataclass(frozen=True)
+class GenerationSummary:
+    """What is known of one problem from one weight version."""
+
+    problem: str
+    generation: int
+    num_tokens: int
+    num_states: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """Drafts of B requests, at most K tokens each; a row is filled up with -1 and 0.
+
+    ``tokens`` int32 [B, K]; ``probabilities`` float32 [B, K], the estimated probability of each
+    token given those before it; ``num_tokens`` int32 [B]; ``matches`` int32 [B], how many of the
+    last tokens were found; ``generations`` int64 [B], the newest that voted for the first token
+    (-1 where nothing is drafted).
+    """
+
+    tokens: NDArray[np.int32]
+    probabilities: NDArray[np.float32]
+    num_tokens: NDArray[np.int32]
+    matches: NDArray[np.int32]
+    generations: NDArray[np.int64]
+
+    def of(self, row: int) -> list[int]:
+        """The draft of one request."""
+        return self.tokens[row, : self.num_tokens[row]].tolist()
+
+
+class History:
+    """Learns what was sampled, within a window of generations and a cap on memory.
+
+    A problem keeps its newest ``window`` generations. All memory for all problems stays within
+    ``max_bytes`` at any moment: what would exceed it drops the oldest generation of all, and a
+    generation that is the oldest itself makes way with all it holds. Generations leave whole, and
+    what was dropped does not come back while the problem still has others. Tokens are int32 (see
+    ``SuffixDrafter`` for arrays); a generation's number is any int64, newer ones are larger.
+
+    Any thread may call; writers queue up for each other, and readers wait for none of them.
+    """
+
+    def __init__(self, window: int = 16, max_bytes: int = 1 << 30) -> None:
+        if window < 1 or max_bytes < 1:
+            raise ValueError(f"window and max_bytes must be positive, got {window} and {max_bytes}")
+        self.window = window
+        self.max_bytes = max_bytes
+        self._native = _native.History(window, max_bytes)
+
+    def add(self, problem: str, generation: int, sequence: Tokens) -> None:
+        """Learn one whole sequence; no match ever crosses into another."""
+        self._native.add(problem, generation, as_tokens(sequence))
+
+    def extend(self, problem: str, generation: int, sequence: str, tokens: Tokens) -> None:
+        """Learn the next tokens of an open sequence, named by the caller: one being sampled."""
+        self._native.extend(problem, generation, sequence, as_tokens(tokens))
+
+    def end_sequence(self, problem: str, generation: int, sequence: str) -> None:
+        """Close an open sequence; its name may be used again."""
+        self._native.end_sequence(problem, generation, sequence)
+
+    def forget(self, before: int) -> None:
+        """Drop all generations before this one for good: the policy has drifted too far."""
+        self._native.forget(before)
+
+    def reader(self, min_match: int = 1, max_match: int = 32, decay: float = 0.8) -> Reader:
+        """A reader, for one engine; see ``Reader`` for what the numbers mean."""
+        return Reader(self, min_match, max_match, decay)
+
+    def summaries(self) -> list[GenerationSummary]:
+        """Every generation of every problem, the oldest first."""
+        return [GenerationSummary(*each) for each in self._native.summaries()]
+
+    def sequences(self, problem: str, generation: int) -> list[NDArray[np.int32]]:
+        """The sequences of a generation, those still open last; none if it is not known."""
+        return self._native.sequences(problem, generation)
+
+    @property
+    def num_problems(self) -> int:
+        """Problems of which something is known, or which a request is open for."""
+        return self._native.num_problems
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known now."""
+        return self._native.num_tokens
+
+    @property
+    def num_refused_tokens(self) -> int:
+        """Tokens given and never learned, for lack of a place in the window or of memory."""
+        return self._native.num_refused_tokens
+
+    @property
+    def num_dropped_generations(self) -> int:
+        """Generations dropped so far, whatever the reason."""
+        return self._native.num_dropped_generations
+
+    @property
+    def memory_bytes(self) -> int:
+        """Heap bytes held for what is known; what readers keep of their requests is not in it."""
+        return self._native.memory_bytes
+
+
+class Reader:
+    """Follows requests token by token and drafts for them. One thread at a time.
+
+    Each generation of the request's problem is matched with the last ``max_match`` tokens of the
+    request: its longest suffix that something followed there. The generations with the longest
+    match, of ``min_match`` tokens at least, vote for what most often followed (the smallest token
+    on a tie), each with the number of times it did times ``decay`` to the power of the
+    generation's age, counted in generations of that problem. The token with most votes is drafted
+    (the newer generation's on a tie), and those who voted for it go on to the next.
+
+    A request costs two or three look-ups a token and generation, never a pass over its text:
+    ``propose`` takes only the tokens that are new. A draft is right about the history at some
+    moment of the call; nothing in the call waits for a writer.
+    """
+
+    def __init__(self, history: History, min_match: int, max_match: int, decay: float) -> None:
+        if not 1 <= min_match <= max_match:
+            raise ValueError(f"expected 1 <= min_match <= max_match, got {min_match}, {max_match}")
+        if not 0 < decay <= 1:
+            raise ValueError(f"decay must be above 0 and at most 1, got {decay}")
+        self._native = _native.Reader(history._native, min_match, max_match, decay)
+
+    def open(self, problem: str) -> int:
+        """A new request with no text yet; the problem may become known later."""
+        return self._native.open(problem)
+
+    def close(self, request: int) -> None:
+        """The request is over; raises ``ValueError`` if it is not open."""
+        self._native.close(request)
+
+    def propose(
+        self,
+        requests: Sequence[int] | NDArray[np.int64],
+        new_tokens: Sequence[Tokens],
+        max_draft: int | Sequence[int] | NDArray[np.int32],
+        min_probability: float = 0.0,
+    ) -> Drafts:
+        """Take what each request grew by since the last call, and draft after it.
+
+        The first call of a request brings its prompt. ``max_draft`` is one number for all or one
+        for each; zero drafts nothing. A draft ends before the estimated probability that all of it
+        is right falls below ``min_probability``. Raises ``ValueError``, with nothing taken, for a
+        request that is not open or arguments of unequal length.
+        """
+        arrays = [as_tokens(tokens) for tokens in new_tokens]
+        if len(arrays) != len(requests):
+            raise ValueError(f"got {len(requests)} requests and tokens of {len(arrays)}")
+        return self.propose_flat(
+            np.asarray(requests, np.int64),
+            np.concatenate(arrays) if arrays else np.zeros(0, np.int32),
+            np.array([array.size for array in arrays], np.int32),
+            np.ascontiguousarray(np.broadcast_to(np.asarray(max_draft, np.int32), len(arrays))),
+            min_probability,
+        )
+
+    def propose_flat(
+        self,
+        requests: NDArray[np.int64],
+        new_tokens: NDArray[np.int32],
+        num_new_tokens: NDArray[np.int32],
+        max_draft: NDArray[np.int32],
+        min_probability: float = 0.0,
+    ) -> Drafts:
+        """The same on contiguous arrays [B], the new tokens of all requests in one."""
+        return Drafts(
+            *self._native.propose(requests, new_tokens, num_new_tokens, max_draft, min_probability)
+        )
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that are open."""
+        return self._native.num_requests

@@ -1,0 +1,209 @@
+#include "reader.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+namespace paceline {
+
+namespace {
+
+class OneThread {
+ public:
+  explicit OneThread(std::atomic_flag& busy) : busy_(busy) {
+    if (busy_.test_and_set(std::memory_order_acquire)) {
+      throw std::runtime_error("two threads use one reader: give each its own");
+    }
+  }
+  ~OneThread() { busy_.clear(std::memory_order_release); }
+
+ private:
+  std::atomic_flag& busy_;
+};
+
+std::string unknown(std::int64_t request) {
+  return "request " + std::to_string(request) + " is not open";
+}
+
+}  // namespace
+
+Reader::Reader(std::shared_ptr<History> history, DraftRule rule)
+    : history_(std::move(history)), rule_(rule) {}
+
+Reader::~Reader() {
+  for (auto& [number, request] : requests_) {
+    history_->release(request.name, std::move(request.problem));
+  }
+}
+
+std::int64_t Reader::open(const std::string& problem) {
+  const OneThread here(busy_);
+  const std::int64_t request = next_request_++;
+  requests_[request] = {problem, history_->hold(problem), 0, {}, {}};
+  return request;
+}
+
+void Reader::close(std::int64_t request) {
+  const OneThread here(busy_);
+  const auto found = requests_.find(request);
+  if (found == requests_.end()) throw std::invalid_argument(unknown(request));
+  history_->release(found->second.name, std::move(found->second.problem));
+  requests_.erase(found);
+}
+
+void Reader::propose(const DraftBatch& batch, double min_probability, const Drafts& drafts) {
+  const OneThread here(busy_);
+  check(batch, drafts);
+  const Epochs::Guard guard(history_->epochs_);
+  const Token* tokens = batch.tokens.data;
+  for (std::size_t row = 0; row < batch.size; ++row) {
+    Request& request = requests_.at(batch.requests[row]);
+    const auto num_tokens = static_cast<std::size_t>(batch.num_tokens[row]);
+    follow(request, {tokens, num_tokens});
+    tokens += num_tokens;
+    gather_voters(request);
+    draft(drafts, row, static_cast<std::size_t>(batch.max_draft[row]), min_probability);
+  }
+}
+
+void Reader::check(const DraftBatch& batch, const Drafts& drafts) const {
+  std::size_t num_tokens = 0;
+  for (std::size_t row = 0; row < batch.size; ++row) {
+    if (requests_.find(batch.requests[row]) == requests_.end()) {
+      throw std::invalid_argument(unknown(batch.requests[row]));
+    }
+    if (batch.num_tokens[row] < 0 || batch.max_draft[row] < 0 ||
+        static_cast<std::size_t>(batch.max_draft[row]) > drafts.width) {
+      throw std::invalid_argument("numbers of tokens must not be negative, nor max_draft above " +
+                                  std::to_string(drafts.width));
+    }
+    num_tokens += static_cast<std::size_t>(batch.num_tokens[row]);
+  }
+  if (num_tokens != batch.tokens.size) {
+    throw std::invalid_argument("num_tokens adds up to " + std::to_string(num_tokens) + ", but " +
+                                std::to_string(batch.tokens.size) + " tokens were given");
+  }
+}
+
+void Reader::follow(Request& request, TokenView tokens) const {
+  request.tail.insert(request.tail.end(), tokens.begin(), tokens.end());
+  if (request.tail.size() > 4 * std::size_t{rule_.max_match}) {
+    request.tail.erase(request.tail.begin(), request.tail.end() - rule_.max_match);
+  }
+  follow_generations(request);
+  for (Place& place : request.places) follow(place, request.tail, tokens);
+}
+
+// One place for each generation that the problem has now.
+void Reader::follow_generations(Request& request) const {
+  const Generations* list = request.problem->published.load(std::memory_order_acquire);
+  const std::uint64_t serial = list == nullptr ? 0 : list->serial;
+  if (serial == request.list_serial) return;
+  std::vector<Place> places;
+  for (std::size_t index = 0; list != nullptr && index < list->newest_first.size(); ++index) {
+    const Generation* generation = list->newest_first[index];
+    places.push_back({generation, generation->serial, 0, {}});
+    for (const Place& place : request.places) {
+      if (place.serial == generation->serial) places.back() = place;
+    }
+  }
+  request.places = std::move(places);
+  request.list_serial = serial;
+}
+
+// A match stays the longest as long as its automaton does not grow, and one of `max_match` tokens
+// always. Else the tail is matched anew, and nothing older: no request is ever read as a whole.
+void Reader::follow(Place& place, const std::vector<Token>& tail, TokenView tokens) const {
+  const SuffixAutomaton& automaton = place.generation->automaton;
+  const std::size_t num_tokens = automaton.num_tokens();
+  const std::size_t tail_size = std::min<std::size_t>(tail.size(), rule_.max_match);
+  TokenView next = tokens;
+  if (num_tokens != place.num_tokens_seen) {
+    place.num_tokens_seen = num_tokens;
+    if (place.position.length < rule_.max_match) {
+      place.position = {};
+      next = {tail.data() + tail.size() - tail_size, tail_size};
+    } else {
+      automaton.shorten(place.position, rule_.max_match);
+    }
+  }
+  for (const Token token : next) {
+    automaton.advance(place.position, token);
+    if (place.position.length > rule_.max_match) {
+      automaton.shorten(place.position, rule_.max_match);
+    }
+  }
+}
+
+void Reader::gather_voters(const Request& request) {
+  voters_.clear();
+  std::uint32_t longest = rule_.min_match;
+  double weight = 1.0;
+  for (const Place& place : request.places) {
+    const SuffixAutomaton::Position match = place.generation->automaton.continued(place.position);
+    if (match.length > longest) voters_.clear();
+    if (match.length >= longest) {
+      longest = match.length;
+      voters_.push_back({place.generation, weight, match.state, match.length, kNoEdge, 0.0});
+    }
+    weight *= rule_.decay;
+  }
+}
+
+void Reader::draft(const Drafts& drafts, std::size_t row, std::size_t max_draft,
+                   double min_probability) {
+  drafts.matches[row] = voters_.empty() ? 0 : static_cast<std::int32_t>(voters_.front().length);
+  drafts.generations[row] = -1;
+  std::int32_t drafted = 0;
+  double all_right = 1.0;
+  while (static_cast<std::size_t>(drafted) < max_draft) {
+    double probability = 0.0;
+    const Voter* winner = count_votes(probability);
+    all_right *= probability;
+    if (winner == nullptr || all_right < min_probability) break;
+    const Token token = token_of(winner->choice);
+    if (drafted == 0) drafts.generations[row] = winner->generation->number;
+    const std::size_t at = row * drafts.width + static_cast<std::size_t>(drafted++);
+    drafts.tokens[at] = token;
+    drafts.probabilities[at] = static_cast<float>(probability);
+    const auto outvoted = [token](const Voter& voter) {
+      return voter.choice == kNoEdge || token_of(voter.choice) != token;
+    };
+    voters_.erase(std::remove_if(voters_.begin(), voters_.end(), outvoted), voters_.end());
+    for (Voter& voter : voters_) voter.state = target_of(voter.choice);
+  }
+  drafts.num_tokens[row] = drafted;
+}
+
+// The newest voter for the token with most votes; nullptr if nobody has one to vote for.
+const Reader::Voter* Reader::count_votes(double& probability) {
+  double all = 0.0;
+  for (Voter& voter : voters_) {
+    const SuffixAutomaton& automaton = voter.generation->automaton;
+    voter.choice = automaton.favourite(voter.state);
+    const std::uint32_t followed =
+        voter.choice == kNoEdge ? 0 : automaton.count(target_of(voter.choice));
+    voter.votes = voter.weight * followed;
+    // A writer at work may have counted the continuation and not yet what it continues.
+    all += voter.weight * std::max(automaton.count(voter.state), followed);
+  }
+  const Voter* winner = nullptr;
+  double most = 0.0;
+  for (const Voter& candidate : voters_) {
+    if (candidate.choice == kNoEdge) continue;
+    double votes = 0.0;
+    for (const Voter& voter : voters_) {
+      if (voter.choice != kNoEdge && token_of(voter.choice) == token_of(candidate.choice)) {
+        votes += voter.votes;
+      }
+    }
+    if (votes > most) {
+      most = votes;
+      winner = &candidate;
+    }
+  }
+  probability = winner == nullptr ? 0.0 : most / all;
+  return winner;
+}
+
+}  // namespace paceline

@@ -1,0 +1,108 @@
+// Drafts for the requests of one engine, from a history that goes on growing meanwhile.
+
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "history.h"
+
+namespace paceline {
+
+// Which of the known text a draft follows, see `Reader`.
+struct DraftRule {
+  std::uint32_t min_match;
+  std::uint32_t max_match;
+  double decay;
+};
+
+// Requests and the tokens each has grown by: `num_tokens[i]` of `tokens` belong to request i.
+struct DraftBatch {
+  const std::int64_t* requests;
+  std::size_t size;
+  TokenView tokens;
+  const std::int32_t* num_tokens;
+  const std::int32_t* max_draft;
+};
+
+// Row i of `tokens` and `probabilities` is request i's draft, `width` wide.
+struct Drafts {
+  std::size_t width;
+  Token* tokens;
+  float* probabilities;
+  std::int32_t* num_tokens;
+  std::int32_t* matches;
+  std::int64_t* generations;
+};
+
+// Of each generation of the request's problem, take the longest suffix of the request's text, of
+// `max_match` tokens at most, that something followed there. Those with the longest, if it has
+// `min_match` tokens, vote: for the token that most often followed (the smallest on a tie), with
+// the number of times it did times decay^age, the age counted in generations of the problem. The
+// token with most votes is drafted (on a tie that of the newer generation); those who voted for it
+// go on with the text they followed, the others drop out. Its probability is estimated as its votes
+// by the number of times that the voters' text occurred, equally weighted; the draft ends before
+// the product of these falls below `min_probability`, or where nothing ever followed.
+//
+// Used by one thread at a time; any number of readers may share a history. Within `propose` nothing
+// waits for the writer.
+class Reader {
+ public:
+  Reader(std::shared_ptr<History> history, DraftRule rule);
+  ~Reader();
+
+  // A request with no text yet, for a problem that may be unknown yet.
+  std::int64_t open(const std::string& problem);
+  void close(std::int64_t request);
+
+  // Takes the new tokens of every request and drafts after them. Throws std::invalid_argument,
+  // with nothing taken, where a request is unknown or the numbers do not add up.
+  void propose(const DraftBatch& batch, double min_probability, const Drafts& drafts);
+
+  std::size_t num_requests() const { return requests_.size(); }
+
+ private:
+  // Where a request's text is in one generation's automaton.
+  struct Place {
+    const Generation* generation;  // of the list of `list_serial`, alive while that is published
+    std::uint64_t serial;
+    std::size_t num_tokens_seen;
+    SuffixAutomaton::Position position;
+  };
+  struct Request {
+    std::string name;
+    std::shared_ptr<Problem> problem;
+    std::uint64_t list_serial = 0;
+    std::vector<Place> places;  // newest generation first
+    std::vector<Token> tail;    // at least the last `max_match` tokens of the text
+  };
+  struct Voter {
+    const Generation* generation;
+    double weight;
+    SuffixAutomaton::StateIndex state;
+    std::uint32_t length;
+    Edge choice;
+    double votes;
+  };
+
+  void check(const DraftBatch& batch, const Drafts& drafts) const;
+  void follow(Request& request, TokenView tokens) const;
+  void follow_generations(Request& request) const;
+  void follow(Place& place, const std::vector<Token>& tail, TokenView tokens) const;
+  void gather_voters(const Request& request);
+  void draft(const Drafts& drafts, std::size_t row, std::size_t max_draft, double min_probability);
+  const Voter* count_votes(double& probability);
+
+  const std::shared_ptr<History> history_;
+  const DraftRule rule_;
+  std::int64_t next_request_ = 0;
+  std::unordered_map<std::int64_t, Request> requests_;
+  std::vector<Voter> voters_;  // of the request at hand
+  std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
+};
+
+}  // namespace paceline
