@@ -1,6 +1,6 @@
 """From a configured algorithm to what the learner optimises: `wiring.py`'s part for algorithms.
 
-A new part of an algorithm is a file with its class, a section in ``configs/schema/algorithm.py``
+A new part of an algorithm is a file with its class, a section in ``configs/schema/algorithm_parts.py``
 with its options under the same names, and a line in one of the tables here.
 """
 
@@ -15,12 +15,12 @@ import ray.cloudpickle
 from paceline.configs.imports import build_imported
 from paceline.configs.schema import RunConfig
 from paceline.configs.schema.algorithm import (
-    CorrectionConfig,
     ImportedAlgorithm,
     PolicyAlgorithm,
     PreferenceAlgorithm,
     SupervisedAlgorithm,
 )
+from paceline.configs.schema.algorithm_parts import CorrectionConfig
 from paceline.configs.schema.base import Section
 from paceline.controller.parts import Algorithm
 from paceline.controller.signal_filter import EVERYTHING, SignalFilter

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch.optim import AdamW
 
 from paceline.configs.errors import ClusterError
-from paceline.configs.schema.algorithm import CriticConfig
+from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.schema.learner import LearnerConfig
 from paceline.configs.schema.model import ModelConfig
 from paceline.configs.vocabulary import TrainSample

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from paceline.configs.errors import BatchError, NonFiniteError
-from paceline.configs.schema.algorithm import CriticConfig
+from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.vocabulary import TrainBatch
 from paceline.kernels.token_logprobs import token_logprobs
 from paceline.learner.advantages import Pass

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from paceline.configs.schema.algorithm import CriticConfig
+from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.schema.learner import LearnerConfig, OptimizerConfig
 from paceline.configs.schema.model import ModelConfig
 from paceline.configs.vocabulary import StepReport, TrainBatch, TrainSample, WeightVersion

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from paceline.configs.errors import ClusterError
-from paceline.configs.schema.algorithm import CriticConfig
+from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.vocabulary import TrainBatch
 from paceline.learner.advantages import GeneralizedAdvantage
 from paceline.learner.losses.policy import Clip

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from paceline.configs.errors import BatchError, CheckpointError
-from paceline.configs.schema.algorithm import CriticConfig
+from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.vocabulary import TrainBatch
 from paceline.controller.algorithms import imitation, preferences
 from paceline.learner.advantages import GeneralizedAdvantage, Outcome, TeacherGap
