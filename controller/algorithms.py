@@ -1,7 +1,7 @@
 """From a configured algorithm to what the learner optimises: `wiring.py`'s part for algorithms.
 
-A new part of an algorithm is a file with its class, a section in ``configs/schema/algorithm_parts.py``
-with its options under the same names, and a line in one of the tables here.
+A new part of an algorithm is a file with its class, a section with its options under the same names
+in ``configs/schema/algorithm_parts.py``, and a line in one of the tables here.
 """
 
 from __future__ import annotations
