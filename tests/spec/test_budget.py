@@ -241,6 +241,18 @@ def test_budgets_by_rounds_are_the_best_of_all_drafts_in_a_simulation() -> None:
     assert budget.seconds >= 0.97 * best  # fractions of a token save little
 
 
+@pytest.mark.parametrize("limits", [RoundLimits(batch=6.0), RoundLimits(request=1.5)])
+def test_where_a_limit_binds_it_is_used_up(limits: RoundLimits) -> None:
+    lengths = np.linspace(500, 1000, 4)
+    curves = ExponentialCurves(np.full(4, 0.9), np.full(4, 1.1))
+    costs = StepCosts(30.0, 0.1)
+    free = makespan_budget(lengths, curves, costs).per_round
+    assert free.sum() > 12 and free.max() > 3
+    per_round = makespan_budget(lengths, curves, costs, limits).per_round
+    used = per_round.sum() if np.isfinite(limits.batch) else per_round.max()
+    assert used == pytest.approx(min(limits.batch, limits.request), rel=1e-4)
+
+
 def best_uniform(
     lengths: Floats, curves: ExponentialCurves, costs: StepCosts, scale: Floats, own: bool
 ) -> float:
