@@ -79,9 +79,11 @@ def speed_up(rate: float, places: int, objective: Objective, num_requests: int =
 
 @pytest.mark.parametrize("objective", ["makespan", "throughput"])
 @pytest.mark.parametrize(("rate", "places"), [(0.0, 1), (0.0, 32), (0.2, 8), (0.5, 128)])
-def test_drafting_is_never_slower_than_97_hundredths_of_none(
+def test_drafting_costs_at_most_3_percent_where_it_does_not_pay_but_for_large_batches(
     rate: float, places: int, objective: Objective
 ) -> None:
+    """128 places at a rate of .2 and less are not among the cases: probes of the whole batch cost 3
+    to 4% there (.96 measured), which is still to be mended."""
     assert speed_up(rate, places, objective) > 0.97
 
 
