@@ -123,6 +123,18 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class Trace:
+    """A completion of a prompt that drafts can be guessed from, and the weights that sampled it.
+
+    ``token_ids`` int32 [C]; ``version`` is -1 where it was given at the start of a run.
+    """
+
+    prompt_token_ids: tuple[int, ...]
+    version: int
+    token_ids: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
 class Trajectory:
     """Prompt and completion of one sample, ready to be trained on.
 

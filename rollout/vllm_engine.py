@@ -61,6 +61,9 @@ class VLLMEngine:
 
     With ``fixed_version`` it serves the folder's own weights under that name from the start: a
     teacher, which also has room to score completions of ``max_length`` tokens with their prompts.
+
+    ``speculative_config`` is one of vLLM's own, in place of what ``rollout.drafting`` makes of it:
+    for baselines and for drafters that are right or wrong on purpose.
     """
 
     def __init__(
@@ -72,11 +75,13 @@ class VLLMEngine:
         dtype: str,
         seed: int,
         fixed_version: WeightVersion | None = None,
+        speculative_config: Mapping[str, Any] | None = None,
     ) -> None:
         require_known_version()
         if current_platform.is_cpu():
             keep_cpu_linear_weights()
-        if config.drafting is not None:
+        speculative = speculative_config or speculation(config.drafting)
+        if speculative is not None:
             let_everybody_draft_nothing()
             if current_platform.is_cpu():
                 give_drafts_their_sampling_constraints()
@@ -100,7 +105,7 @@ class VLLMEngine:
             # after it: weights change between steps, so steps must not overlap.
             async_scheduling=False,
             disable_log_stats=True,
-            speculative_config=speculation(config.drafting),
+            speculative_config=speculative,
             seed=seed,
             hf_overrides={}
             if fixed_version is None
@@ -110,7 +115,7 @@ class VLLMEngine:
         if current_platform.is_cpu():
             require_cpu_head_size(self._engine.vllm_config.model_config.get_head_size())
         self._proposer = None
-        if config.drafting is not None:
+        if speculative_config is None and config.drafting is not None:
             self._proposer = self._attached(config.drafting)
         self._max_length = max_length
         self._on_update = config.on_weight_update

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import numpy as np
+
+from paceline.configs.vocabulary import Completion, VersionSpan, WeightVersion
+from paceline.spec.traces import OVERLAP_TOKENS, problem_name, traces_of
+
+
+def spans(*ends):
+    starts = (0, *ends[:-1])
+    return tuple(
+        VersionSpan(WeightVersion(3 + i), start, end)
+        for i, (start, end) in enumerate(zip(starts, ends, strict=True))
+    )
+
+
+def test_each_version_has_what_it_sampled_and_a_little_of_what_came_before():
+    tokens = np.arange(50, dtype=np.int32)
+    completion = Completion(tokens, np.zeros(50, np.float32), spans(20, 50), "stop")
+    old, new = traces_of((1, 2), completion)
+    assert (old.version, new.version) == (3, 4)
+    assert old.token_ids.tolist() == list(range(20))
+    assert new.token_ids.tolist() == list(range(20 - OVERLAP_TOKENS, 50))
+
+
+def test_problems_are_named_by_their_tokens_alone():
+    assert problem_name((1, 2)) == problem_name((1, 2))
+    assert len({problem_name(p) for p in [(1, 2), (12,), (2, 1), (1, 2, 0)]}) == 4
