@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from paceline.configs.vocabulary import Completion, RolloutRequest, WeightVersion
+from paceline.configs.vocabulary import Completion, RolloutRequest, Trace, WeightVersion
 from paceline.weights_sync.handle import WeightHandle
 
 
@@ -49,4 +49,10 @@ class Engine(Protocol):
 
         Running requests continue with it, or are given back, as `rollout.on_weight_update` says;
         returns those given back.
+        """
+
+    def learn(self, traces: Sequence[Trace]) -> None:
+        """Remember completions that other engines sampled, or that were given, to draft from.
+
+        Nothing where nothing is drafted.
         """

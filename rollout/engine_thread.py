@@ -6,24 +6,30 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any
 
-from paceline.configs.vocabulary import Completion, RolloutRequest, WeightVersion
+from paceline.configs.vocabulary import Completion, RolloutRequest, Trace, WeightVersion
 from paceline.rollout.engine import Engine, RolloutResult
 from paceline.weights_sync.handle import WeightHandle
+
+TOKENS_AT_ONCE = 4096
+"""Of traces that are learned between two steps: more would be felt by what is decoded."""
 
 
 @dataclass
 class EngineCounters:
-    """Running totals of one engine: steps, sampled tokens, seconds stepping and updating."""
+    """Running totals of one engine: steps and sampled tokens; tokens it was told of; seconds."""
 
     num_steps: int = 0
     num_tokens: int = 0
+    num_told_tokens: int = 0
     busy_seconds: float = 0.0
     update_seconds: float = 0.0
+    learn_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -34,18 +40,28 @@ class PendingRequest:
     answer: Future[tuple[Completion, ...]]
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """Traces to be learned, a part between two steps each."""
+
+    parts: Iterator[Sequence[Trace]]
+    learned: Future[None]
+
+
 class EngineThread:
     """Builds an engine on a thread of its own and steps it for as long as it has work.
 
     Consumes an inbox of actions (requests, interruptions, weight updates) and runs them between two
-    steps: that is what makes version spans exact. With no request left it blocks on the inbox. An
-    exception out of the engine ends the thread and fails every pending and later call with it.
+    steps: that is what makes version spans exact. There it also learns some of the traces it was
+    told of. With no request and no trace left it blocks on the inbox. An exception out of the
+    engine ends the thread and fails every pending and later call with it.
     """
 
     def __init__(self, build_engine: Callable[[], Engine]) -> None:
         self._inbox: queue.SimpleQueue[tuple[Callable[[], None], Future[Any]] | None]
         self._inbox = queue.SimpleQueue()
         self._pending: dict[str, PendingRequest] = {}
+        self._lessons: deque[Lesson] = deque()
         self._failure: BaseException | None = None
         self._ready: Future[None] = Future()
         self.counters = EngineCounters()
@@ -104,6 +120,13 @@ class EngineThread:
         self._submit(update, future)
         return future
 
+    def learn(self, traces: Sequence[Trace]) -> Future[None]:
+        """Tell the engine of traces, a part after each step; done when it has them all."""
+        future: Future[None] = Future()
+        lesson = Lesson(in_parts(traces, TOKENS_AT_ONCE), future)
+        self._submit(lambda: self._lessons.append(lesson), future)
+        return future
+
     @property
     def draft_counters(self) -> Mapping[str, int]:
         """Running totals of the engine's drafting."""
@@ -129,14 +152,17 @@ class EngineThread:
         self._ready.set_result(None)
         try:
             while self._drain_inbox():
-                self._step()
+                if self._lessons:
+                    self._learn_part(self._lessons[0])
+                if self._engine.has_work():
+                    self._step()
         except BaseException as error:
             self._fail(error)
 
     def _drain_inbox(self) -> bool:
-        """Run every queued action, blocking while there is nothing to step; False when closed."""
+        """Run every queued action, blocking while there is nothing to do; False when closed."""
         while True:
-            idle = not self._engine.has_work()
+            idle = not self._engine.has_work() and not self._lessons
             try:
                 item = self._inbox.get(block=idle)
             except queue.Empty:
@@ -157,6 +183,17 @@ class EngineThread:
         self.counters.num_steps += 1
         self.counters.busy_seconds += time.perf_counter() - started
 
+    def _learn_part(self, lesson: Lesson) -> None:
+        started = time.perf_counter()
+        part = next(lesson.parts, None)
+        if part is None:
+            self._lessons.popleft()
+            resolve(lesson.learned, None)
+            return
+        self._engine.learn(part)
+        self.counters.num_told_tokens += sum(len(trace.token_ids) for trace in part)
+        self.counters.learn_seconds += time.perf_counter() - started
+
     def _answer(self, result: RolloutResult) -> None:
         pending = self._pending.pop(result.request_id)
         self.counters.num_tokens += num_tokens(result.completions)
@@ -168,6 +205,9 @@ class EngineThread:
         for pending in self._pending.values():
             reject(pending.answer, error)
         self._pending.clear()
+        for lesson in self._lessons:
+            reject(lesson.learned, error)
+        self._lessons.clear()
         with contextlib.suppress(queue.Empty):
             while item := self._inbox.get_nowait():
                 reject(item[1], error)
@@ -176,6 +216,20 @@ class EngineThread:
 def num_tokens(completions: Iterable[Completion]) -> int:
     """How many tokens completions hold together."""
     return sum(len(completion.token_ids) for completion in completions)
+
+
+def in_parts(traces: Iterable[Trace], max_tokens: int) -> Iterator[Sequence[Trace]]:
+    """Traces in order, together as many as have ``max_tokens`` tokens; a longer one is alone."""
+    part: list[Trace] = []
+    size = 0
+    for trace in traces:
+        if part and size + len(trace.token_ids) > max_tokens:
+            yield part
+            part, size = [], 0
+        part.append(trace)
+        size += len(trace.token_ids)
+    if part:
+        yield part
 
 
 def resolve(future: Future[Any], value: Any) -> None:

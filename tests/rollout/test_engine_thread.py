@@ -5,12 +5,18 @@ import threading
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from paceline.configs.errors import DataError
-from paceline.configs.vocabulary import RolloutRequest, SamplingParameters, WeightVersion
+from paceline.configs.vocabulary import (
+    RolloutRequest,
+    SamplingParameters,
+    Trace,
+    WeightVersion,
+)
 from paceline.rollout.engine import RolloutResult
-from paceline.rollout.engine_thread import EngineThread
+from paceline.rollout.engine_thread import TOKENS_AT_ONCE, EngineThread
 from paceline.rollout.worker import RolloutWorker
 from paceline.weights_sync.handle import WeightHandle
 from paceline.weights_sync.layout import Layout
@@ -28,6 +34,8 @@ class FakeEngine:
         self.running = {}
         self.threads = set()
         self.in_step = False
+        self.num_steps = 0
+        self.learned = []
 
     def add(self, request):
         if not request.prompt_token_ids:
@@ -37,6 +45,7 @@ class FakeEngine:
     def step(self):
         self.threads.add(threading.get_ident())
         self.in_step = True
+        self.num_steps += 1
         time.sleep(0.002)
         if self.broken:
             raise self.broken
@@ -64,12 +73,25 @@ class FakeEngine:
         assert not self.in_step
         if handle.checksum < 0:
             raise OSError("torn")
+        self.num_learned_at_update = len(self.learned)
         self.version = handle.version
         return [self.interrupt(name) for name in list(self.running)] if self.aborts else []
+
+    def learn(self, traces):
+        assert not self.in_step
+        if any(trace.version < 0 for trace in traces):
+            raise MemoryError("out of memory")
+        self.threads.add(threading.get_ident())
+        self.learned.append((self.num_steps, tuple(traces)))
+        time.sleep(0.001)
 
 
 def handle(version, checksum=0):
     return WeightHandle(WeightVersion(version), "", checksum, Layout(()))
+
+
+def trace(length, version=0):
+    return Trace((1,), version, np.zeros(length, np.int32))
 
 
 def request(name, prompt=(1,)):
@@ -183,3 +205,36 @@ def test_a_caller_that_gave_up_does_not_stop_the_engine(engine_and_thread):
     _, thread = engine_and_thread
     assert thread.generate(request("given up")).cancel()
     assert len(thread.generate(request("later")).result(5)) == 1
+
+
+def test_traces_are_learned_in_order_a_part_between_two_steps_each(engine_and_thread):
+    engine, thread = engine_and_thread
+    engine.steps = 10**9
+    thread.generate(request("long"))
+    traces = [trace(TOKENS_AT_ONCE // 2 - 1, version) for version in range(9)] + [trace(10**5, 9)]
+    thread.learn(traces).result(5)
+    assert len(engine.threads) == 1
+    assert [each.version for _, part in engine.learned for each in part] == list(range(10))
+    sizes = [sum(len(each.token_ids) for each in part) for _, part in engine.learned]
+    assert all(size <= TOKENS_AT_ONCE for size in sizes[:-1])
+    assert len(sizes) == 6  # two at a time; the last, which is too long for any part, alone
+    steps = [num_steps for num_steps, _ in engine.learned]
+    assert len(set(steps)) == len(steps)
+    assert thread.counters.num_told_tokens == sum(sizes)
+
+
+def test_an_idle_engine_learns_too_and_an_update_waits_for_one_part_at_most(engine_and_thread):
+    engine, thread = engine_and_thread
+    lesson = thread.learn([trace(TOKENS_AT_ONCE, version) for version in range(50)])
+    thread.update_weights(handle(1)).result(5)
+    lesson.result(5)
+    assert engine.num_learned_at_update < len(engine.learned) == 50
+    assert engine.num_steps == 0
+
+
+def test_an_engine_that_breaks_over_a_trace_fails_all_lessons(engine_and_thread):
+    _, thread = engine_and_thread
+    lessons = [thread.learn([trace(1, version=-1)]), thread.learn([trace(1)])]
+    for lesson in lessons:
+        with pytest.raises(MemoryError):
+            lesson.result(5)
