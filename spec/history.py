@@ -146,9 +146,16 @@ class Reader:
             raise ValueError(f"decay must be above 0 and at most 1, got {decay}")
         self._native = _native.Reader(history._native, min_match, max_match, decay)
 
-    def open(self, problem: str) -> int:
-        """A new request with no text yet; the problem may become known later."""
-        return self._native.open(problem)
+    def open(self, problem: str, seed: int | None = None) -> int:
+        """A new request with no text yet; the problem may become known later.
+
+        A ``seed`` is for coupled sampling alone, see ``paceline.spec.noise``: every continuation
+        counts, and what is drafted is argmax(log(votes) + noise of the seed, position and token).
+        ``probabilities`` remain shares of the votes. Positions count from the first token that
+        ``propose`` brings, so the request's text must come whole. Under the ratio rule a seed would
+        bias what is sampled: the draft must not depend on the verifier's randomness there.
+        """
+        return self._native.open(problem, seed)
 
     def close(self, request: int) -> None:
         """The request is over; raises ``ValueError`` if it is not open."""

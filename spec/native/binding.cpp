@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 
 #include "history.h"
@@ -163,7 +164,7 @@ PYBIND11_MODULE(_native, module) {
                                              DraftRule{min_match, max_match, decay});
            }),
            py::arg("history"), py::arg("min_match"), py::arg("max_match"), py::arg("decay"))
-      .def("open", &Reader::open, py::arg("problem"), NoGil())
+      .def("open", &Reader::open, py::arg("problem"), py::arg("seed"), NoGil())
       .def("close", &Reader::close, py::arg("request"), NoGil())
       .def("propose", &propose, py::arg("requests").noconvert(), py::arg("tokens").noconvert(),
            py::arg("num_tokens").noconvert(), py::arg("max_draft").noconvert(),

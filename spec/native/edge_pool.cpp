@@ -29,6 +29,15 @@ Edge EdgePool::find(Table table, Token token) const {
   return edge != kNoEdge && token_of(edge) == token ? edge : kNoEdge;
 }
 
+void EdgePool::list(Table table, std::vector<Edge>& edges) const {
+  if (table == 0) return;
+  const Slot* slots = slots_.at(address_of(table));
+  for (std::uint32_t index = 0; index < size_of(table); ++index) {
+    const Edge edge = slots[index].load(std::memory_order_acquire);
+    if (edge != kNoEdge) edges.push_back(edge);
+  }
+}
+
 EdgePool::Table EdgePool::put(Table table, Edge edge) {
   if (table == 0) table = allocate(2);
   Slot* slot = place_for(table, token_of(edge));

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <deque>
 #include <utility>
+#include <vector>
 
 #include "epochs.h"
 #include "growing_array.h"
@@ -26,8 +27,8 @@ inline Token token_of(Edge edge) { return static_cast<Token>(edge >> 32); }
 inline std::uint32_t target_of(Edge edge) { return static_cast<std::uint32_t>(edge); }
 
 // A table is named by one number: its address with the bit of half its size set (it lies at a
-// multiple of its size). 0 is the empty table. `find` may run beside the one writer, within an
-// epoch; everything else is the writer's.
+// multiple of its size). 0 is the empty table. `find` and `list` may run beside the one writer,
+// within an epoch; everything else is the writer's.
 class EdgePool {
  public:
   using Table = std::uint32_t;
@@ -36,6 +37,9 @@ class EdgePool {
 
   // The edge for `token`; kNoEdge if there is none.
   Edge find(Table table, Token token) const;
+
+  // Appends every edge to `edges`, in no order.
+  void list(Table table, std::vector<Edge>& edges) const;
 
   // The table with `edge` in place of any other for its token. It may be another table than
   // before: publish it, then `retire` the one before.

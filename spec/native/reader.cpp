@@ -1,8 +1,12 @@
 #include "reader.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <utility>
+
+#include "noise.h"
 
 namespace paceline {
 
@@ -36,10 +40,13 @@ Reader::~Reader() {
   }
 }
 
-std::int64_t Reader::open(const std::string& problem) {
+std::int64_t Reader::open(const std::string& problem, std::optional<std::int64_t> seed) {
   const OneThread here(busy_);
   const std::int64_t request = next_request_++;
-  requests_[request] = {problem, history_->hold(problem), 0, {}, {}};
+  Request& opened = requests_[request];
+  opened.name = problem;
+  opened.problem = history_->hold(problem);
+  if (seed) opened.noise = draw(0, static_cast<std::uint64_t>(*seed));
   return request;
 }
 
@@ -62,7 +69,7 @@ void Reader::propose(const DraftBatch& batch, double min_probability, const Draf
     follow(request, {tokens, num_tokens});
     tokens += num_tokens;
     gather_voters(request);
-    draft(drafts, row, static_cast<std::size_t>(batch.max_draft[row]), min_probability);
+    draft(request, drafts, row, static_cast<std::size_t>(batch.max_draft[row]), min_probability);
   }
 }
 
@@ -86,6 +93,7 @@ void Reader::check(const DraftBatch& batch, const Drafts& drafts) const {
 }
 
 void Reader::follow(Request& request, TokenView tokens) const {
+  request.num_tokens += tokens.size;
   request.tail.insert(request.tail.end(), tokens.begin(), tokens.end());
   if (request.tail.size() > 4 * std::size_t{rule_.max_match}) {
     request.tail.erase(request.tail.begin(), request.tail.end() - rule_.max_match);
@@ -150,15 +158,18 @@ void Reader::gather_voters(const Request& request) {
   }
 }
 
-void Reader::draft(const Drafts& drafts, std::size_t row, std::size_t max_draft,
-                   double min_probability) {
+void Reader::draft(const Request& request, const Drafts& drafts, std::size_t row,
+                   std::size_t max_draft, double min_probability) {
   drafts.matches[row] = voters_.empty() ? 0 : static_cast<std::int32_t>(voters_.front().length);
   drafts.generations[row] = -1;
   std::int32_t drafted = 0;
   double all_right = 1.0;
   while (static_cast<std::size_t>(drafted) < max_draft) {
     double probability = 0.0;
-    const Voter* winner = count_votes(probability);
+    const std::uint64_t position = request.num_tokens + static_cast<std::uint64_t>(drafted);
+    const Voter* winner = request.noise
+                              ? count_votes_with_noise(draw(*request.noise, position), probability)
+                              : count_votes(probability);
     all_right *= probability;
     if (winner == nullptr || all_right < min_probability) break;
     const Token token = token_of(winner->choice);
@@ -204,6 +215,49 @@ const Reader::Voter* Reader::count_votes(double& probability) {
   }
   probability = winner == nullptr ? 0.0 : most / all;
   return winner;
+}
+
+// The newest voter for the token with the most of log(votes) + noise. All continuations count, not
+// only favourites: which of them the noise prefers is different at every position.
+const Reader::Voter* Reader::count_votes_with_noise(std::uint64_t noise, double& probability) {
+  ballots_.clear();
+  double all = 0.0;
+  for (const Voter& voter : voters_) {
+    const SuffixAutomaton& automaton = voter.generation->automaton;
+    edges_.clear();
+    automaton.continuations(voter.state, edges_);
+    std::uint32_t followed = 0;
+    for (const Edge edge : edges_) {
+      const std::uint32_t count = automaton.count(target_of(edge));
+      ballots_.push_back({token_of(edge), voter.weight * count});
+      followed = std::max(followed, count);
+    }
+    all += voter.weight * std::max(automaton.count(voter.state), followed);
+  }
+  std::sort(ballots_.begin(), ballots_.end(),
+            [](const Ballot& one, const Ballot& other) { return one.token < other.token; });
+  double highest = -std::numeric_limits<double>::infinity();
+  Ballot winner{0, 0.0};
+  for (auto ballot = ballots_.begin(); ballot != ballots_.end();) {
+    Ballot candidate{ballot->token, 0.0};
+    for (; ballot != ballots_.end() && ballot->token == candidate.token; ++ballot) {
+      candidate.votes += ballot->votes;
+    }
+    if (candidate.votes <= 0.0) continue;  // a writer at work has not counted it yet
+    const std::uint64_t bits = draw(noise, static_cast<std::uint32_t>(candidate.token));
+    const double score = std::log(candidate.votes) + gumbel(bits);
+    if (score <= highest) continue;
+    highest = score;
+    winner = candidate;
+  }
+  if (winner.votes <= 0.0) return nullptr;
+  probability = winner.votes / all;
+  const Voter* newest = nullptr;
+  for (Voter& voter : voters_) {
+    voter.choice = voter.generation->automaton.continuation(voter.state, winner.token);
+    if (newest == nullptr && voter.choice != kNoEdge) newest = &voter;
+  }
+  return newest;
 }
 
 }  // namespace paceline

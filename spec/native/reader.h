@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -48,6 +49,9 @@ struct Drafts {
 // by the number of times that the voters' text occurred, equally weighted; the draft ends before
 // the product of these falls below `min_probability`, or where nothing ever followed.
 //
+// Of a request that was opened with a seed every continuation is voted for, and drafted is the token
+// with the most of log(votes) + noise: what the verifier's noise (`noise.h`) would make of votes.
+//
 // Used by one thread at a time; any number of readers may share a history. Within `propose` nothing
 // waits for the writer.
 class Reader {
@@ -55,8 +59,9 @@ class Reader {
   Reader(std::shared_ptr<History> history, DraftRule rule);
   ~Reader();
 
-  // A request with no text yet, for a problem that may be unknown yet.
-  std::int64_t open(const std::string& problem);
+  // A request with no text yet, for a problem that may be unknown yet. With a seed its text must be
+  // given from the very first token on: noise belongs to positions.
+  std::int64_t open(const std::string& problem, std::optional<std::int64_t> seed);
   void close(std::int64_t request);
 
   // Takes the new tokens of every request and drafts after them. Throws std::invalid_argument,
@@ -79,6 +84,12 @@ class Reader {
     std::uint64_t list_serial = 0;
     std::vector<Place> places;  // newest generation first
     std::vector<Token> tail;    // at least the last `max_match` tokens of the text
+    std::uint64_t num_tokens = 0;
+    std::optional<std::uint64_t> noise;  // the stream of its positions' streams
+  };
+  struct Ballot {
+    Token token;
+    double votes;
   };
   struct Voter {
     const Generation* generation;
@@ -94,14 +105,18 @@ class Reader {
   void follow_generations(Request& request) const;
   void follow(Place& place, const std::vector<Token>& tail, TokenView tokens) const;
   void gather_voters(const Request& request);
-  void draft(const Drafts& drafts, std::size_t row, std::size_t max_draft, double min_probability);
+  void draft(const Request& request, const Drafts& drafts, std::size_t row, std::size_t max_draft,
+             double min_probability);
   const Voter* count_votes(double& probability);
+  const Voter* count_votes_with_noise(std::uint64_t noise, double& probability);
 
   const std::shared_ptr<History> history_;
   const DraftRule rule_;
   std::int64_t next_request_ = 0;
   std::unordered_map<std::int64_t, Request> requests_;
-  std::vector<Voter> voters_;  // of the request at hand
+  std::vector<Voter> voters_;    // of the request at hand
+  std::vector<Ballot> ballots_;  // of its next token
+  std::vector<Edge> edges_;
   std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
 };
 

@@ -45,6 +45,20 @@ SuffixAutomaton::Position SuffixAutomaton::continued(Position position) const {
   return position;
 }
 
+void SuffixAutomaton::continuations(StateIndex state, std::vector<Edge>& edges) const {
+  const Edge best = favourite(state);
+  if (best == kNoEdge) return;
+  const std::size_t first = edges.size();
+  edges.push_back(best);
+  edges_.list(state_at(state).others.load(std::memory_order_acquire), edges);
+  for (std::size_t index = first + 1; index < edges.size(); ++index) {
+    if (token_of(edges[index]) != token_of(best)) continue;
+    edges[index] = edges.back();
+    edges.pop_back();
+    return;
+  }
+}
+
 // Puts the sequence `end` plus `token` into the automaton and returns its class, occurrence not yet
 // counted. The generalised construction: where an earlier sequence already led the way, no state is
 // made. A new state is complete before the first edge leads to it.

@@ -16,6 +16,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "edge_pool.h"
 #include "epochs.h"
@@ -70,6 +71,15 @@ class SuffixAutomaton {
   Edge favourite(StateIndex state) const {
     return state_at(state).favourite.load(std::memory_order_acquire);
   }
+
+  // The continuation by `token`; kNoEdge if it never followed.
+  Edge continuation(StateIndex state, Token token) const {
+    const StateIndex next = target(state, token);
+    return next == kRoot ? kNoEdge : make_edge(token, next);
+  }
+
+  // Appends every continuation to `edges`, each token once, in no order.
+  void continuations(StateIndex state, std::vector<Edge>& edges) const;
 
   // How often the strings of the class occurred.
   std::uint32_t count(StateIndex state) const {

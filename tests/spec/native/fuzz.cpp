@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <map>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 #include <thread>
@@ -61,7 +62,9 @@ Text text_of(std::mt19937& random, std::size_t max_size, int num_tokens) {
 void compare_with_search(std::mt19937& random) {
   auto history = std::make_shared<History>(3, 1 << 24);
   Reader reader(history, {1, kMaxMatch, 0.5});
-  const std::int64_t request = reader.open("p");
+  std::optional<std::int64_t> seed;
+  if (random() % 2 == 0) seed = random();
+  const std::int64_t request = reader.open("p", seed);
   Text context;
   for (int event = 0; event < 30; ++event) {
     const std::int64_t generation = random() % 6;
@@ -107,7 +110,12 @@ void read_beside_a_writer(std::mt19937& random, int rounds) {
     readers.emplace_back([&history, &done] {
       Reader reader(history, {1, kMaxMatch, 0.5});
       for (Token problem = 0; !done; problem = (problem + 1) % 4) {
-        const std::int64_t request = reader.open(std::to_string(problem));
+        const std::int64_t fan = reader.open(std::to_string(problem), problem);
+        for (const Token token : ask(reader, fan, {-100}).tokens) {
+          if (token > -1000) fail("a draft that never followed");
+        }
+        reader.close(fan);
+        const std::int64_t request = reader.open(std::to_string(problem), std::nullopt);
         for (Token step = 0; step < 60; ++step) {
           Token next = problem + 4 * step;
           for (const Token token : ask(reader, request, {next}).tokens) {
