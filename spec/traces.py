@@ -18,8 +18,11 @@ def problem_name(prompt_token_ids: tuple[int, ...]) -> str:
     return xxhash.xxh3_128_hexdigest(np.array(prompt_token_ids, dtype="<i4").tobytes())
 
 
-def traces_of(prompt_token_ids: tuple[int, ...], completion: Completion) -> Iterator[Trace]:
-    """One trace for each weight version that sampled some of a completion, oldest first."""
+def traces_of(
+    prompt_token_ids: tuple[int, ...], completion: Completion, first: int = 0
+) -> Iterator[Trace]:
+    """What a turn sampled, from token ``first`` on: a trace a weight version, oldest first."""
     for span in completion.versions:
-        begin = max(0, span.start - OVERLAP_TOKENS)
-        yield Trace(prompt_token_ids, int(span.version), completion.token_ids[begin : span.end])
+        if span.end > first:
+            begin = max(0, span.start - OVERLAP_TOKENS, first - OVERLAP_TOKENS)
+            yield Trace(prompt_token_ids, int(span.version), completion.token_ids[begin : span.end])

@@ -23,6 +23,16 @@ def test_each_version_has_what_it_sampled_and_a_little_of_what_came_before():
     assert new.token_ids.tolist() == list(range(20 - OVERLAP_TOKENS, 50))
 
 
+def test_a_turn_has_what_it_added_to_what_earlier_turns_left():
+    tokens = np.arange(90, dtype=np.int32)
+    completion = Completion(tokens, np.zeros(90, np.float32), spans(20, 60, 90), "stop")
+    added, newer = traces_of((1, 2), completion, first=50)
+    assert (added.version, newer.version) == (4, 5)
+    assert added.token_ids.tolist() == list(range(50 - OVERLAP_TOKENS, 60))
+    assert newer.token_ids.tolist() == list(range(60 - OVERLAP_TOKENS, 90))
+    assert list(traces_of((1, 2), completion, first=90)) == []
+
+
 def test_problems_are_named_by_their_tokens_alone():
     assert problem_name((1, 2)) == problem_name((1, 2))
     assert len({problem_name(p) for p in [(1, 2), (12,), (2, 1), (1, 2, 0)]}) == 4

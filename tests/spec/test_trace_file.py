@@ -1,0 +1,106 @@
+"""Traces come back as they were packed; a damaged file is refused in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paceline.configs.errors import CheckpointError
+from paceline.configs.vocabulary import Trace
+from paceline.spec.trace_file import load_traces, pack, save_traces, unpack
+
+Known = tuple[tuple[int, ...], int, list[int]]
+SOME: list[Known] = [
+    ((1, 2), 3, [1, 2, 3]),
+    ((1, 2), 3, [1, 2, 4]),
+    ((), -1, [7] * 50),
+    ((9,), 2, [-5, 6]),
+    ((9,), 2, []),
+]
+
+tokens = st.integers(-(2**31), 2**31 - 1)
+
+
+def traces(known: list[Known]) -> list[Trace]:
+    return [
+        Trace(prompt, version, np.array(text, dtype=np.int32)) for prompt, version, text in known
+    ]
+
+
+def contents(found: list[Trace]) -> list[Known]:
+    return [(trace.prompt_token_ids, trace.version, trace.token_ids.tolist()) for trace in found]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save_traces(traces(SOME), tmp_path / "traces")
+    return tmp_path / "traces"
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(tokens, max_size=3).map(tuple),
+            st.integers(-(2**63), 2**63 - 1),
+            st.lists(tokens, max_size=5),
+        ),
+        max_size=6,
+    )
+)
+def test_what_was_packed_is_unpacked(known: list[Known]) -> None:
+    assert contents(unpack(pack(traces(known)), "a test")) == known
+
+
+@settings(deadline=None, max_examples=10)  # it waits for the disk
+@given(st.lists(st.sampled_from(SOME), max_size=4))
+def test_what_was_saved_is_loaded(
+    tmp_path_factory: pytest.TempPathFactory, known: list[Known]
+) -> None:
+    path = tmp_path_factory.mktemp("saved") / "traces"
+    save_traces(traces(known), path)
+    found = load_traces(path)
+    assert contents(found) == known
+    assert all(trace.token_ids.dtype == np.int32 for trace in found)
+    assert [file.name for file in path.parent.iterdir()] == ["traces"]
+
+
+def test_a_token_costs_four_bytes_and_a_prompt_is_written_once() -> None:
+    prompt = tuple(range(1000))
+    size = len(pack(traces([(prompt, 0, [1] * 500)] * 100)))
+    assert size < 4 * (1000 + 100 * 500) + 100 * 16 + 300
+
+
+def test_any_changed_byte_is_noticed() -> None:
+    whole = pack(traces(SOME))
+    for at in range(len(whole)):
+        with pytest.raises(CheckpointError) as refused:
+            unpack(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :], "there")
+        assert "\n" not in str(refused.value)
+        assert "there" in str(refused.value)
+
+
+def test_any_cut_and_anything_appended_is_noticed() -> None:
+    whole = pack(traces(SOME))
+    for damaged in [whole[:size] for size in range(len(whole))] + [whole + b"\0"]:
+        with pytest.raises(CheckpointError, match="no whole saved traces"):
+            unpack(damaged, "there")
+
+
+def test_a_missing_file_and_another_format_say_what_to_do(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot be read \(No such file.*starts cold"):
+        load_traces(tmp_path / "nowhere")
+    saved.write_bytes(saved.read_bytes().replace(b"traces 1", b"traces 2"))
+    with pytest.raises(CheckpointError, match="format 'paceline traces 2', expected"):
+        load_traces(saved)
+
+
+def test_a_save_that_fails_leaves_the_last_one(saved: Path) -> None:
+    before = saved.read_bytes()
+    (saved.parent / "traces.tmp").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        save_traces([], saved)
+    assert saved.read_bytes() == before
