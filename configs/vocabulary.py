@@ -97,19 +97,27 @@ class VersionSpan:
     end: int
 
 
+DRAFTED_FROM_SIBLINGS = 1
+"""A token's draft came from a sample of the same prompt by the weights served then."""
+DRAFTED_FROM_HISTORY = 2
+"""It came from a sample by older weights, or from a trace given at the start."""
+
+
 @dataclass(frozen=True)
 class Completion:
     """One sampled continuation as the engine returns it.
 
     ``token_ids`` int32 [C] includes the stop token where there was one; ``logprobs`` float32 [C]
     are natural-log probabilities under the *sampling* distribution (after temperature, top-k and
-    top-p); ``versions`` tile ``[0, C)`` without gaps.
+    top-p); ``versions`` tile ``[0, C)`` without gaps. ``draft_sources`` uint8 [C] is there where
+    the engine drafts: 0 for a token that was not drafted, or ``DRAFTED_FROM_…``.
     """
 
     token_ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
     versions: tuple[VersionSpan, ...]
     finish_reason: FinishReason
+    draft_sources: NDArray[np.uint8] | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -119,7 +127,8 @@ class Completion:
     @property
     def num_bytes(self) -> int:
         """Size of its arrays."""
-        return self.token_ids.nbytes + self.logprobs.nbytes
+        sources = 0 if self.draft_sources is None else self.draft_sources.nbytes
+        return self.token_ids.nbytes + self.logprobs.nbytes + sources
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,8 @@ class Trajectory:
 
     All arrays have length L = prompt + completion: ``token_ids`` int32, ``loss_mask`` bool (True
     where the token was sampled by the policy), ``logprobs`` float32 (behaviour log-probabilities,
-    0 where ``loss_mask`` is False) and, where a teacher looked at it, ``teacher_logprobs`` float32.
+    0 where ``loss_mask`` is False) and, where a teacher looked at it, ``teacher_logprobs`` float32;
+    where engines draft ``draft_sources`` uint8, as in ``Completion``.
     """
 
     token_ids: NDArray[np.int32]
@@ -151,6 +161,7 @@ class Trajectory:
     reward: float = 0.0
     text: str = ""
     teacher_logprobs: NDArray[np.float32] | None = None
+    draft_sources: NDArray[np.uint8] | None = None
 
     @property
     def num_completion_tokens(self) -> int:
@@ -160,7 +171,8 @@ class Trajectory:
     @property
     def num_bytes(self) -> int:
         """Size of its arrays."""
-        arrays = (self.token_ids, self.loss_mask, self.logprobs, self.teacher_logprobs)
+        optional = (self.teacher_logprobs, self.draft_sources)
+        arrays = (self.token_ids, self.loss_mask, self.logprobs, *optional)
         return sum(array.nbytes for array in arrays if array is not None)
 
     @property
@@ -176,12 +188,16 @@ class Trajectory:
         mask = np.ones(num_prompt + len(completion.token_ids), dtype=np.bool_)
         mask[:num_prompt] = False
         prompt_ids = np.asarray(prompt.token_ids, dtype=np.int32)
+        sources = completion.draft_sources
+        if sources is not None:
+            sources = np.concatenate([np.zeros(num_prompt, dtype=np.uint8), sources])
         return cls(
             token_ids=np.concatenate([prompt_ids, completion.token_ids]),
             loss_mask=mask,
             logprobs=np.concatenate([zeros, completion.logprobs]),
             versions=completion.versions,
             finish_reason=completion.finish_reason,
+            draft_sources=sources,
         )
 
 

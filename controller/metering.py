@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from paceline.configs.vocabulary import StepReport
+from paceline.configs.vocabulary import DRAFTED_FROM_HISTORY, DRAFTED_FROM_SIBLINGS, StepReport
 from paceline.controller.assembly import AssembledBatch
 from paceline.controller.loop import Loop
 from paceline.controller.observe.records import Phase, SampleRecord, StepRecord
@@ -86,9 +87,7 @@ class StepMeter:
         metrics["padding_fraction"] = report.num_padding_tokens / max(
             1, report.num_tokens + report.num_padding_tokens
         )
-        if rounds := engine.get("num_rounds", 0.0):
-            metrics["accepted_per_draft"] = engine["num_accepted"] / rounds
-            metrics["draft_acceptance"] = engine["num_accepted"] / engine["num_drafted"]
+        metrics |= drafting_metrics(engine, self._last_engines)
         metrics["buffer_megabytes"] = loop.buffer.num_bytes / 1e6
         return StepRecord(
             phase=self._phase,
@@ -109,6 +108,42 @@ class StepMeter:
             dropped=dict(batch.dropped),
             buffer=loop.buffer.occupancy(),
         )
+
+
+def drafting_metrics(done: Mapping[str, float], totals: Mapping[str, float]) -> dict[str, float]:
+    """How drafting went, from what engines ``done`` in a step and their totals after it.
+
+    ``accepted_per_draft`` are tokens a round, ``draft_acceptance_…`` shares of what was drafted
+    from a source, ``draft_cold`` the share of rounds in which nothing was known;
+    ``draft_step_share`` is of all decoding steps; ``draft_seconds_saved`` is estimated by the
+    engines' fitted step costs.
+    """
+    if not done.get("num_draft_steps"):
+        return {}
+    metrics = {
+        "draft_step_share": done["num_drafting_steps"] / done["num_draft_steps"],
+        "draft_seconds_saved": done["seconds_without_drafts"] - done["seconds_drafting_steps"],
+        "draft_milliseconds_a_step": 1e3 * done["seconds_proposing"] / done["num_draft_steps"],
+        "drafter_megabytes": totals["drafter_bytes"] / 1e6,
+    }
+    if rounds := done["num_rounds"]:
+        accepted = done["num_accepted_siblings"] + done["num_accepted_history"]
+        metrics["accepted_per_draft"] = accepted / rounds
+        metrics["draft_cold"] = done["num_cold_rounds"] / (rounds + done["num_cold_rounds"])
+    for source in ("siblings", "history"):
+        if drafted := done[f"num_drafted_{source}"]:
+            metrics[f"draft_acceptance_{source}"] = done[f"num_accepted_{source}"] / drafted
+    return metrics
+
+
+def drafted_tokens(sources: NDArray[np.uint8] | None) -> tuple[int, int] | None:
+    """How many tokens of a sample came from drafts of siblings and of the history."""
+    if sources is None:
+        return None
+    siblings, history = (
+        int((sources == source).sum()) for source in (DRAFTED_FROM_SIBLINGS, DRAFTED_FROM_HISTORY)
+    )
+    return siblings, history
 
 
 def summed(engines: Engines) -> Counter[str]:
@@ -137,6 +172,7 @@ def sample_records(batch: AssembledBatch, count: int) -> list[SampleRecord]:
                 versions=tuple(span.version for span in trajectory.versions),
                 age=None if oldest is None else step - oldest,
                 finish_reason=trajectory.finish_reason,
+                drafted=drafted_tokens(trajectory.draft_sources),
             )
         )
     return records

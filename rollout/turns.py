@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paceline.configs.vocabulary import Completion, RolloutRequest, VersionSpan
 from paceline.rollout.engine import RolloutResult
@@ -163,6 +164,21 @@ def joined(earlier: Completion, new: Completion) -> Completion:
         logprobs=np.concatenate([earlier.logprobs, new.logprobs]),
         versions=joined_spans(earlier.versions, new.versions, len(earlier.token_ids)),
         finish_reason=new.finish_reason,
+        draft_sources=joined_sources(earlier, new),
+    )
+
+
+def joined_sources(earlier: Completion, new: Completion) -> NDArray[np.uint8] | None:
+    """Draft sources of both; what was sampled by an engine that does not draft has none."""
+    if earlier.draft_sources is None and new.draft_sources is None:
+        return None
+    return np.concatenate(
+        [
+            np.zeros(len(part.token_ids), np.uint8)
+            if part.draft_sources is None
+            else part.draft_sources
+            for part in (earlier, new)
+        ]
     )
 
 

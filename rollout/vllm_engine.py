@@ -13,6 +13,7 @@ What a weight update does to running requests is ``rollout.on_weight_update``:
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -47,7 +48,7 @@ from paceline.rollout.vllm_patches import (
     model_runner,
     require_known_version,
 )
-from paceline.spec.proposer import SuffixProposer
+from paceline.spec.proposer import DraftRequest, SuffixProposer
 from paceline.weights_sync.handle import WeightHandle
 
 MIN_BATCHED_TOKENS = 4096
@@ -126,7 +127,6 @@ class VLLMEngine:
         self._num_updates = 0
         self._turns: dict[str, Turn | ScoringTurn] = {}
         self._running: dict[str, RunningSample] = {}
-        self._prompts: dict[str, tuple[int, ...]] = {}
         self._over: list[Turn | ScoringTurn] = []
 
     @property
@@ -158,7 +158,11 @@ class VLLMEngine:
     def step(self) -> list[RolloutResult]:
         """One engine step; requests whose every sample ended its turn come back."""
         if self._running:
-            for output in self._engine.step():
+            started = time.perf_counter()
+            outputs = self._engine.step()
+            if self._proposer is not None:
+                self._proposer.step_took(time.perf_counter() - started)
+            for output in outputs:
                 self._collect(output)
         return self._take_over()
 
@@ -187,6 +191,8 @@ class VLLMEngine:
         self._engine.collective_rpc("load_published_weights", args=(handle,))
         self._engine.set_weight_version(str(handle.version))
         self._version = handle.version
+        if self._proposer is not None:
+            self._proposer.serve(handle.version)
         self._num_updates += 1
         if self._on_update == "keep":
             self._queue_unstarted_anew()
@@ -197,8 +203,7 @@ class VLLMEngine:
     def learn(self, traces: Sequence[Trace]) -> None:
         """Draft from these completions too; nothing where nothing is drafted."""
         if self._proposer is not None:
-            for trace in traces:
-                self._proposer.learn(trace.prompt_token_ids, trace.token_ids)
+            self._proposer.learn(traces)
 
     def _enqueue(self, turn: Turn | ScoringTurn, index: int) -> None:
         """Give vLLM a sample as a request of its own, so that it can be taken back alone."""
@@ -211,21 +216,21 @@ class VLLMEngine:
         name = sample_id(turn.request.request_id, index)
         parameters = sampling_params(turn.request.sampling, task)
         vllm_id = self._engine.add_request(name, prompt, parameters)
-        self._prompts[vllm_id] = turn.request.prompt_token_ids
         self._running[name] = RunningSample(turn, index, vllm_id, task.num_scored)
+        if self._proposer is not None and isinstance(turn, Turn):
+            self._proposer.begin(vllm_id, draft_request(turn.request, task))
 
     def _collect(self, output: vllm.RequestOutput) -> None:
         """Close the sample that an output ends."""
         sample = self._running.pop(output.request_id)
-        self._prompts.pop(sample.vllm_id)
         new = completion(output.outputs[0])
         if sample.num_scored:
             new = replace(new, logprobs=scores(output, sample.num_scored))
+        elif self._proposer is not None:
+            count, by_itself = len(new.token_ids), new.finish_reason == "stop"
+            sources = self._proposer.finish(sample.vllm_id, count, by_itself)
+            new = replace(new, draft_sources=sources)
         sample.turn.close_sample(sample.index, new)
-        if self._proposer is not None and isinstance(sample.turn, Turn):
-            whole = sample.turn.completion(sample.index)
-            if whole.is_finished:
-                self._proposer.learn(sample.turn.request.prompt_token_ids, whole.token_ids)
         if sample.turn.is_over:
             self._over.append(sample.turn)
 
@@ -234,11 +239,7 @@ class VLLMEngine:
         runner = model_runner(self._engine)
         proposer = runner.drafter
         assert isinstance(proposer, SuffixProposer)
-
-        def rows() -> list[tuple[str, tuple[int, ...]]]:
-            return [(vllm_id, self._prompts[vllm_id]) for vllm_id in runner.input_batch.req_ids]
-
-        proposer.attach(rows, drafting.max_sequences, drafting.max_prompts)
+        proposer.attach(drafting, lambda: runner.input_batch.req_ids)
         return proposer
 
     def _take_over(self) -> list[RolloutResult]:
@@ -260,6 +261,8 @@ class VLLMEngine:
         waiting = [s for s in self._running.values() if not has_sampled(self._engine, s.vllm_id)]
         abort_with_outputs(self._engine, [sample.vllm_id for sample in waiting])
         for sample in waiting:
+            if self._proposer is not None and isinstance(sample.turn, Turn):
+                self._proposer.finish(sample.vllm_id, 0, by_itself=False)
             self._enqueue(sample.turn, sample.index)
 
 
@@ -300,6 +303,16 @@ def speculation(drafting: DraftingConfig | None) -> dict[str, Any] | None:
         "model": f"{SuffixProposer.__module__}.{SuffixProposer.__name__}",
         "num_speculative_tokens": drafting.max_tokens,
     }
+
+
+def draft_request(request: RolloutRequest, task: SampleTask) -> DraftRequest:
+    """What the proposer must know of one sample in one turn."""
+    return DraftRequest(
+        request.prompt_token_ids,
+        len(task.token_ids),
+        task.max_tokens,
+        frozenset(request.sampling.stop_token_ids),
+    )
 
 
 def start_engine(arguments: vllm.EngineArgs) -> vllm.LLMEngine:

@@ -16,12 +16,13 @@ from vllm.model_executor.layers import utils
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.sample import rejection_sampler
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 PATCHED_VERSION = "0.32"
 
 _packed_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _original_dispatch: Any = None
-_original_constraints: Any = None
+_original_sample: Any = None
 
 
 def require_known_version() -> None:
@@ -82,23 +83,24 @@ def give_drafts_their_sampling_constraints() -> None:
 
 
 def let_everybody_draft_nothing() -> None:
-    """Survive steps in which no request drafts a token although drafting is on.
+    """Sample a step in which no request drafted a token as if drafting were off.
 
-    Defect (vLLM 0.32, ``v1/sample/ops/topk_topp_sampler.py::apply_top_k_only``): every step goes
-    through the rejection sampler then, with drafted positions or without, and the largest top-k of
-    none of them is asked for: the engine ends with ``max(): Expected reduction dim``.
+    Defect (vLLM 0.32, ``v1/worker/gpu_model_runner.py::_sample``): where drafting is configured,
+    every step goes through the rejection sampler. Without a drafted token that is work for nothing,
+    and with top-k the engine ends: the largest top-k of no positions is asked for
+    (``v1/sample/ops/topk_topp_sampler.py::apply_top_k_only``).
     """
-    global _original_constraints
+    global _original_sample
     require_known_version()
-    if _original_constraints is None:
-        _original_constraints = rejection_sampler.apply_sampling_constraints
-        rejection_sampler.apply_sampling_constraints = _constrain_if_any
+    if _original_sample is None:
+        _original_sample = GPUModelRunner._sample
+        GPUModelRunner._sample = _sample_plainly_if_nobody_drafted
 
 
-def _constrain_if_any(logits: Tensor, cu_num_draft_tokens: Tensor, metadata: Any) -> Tensor:
-    if not len(logits):
-        return logits
-    return _original_constraints(logits, cu_num_draft_tokens, metadata)
+def _sample_plainly_if_nobody_drafted(runner: Any, logits: Tensor | None, drafts: Any) -> Any:
+    if drafts is not None and not any(drafts.num_draft_tokens):
+        drafts = None
+    return _original_sample(runner, logits, drafts)
 
 
 def expand_batch_to_tokens(

@@ -11,7 +11,7 @@ gains, E_d = S_1 + … + S_d, and so what a request drafts and accepts over its 
 Cutting a draft at d leaves min(accepted, d) tokens accepted: a round of a long draft tells about
 all shorter ones, so that k and α of DAS's curve can be fitted to these points, for d = 1/4, 1/2,
 3/4 (one token in three rounds of four), 1, 2, …, without drafts ever having been varied. Where the
-drafter had less to offer than was allowed, x and E count what it offered.
+drafter had less to offer than it was asked for, x and E count what it offered.
 
 Counts of earlier rounds decide how much is drafted, never what is accepted: nothing here can change
 what is sampled.
@@ -50,10 +50,10 @@ class AcceptancePrior:
 
 @dataclass
 class _Counts:
-    """Rounds per position, each [max_draft]: the first j tokens allowed, offered; the first j - 1
-    accepted and j offered; j accepted."""
+    """Rounds per position, each [max_draft]: all, those that were offered j tokens; those that had
+    the j-th verified after j - 1 were accepted, and those that accepted it."""
 
-    allowed: Floats
+    asked: Floats
     offered: Floats
     reached: Floats
     accepted: Floats
@@ -62,21 +62,21 @@ class _Counts:
     def zeros(cls, max_draft: int) -> _Counts:
         return cls(*np.zeros((4, max_draft)))
 
-    def observe(self, allowed: int, offered: int, accepted: int) -> None:
-        self.allowed[:allowed] += 1
+    def observe(self, offered: int, drafted: int, accepted: int) -> None:
+        self.asked += 1
         self.offered[:offered] += 1
-        self.reached[: min(offered, accepted + 1)] += 1
+        self.reached[: min(drafted, accepted + 1)] += 1
         self.accepted[:accepted] += 1
 
     def age(self, factor: float) -> None:
-        for counts in (self.allowed, self.offered, self.reached, self.accepted):
+        for counts in (self.asked, self.offered, self.reached, self.accepted):
             counts *= factor
 
 
 @dataclass(frozen=True)
 class _Rates:
-    """Probabilities per position, [max_draft]: that the drafter offers j tokens where j are
-    allowed, and that the j-th is accepted after j - 1 were."""
+    """Probabilities per position, [max_draft]: that the drafter offers j tokens where it is asked
+    for as many, and that the j-th is accepted after j - 1 were."""
 
     offered: Floats
     accepted: Floats
@@ -86,7 +86,7 @@ class _Rates:
         if counts is None:
             return self
         return _Rates(
-            (counts.offered + strength * self.offered) / (counts.allowed + strength),
+            (counts.offered + strength * self.offered) / (counts.asked + strength),
             (counts.accepted + strength * self.accepted) / (counts.reached + strength),
         )
 
@@ -113,24 +113,25 @@ class AcceptanceHistory:
         return len(self._problems)
 
     def observe(
-        self, problem: Hashable, length_class: Hashable, offered: int, accepted: int, allowed: int
+        self, problem: Hashable, length_class: Hashable, offered: int, drafted: int, accepted: int
     ) -> None:
-        """Take in one round of one request: of ``allowed`` tokens the drafter had ``offered``, and
-        the verifier ``accepted`` the first so many."""
-        assert 0 <= accepted <= offered <= allowed <= self.max_draft, (accepted, offered, allowed)
-        for counts in (
+        """Take in one round of one request: asked for ``max_draft`` tokens the drafter had
+        ``offered``, of which ``drafted`` were verified and the first ``accepted`` held."""
+        counts = (accepted, drafted, offered, self.max_draft)
+        assert 0 <= accepted <= drafted <= offered <= self.max_draft, counts
+        for known in (
             self._all,
             self._counts(self._classes, length_class),
             self._counts(self._problems, problem),
         ):
-            counts.observe(allowed, offered, accepted)
+            known.observe(offered, drafted, accepted)
 
     def age(self, factor: float) -> None:
         """Let what was seen count ``factor`` as much: the weights changed. A problem of which less
         than half a round is left is forgotten."""
         for counts in (self._all, *self._classes.values(), *self._problems.values()):
             counts.age(factor)
-        self._problems = {key: c for key, c in self._problems.items() if c.allowed[0] >= 0.5}
+        self._problems = {key: c for key, c in self._problems.items() if c.asked[0] >= 0.5}
 
     def survival(self, problem: Hashable, length_class: Hashable) -> Floats:
         """S_j for j = 1 … max_draft: probability that the first j tokens offered are accepted."""

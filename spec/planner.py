@@ -32,7 +32,10 @@ Objective = Literal["makespan", "throughput"]
 
 REPLAN_ROUNDS = 16
 PROBE_DRAFT = 2
-"""Tokens that a probe lets each request draft at least: the second shows how acceptance falls."""
+"""Tokens that a request drafts in a probe: the second shows how acceptance falls."""
+PROBE_SHARE = 8
+"""One in so many requests drafts in a probe, the next ones in the next: in a large batch tokens
+cost more than the step does, and a probe of all would take as long as three plain steps."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,20 @@ class Running:
     num_tokens: int
     max_tokens: int
     worth: float = 1.0
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A decoding step: what the requests of it had drafted, and what came of that; arrays [m].
+
+    The drafter had ``offered`` tokens, of the ``max_draft`` it was asked for; the engine verified
+    the first ``drafted`` of them, and ``accepted`` the first so many of those.
+    """
+
+    running: Sequence[Running]
+    offered: Integers
+    drafted: Integers
+    accepted: Integers
 
 
 @dataclass(frozen=True)
@@ -89,6 +106,7 @@ class DraftPlanner:
         self._rounding = DraftRounding(self.max_draft)
         self._estimates: _Estimates | None = None
         self._rounds = 0
+        self._num_probes = 0
 
     def plan(
         self,
@@ -121,23 +139,26 @@ class DraftPlanner:
             estimates.requests, estimates.per_round, offered, self.batch_limit
         )
 
-    def observe(
-        self,
-        running: Sequence[Running],
-        allowed: Integers,
-        drafted: Integers,
-        accepted: Integers,
-        seconds: float | None,
-    ) -> None:
-        """Take in a decoding step of the requests just planned for; arrays are [m].
+    def observe(self, step: Verified, seconds: float | None) -> None:
+        """Take in a decoding step of requests planned for.
 
         ``seconds`` is the whole step, proposing included; None if it did more than decode these.
         """
-        for i in np.flatnonzero(allowed):
-            one, counts = running[i], (int(drafted[i]), int(accepted[i]), int(allowed[i]))
-            self.acceptance.observe(one.problem, self._class(one), *counts)
-        if seconds is not None:
-            self.costs.observe(len(running) + int(drafted.sum()), len(running), seconds)
+        num_drafted = int(step.drafted.sum())
+        if num_drafted:
+            for i, one in enumerate(step.running):
+                counts = int(step.offered[i]), int(step.drafted[i]), int(step.accepted[i])
+                self.acceptance.observe(one.problem, self._class(one), *counts)
+        if seconds is not None and step.running:
+            self.costs.observe(len(step.running) + num_drafted, len(step.running), seconds)
+
+    def seconds_without(self, step: Verified) -> float:
+        """What plain steps would have taken for the tokens of this one, by the fitted costs."""
+        num_requests = len(step.running)
+        costs = self.costs.costs(num_requests, drafted=False) if num_requests else None
+        if costs is None:
+            return 0.0
+        return costs.seconds(num_requests) * (1 + float(step.accepted.sum()) / num_requests)
 
     def finish(self, problem: Hashable, num_tokens: int, finished: bool) -> None:
         """A request ended by itself, or (not ``finished``) was cut off."""
@@ -151,7 +172,10 @@ class DraftPlanner:
         self._estimates = None
 
     def _probe(self, num_requests: int, offered: Integers | None) -> Integers:
-        drafts = np.full(num_requests, min(PROBE_DRAFT, self.max_draft))
+        stride = min(PROBE_SHARE, num_requests)
+        self._num_probes += 1
+        chosen = np.arange(num_requests) % stride == self._num_probes % stride
+        drafts = np.where(chosen, min(PROBE_DRAFT, self.max_draft), 0)
         drafts = drafts if offered is None else np.minimum(drafts, offered)
         return drafts if self.batch_limit is None else within_batch(drafts, self.batch_limit)
 

@@ -2,9 +2,8 @@
 
 A prediction errs, and both sides of it go stale: no draft is verified while drafting is off, no
 plain step is timed while it is on. So every so often one round is a *probe*, which does the other
-thing. Probes that change nothing become rarer, until 1 in ``LONGEST_INTERVAL`` rounds: drafting
-that does not pay costs less than a hundredth of a step a round from then on, for any probe that
-takes less than three and a half steps.
+thing. Probes that change nothing become rarer, until 1 in ``LONGEST_INTERVAL`` rounds: what does
+not pay costs less than a hundredth from then on, if a probe takes less than three and a half steps.
 """
 
 from __future__ import annotations

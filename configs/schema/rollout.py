@@ -33,20 +33,25 @@ class SamplingConfig(Section):
 
 
 class DraftingConfig(Section):
-    """Guess tokens from earlier samples of the same prompt; the engine verifies them.
+    """Guess tokens from other samples of the same prompt; the engine verifies them.
 
-    What is sampled keeps its distribution; a step may yield several tokens of a sequence.
+    What is sampled keeps its distribution; a step may yield several tokens of a sequence. How much
+    is drafted is decided step by step by what it costs and saves on this machine.
     """
 
-    max_tokens: int = Field(default=6, ge=1, le=32)
-    """Tokens drafted at a time, at most."""
+    max_tokens: int = Field(default=8, ge=1, le=32)
+    """Tokens drafted for a sequence in a step, at most."""
 
-    max_sequences: int = Field(default=4, ge=1)
-    """Draft only while at most so many sequences are decoded together: with more, verifying a draft
-    costs more than the steps it saves."""
+    budget: Literal["makespan", "throughput", "none"] | None = None
+    """What drafts are to shorten: the time until the last of a batch ends, or the time a token
+    takes; `none` always drafts `max_tokens`. Null is `makespan` where training waits for its batch
+    (`loop.max_lag: 0`), else `throughput`."""
 
-    max_prompts: int = Field(default=4096, ge=1)
-    """Prompts whose samples an engine remembers; the least recently used is forgotten."""
+    window: int = Field(default=16, ge=1)
+    """Weight versions that are remembered of a prompt, the newest that sampled it."""
+
+    max_memory_mb: int = Field(default=1024, ge=1)
+    """Memory of an engine's drafter, in MiB; the oldest versions of any prompt make way."""
 
 
 class RolloutConfig(Section):

@@ -22,6 +22,7 @@ _ARRAYS = {
     "logprobs": (np.dtype("<f4"), "F32"),
     "teacher_logprobs": (np.dtype("<f4"), "F32"),
     "loss_mask": (np.dtype(np.bool_), "BOOL"),
+    "draft_sources": (np.dtype(np.uint8), "U8"),
 }
 """Types of what a trajectory holds, in numpy and in safetensors; the widest come first."""
 _WHAT_TO_DO = "restore the ledger from a copy, or start the run anew under another name"
@@ -31,7 +32,7 @@ def encode_group(group: Group) -> bytes:
     """Samples of a group in one piece; its prompt is named, not kept: the feed has it."""
     names = _present(group)
     arrays: list[memoryview] = [
-        np.ascontiguousarray(getattr(trajectory, name), _ARRAYS[name][0]).data
+        np.ascontiguousarray(_array(trajectory, name), _ARRAYS[name][0]).data
         for name in names
         for trajectory in group.trajectories
     ]
@@ -83,10 +84,20 @@ def verify(content: bytes, group_id: int) -> None:
 
 
 def _present(group: Group) -> list[str]:
-    """The arrays that the group's trajectories have: all of them the same ones."""
+    """The arrays that the group's trajectories have."""
     is_taught = {trajectory.teacher_logprobs is not None for trajectory in group.trajectories}
     assert len(is_taught) == 1, "a teacher looked at all samples of a group or at none"
-    return [name for name in _ARRAYS if name != "teacher_logprobs" or is_taught == {True}]
+    absent = set() if is_taught == {True} else {"teacher_logprobs"}
+    if all(trajectory.draft_sources is None for trajectory in group.trajectories):
+        absent.add("draft_sources")
+    return [name for name in _ARRAYS if name not in absent]
+
+
+def _array(trajectory: Trajectory, name: str) -> Any:
+    """An array of a trajectory; a sample finished before drafting was on has no drafted tokens."""
+    if name == "draft_sources" and trajectory.draft_sources is None:
+        return np.zeros(len(trajectory.token_ids), np.uint8)
+    return getattr(trajectory, name)
 
 
 def _header(group: Group, names: list[str]) -> bytes:

@@ -156,7 +156,11 @@ class EvaluationRecord:
 
 @dataclass(frozen=True)
 class SampleRecord:
-    """One rollout that was trained on; ``versions`` sampled it, oldest first."""
+    """One rollout that was trained on; ``versions`` sampled it, oldest first.
+
+    ``drafted`` are its tokens that came from drafts, of siblings and of the history; None where
+    engines do not draft.
+    """
 
     step: int
     prompt: str
@@ -166,6 +170,7 @@ class SampleRecord:
     versions: tuple[int, ...] = ()
     age: int | None = None
     finish_reason: str = "stop"
+    drafted: tuple[int, int] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The record as one JSON object."""

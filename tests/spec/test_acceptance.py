@@ -30,9 +30,10 @@ def verify_rounds(
 ) -> None:
     random = np.random.default_rng(seed)
     for _ in range(num_rounds):
-        allowed = int(random.integers(1, MAX_DRAFT + 1))
-        offered = allowed if random.random() < share_offered else 0
-        history.observe(problem, "long", offered, accepted_of(random, rates, offered), allowed)
+        offered = MAX_DRAFT if random.random() < share_offered else 0
+        drafted = min(offered, int(random.integers(1, MAX_DRAFT + 1)))
+        accepted = accepted_of(random, rates, drafted)
+        history.observe(problem, "long", offered, drafted, accepted)
 
 
 def test_survival_is_recovered_from_drafts_of_any_length() -> None:
@@ -51,8 +52,8 @@ def test_survival_is_recovered_from_drafts_of_any_length() -> None:
 )
 def test_survival_never_rises_and_is_a_probability(rounds: list[list[int]]) -> None:
     history = AcceptanceHistory(MAX_DRAFT)
-    for accepted, offered, allowed in rounds:
-        history.observe("problem", "short", offered, accepted, allowed)
+    for accepted, drafted, offered in rounds:
+        history.observe("problem", "short", offered, drafted, accepted)
     survival = history.survival("problem", "short")
     assert (np.diff(survival) <= 0).all() and survival[-1] > 0 and survival[0] <= 1
     curves = history.curves([("problem", "short")])

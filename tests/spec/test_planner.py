@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from paceline.spec.planner import DraftPlanner, Objective, Running
+from paceline.spec.planner import DraftPlanner, Objective, Running, Verified
 
 MAX_DRAFT = 7
 MAX_TOKENS = 4096
@@ -49,7 +49,8 @@ class SimulatedEngine:
         seconds = 9e-3 + 0.55e-3 * (len(running) + allowed.sum()) + self.overhead * allowed.any()
         seconds *= 1 + 0.03 * self.random.standard_normal()
         if planner:
-            planner.observe(running, allowed, allowed, accepted, float(seconds))
+            offered = np.full(len(running), MAX_DRAFT)
+            planner.observe(Verified(running, offered, allowed, accepted), float(seconds))
         for one, gained in zip(running, accepted, strict=True):
             i = int(str(one.request))
             done[i] += 1 + int(gained)
@@ -78,12 +79,12 @@ def speed_up(rate: float, places: int, objective: Objective, num_requests: int =
 
 
 @pytest.mark.parametrize("objective", ["makespan", "throughput"])
-@pytest.mark.parametrize(("rate", "places"), [(0.0, 1), (0.0, 32), (0.2, 8), (0.5, 128)])
-def test_drafting_costs_at_most_3_percent_where_it_does_not_pay_but_for_large_batches(
+@pytest.mark.parametrize(
+    ("rate", "places"), [(0.0, 1), (0.0, 32), (0.0, 128), (0.2, 8), (0.2, 128), (0.5, 128)]
+)
+def test_drafting_is_never_slower_than_97_hundredths_of_none(
     rate: float, places: int, objective: Objective
 ) -> None:
-    """128 places at a rate of .2 and less are not among the cases: probes of the whole batch cost 3
-    to 4% there (.96 measured), which is still to be mended."""
     assert speed_up(rate, places, objective) > 0.97
 
 

@@ -1,79 +1,166 @@
-"""The proposer as vLLM calls it: whose history, how long, how many, and what it counts."""
+"""The proposer as vLLM calls it: whose words, how long, of what source, and what it counts."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
-from paceline.spec.proposer import SuffixProposer
+from paceline.configs.schema.rollout import DraftingConfig
+from paceline.configs.vocabulary import DRAFTED_FROM_HISTORY, DRAFTED_FROM_SIBLINGS, Trace
+from paceline.spec.proposer import DraftRequest, SuffixProposer
+from paceline.spec.traces import problem_name
 
 ONE, TWO = (1, 2), (3,)
+STOP = 99
 
 
-def proposer_of(rows, max_tokens=3, max_sequences=8, max_prompts=8):
-    config = SimpleNamespace(speculative_config=SimpleNamespace(num_speculative_tokens=max_tokens))
-    proposer = SuffixProposer(config)
-    proposer.attach(lambda: rows, max_sequences, max_prompts)
-    return proposer
+class Batch:
+    """An engine's batch without the engine: rows of text that grow as they are told."""
+
+    def __init__(self, max_tokens=3, budget="none"):
+        settings = SimpleNamespace(num_speculative_tokens=max_tokens)
+        self.proposer = SuffixProposer(SimpleNamespace(speculative_config=settings))
+        self.texts = {}
+        self.proposer.attach(DraftingConfig(budget=budget), lambda: list(self.texts))
+        self.proposer.serve(5)
+
+    def begin(self, name, prompt, context=(), max_tokens=20):
+        self.texts[name] = [*prompt, *context]
+        request = DraftRequest(prompt, len(self.texts[name]), max_tokens, frozenset({STOP}))
+        self.proposer.begin(name, request)
+
+    def step(self, **sampled):
+        """One step that gave the named rows these tokens; drafts by name."""
+        for name, tokens in sampled.items():
+            self.texts[name] += tokens
+        table = np.zeros((len(self.texts), 64), dtype=np.int32)
+        for row, text in enumerate(self.texts.values()):
+            table[row, : len(text)] = text
+        lengths = np.array([len(text) for text in self.texts.values()], dtype=np.int32)
+        new = [sampled.get(name, []) for name in self.texts]
+        drafts = self.proposer.propose(new, lengths, table)
+        self.proposer.step_took(0.01)
+        return dict(zip(self.texts, drafts, strict=True))
+
+    def finish(self, name, num_tokens):
+        del self.texts[name]
+        return self.proposer.finish(name, num_tokens, by_itself=True).tolist()
 
 
-def propose(proposer, texts, sampled=None):
-    tokens = np.zeros((len(texts), 32), dtype=np.int32)
-    for row, text in enumerate(texts):
-        tokens[row, : len(text)] = text
-    sampled = [[text[-1]] for text in texts] if sampled is None else sampled
-    lengths = np.array([len(text) for text in texts], dtype=np.int32)
-    return proposer.propose(sampled, lengths, tokens)
-
-
-def learned(proposer, prompt, *samples):
-    for sample in samples:
-        proposer.learn(prompt, np.array(sample, dtype=np.int32))
+def given(prompt, *tokens, version=-1):
+    return Trace(prompt, version, np.array(tokens, dtype=np.int32))
 
 
 def test_a_draft_continues_what_samples_of_the_same_prompt_said():
-    proposer = proposer_of([("a", ONE), ("b", TWO)])
-    learned(proposer, ONE, [7, 8, 9, 10, 11])
-    assert propose(proposer, [[1, 2, 7, 8], [3, 7, 8]]) == [[9, 10, 11], []]
+    batch = Batch()
+    batch.proposer.learn([given(ONE, 7, 8, 9, 10, 11)])
+    batch.begin("a", ONE)
+    batch.begin("b", TWO)
+    assert batch.step(a=[8], b=[8]) == {"a": [9, 10, 11], "b": []}
 
 
-def test_a_draft_is_never_longer_than_asked_for():
-    proposer = proposer_of([("a", ONE)], max_tokens=2)
-    learned(proposer, ONE, range(7, 20))
-    assert propose(proposer, [[1, 2, 7]]) == [[8, 9]]
+def test_a_draft_continues_what_a_sibling_is_saying():
+    batch = Batch()
+    batch.begin("a", ONE)
+    batch.begin("b", ONE)
+    batch.step(a=[7])
+    batch.step(a=[8])
+    batch.step(a=[9])
+    assert batch.step(b=[7]) == {"a": [], "b": [8, 9]}
+
+
+def test_a_sample_that_was_begun_elsewhere_is_matched_by_what_it_had():
+    batch = Batch()
+    batch.proposer.learn([given(ONE, 6, 7, 8, 9), given(ONE, 5, 7, 3, 3)])
+    batch.begin("a", ONE, context=[5])
+    assert batch.step(a=[7]) == {"a": [3, 3]}
+
+
+def test_drafts_end_where_the_sample_must():
+    batch = Batch()
+    batch.proposer.learn([given(ONE, *range(7, 20))])
+    batch.begin("a", ONE, max_tokens=4)
+    assert batch.step(a=[7]) == {"a": [8, 9]}, "the verifier adds the fourth"
+    assert batch.step(a=[8, 9]) == {"a": []}
+    assert batch.step(a=[10]) == {"a": []}
 
 
 def test_a_row_that_still_reads_its_prompt_gets_none():
-    proposer = proposer_of([("a", ONE), ("b", ONE)])
-    learned(proposer, ONE, [7, 8, 9])
-    assert propose(proposer, [[1, 2], [1, 2, 7]], sampled=[[], [7]]) == [[], [8, 9]]
+    batch = Batch()
+    batch.proposer.learn([given(ONE, 7, 8, 9)])
+    batch.begin("a", ONE)
+    batch.begin("b", ONE)
+    assert batch.step(b=[7]) == {"a": [], "b": [8, 9]}
 
 
-def test_more_sequences_than_configured_get_none():
-    rows = [(str(i), ONE) for i in range(3)]
-    proposer = proposer_of(rows, max_sequences=2)
-    learned(proposer, ONE, [7, 8, 9])
-    assert propose(proposer, [[1, 2, 7]] * 3) == [[], [], []]
-    assert propose(proposer, [[1, 2, 7]] * 3, sampled=[[7], [], [7]]) == [[8, 9], [], [8, 9]]
+def test_what_was_accepted_after_a_stop_token_is_not_learned_and_nothing_follows_it():
+    batch = Batch()
+    batch.begin("a", ONE)
+    batch.step(a=[7])
+    assert batch.step(a=[STOP, 8, 9]) == {"a": []}
+    batch.finish("a", 2)
+    (tokens,) = batch.proposer.history.sequences(problem_name(ONE), 5)
+    assert tokens.tolist() == [*ONE, 7, STOP]
 
 
-def test_the_least_recently_used_prompt_is_forgotten():
-    proposer = proposer_of([("a", ONE)], max_prompts=2)
-    learned(proposer, ONE, [7, 8])
-    learned(proposer, TWO, [7, 8])
-    assert propose(proposer, [[1, 2, 7]]) == [[8]]
-    learned(proposer, (4,), [7, 8])
-    assert propose(proposer, [[1, 2, 7]]) == [[8]], "used a moment ago"
-    assert len(proposer._histories) == 2
+def test_tokens_after_a_switch_are_of_the_new_version_with_a_little_before_it():
+    batch = Batch()
+    batch.begin("a", ONE)
+    batch.step(a=[7])
+    batch.step(a=[8])
+    batch.proposer.serve(6)
+    batch.step(a=[9])
+    history, problem = batch.proposer.history, problem_name(ONE)
+    assert [t.tolist() for t in history.sequences(problem, 5)] == [[*ONE, 7, 8]]
+    assert [t.tolist() for t in history.sequences(problem, 6)] == [[*ONE, 7, 8, 9]]
 
 
-def test_accepted_tokens_are_counted_by_request_wherever_its_row_went():
-    rows = [("a", ONE), ("b", ONE)]
-    proposer = proposer_of(rows)
-    learned(proposer, ONE, [7, 8, 9, 10])
-    propose(proposer, [[1, 2, 7], [1, 2, 7, 8]])
-    assert (proposer.counters.num_rounds, proposer.counters.num_drafted) == (2, 5)
-    rows[:] = [("b", ONE), ("c", ONE)]  # a is gone, b moved up, c is new
-    propose(proposer, [[1, 2, 7, 8, 9, 10, 5], [1, 2]], sampled=[[9, 10, 5], []])
-    assert proposer.counters.num_accepted == 2
+@pytest.mark.parametrize(
+    ("version", "source", "name"),
+    [(5, DRAFTED_FROM_SIBLINGS, "siblings"), (4, DRAFTED_FROM_HISTORY, "history")],
+)
+def test_accepted_tokens_are_known_by_position_and_source(version, source, name):
+    batch = Batch()
+    batch.proposer.learn([given(ONE, 7, 8, 9, 10, version=version)])
+    batch.begin("a", ONE, context=[6])
+    batch.begin("b", TWO)
+    batch.step(a=[7], b=[7])
+    batch.step(a=[8, 9, 4], b=[8])  # two of three were accepted
+    assert batch.finish("a", 4) == [0, source, source, 0]
+    assert batch.finish("b", 2) == [0, 0]
+    counters = vars(batch.proposer.counters)
+    assert (counters[f"num_drafted_{name}"], counters[f"num_accepted_{name}"]) == (3, 2)
+    assert counters["num_rounds"] == 1
+
+
+def test_accepted_tokens_beyond_the_end_of_a_sample_have_no_place_in_it():
+    batch = Batch()
+    batch.proposer.learn([given(ONE, 7, STOP, 9, 10, version=5)])
+    batch.begin("a", ONE)
+    batch.step(a=[7])
+    batch.step(a=[STOP, 9, 4])
+    assert batch.finish("a", 2) == [0, DRAFTED_FROM_SIBLINGS]
+
+
+def test_a_budget_learns_from_steps_that_only_decoded():
+    batch = Batch(budget="throughput")
+    batch.proposer.learn([given(ONE, *range(7, 60))])
+    batch.begin("a", ONE, max_tokens=50)
+    drafted = 0
+    for token in range(7, 40):
+        drafted += len(batch.step(a=[token])["a"])
+    costs = batch.proposer._planner.costs
+    assert costs.is_started and costs.predict(1, 1).seconds == pytest.approx(0.01, rel=0.1)
+    assert drafted > 0, "drafts are tried"
+    assert batch.proposer.counters.num_draft_steps == 33
+
+
+def test_memory_is_given_back_when_samples_end():
+    batch = Batch()
+    for index in range(50):
+        batch.begin(str(index), ONE)
+        batch.step(**{str(index): [7]})
+        batch.finish(str(index), 1)
+    assert batch.proposer._reader.num_requests == 0 and not batch.proposer._live

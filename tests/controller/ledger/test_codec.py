@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,7 +16,7 @@ from tests.controller.builders import make_group, make_prompt
 
 
 @st.composite
-def trajectories(draw, is_taught=False):
+def trajectories(draw, is_taught, is_drafted=False):
     length = draw(st.integers(1, 30))
     generator = np.random.default_rng(draw(st.integers(0, 10**6)))
     cut = draw(st.integers(0, length))
@@ -28,12 +30,15 @@ def trajectories(draw, is_taught=False):
         reward=draw(st.floats(allow_nan=False)),
         text=draw(st.text()),
         teacher_logprobs=generator.normal(size=length).astype(np.float32) if is_taught else None,
+        draft_sources=generator.integers(0, 3, length).astype(np.uint8) if is_drafted else None,
     )
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.booleans().flatmap(lambda taught: st.lists(trajectories(taught), min_size=1, max_size=5)),
+    st.tuples(st.booleans(), st.booleans()).flatmap(
+        lambda flags: st.lists(trajectories(*flags), min_size=1, max_size=5)
+    ),
     st.none() | st.text(),
 )
 def test_a_group_comes_back_as_it_was(samples, fault):
@@ -41,7 +46,7 @@ def test_a_group_comes_back_as_it_was(samples, fault):
     again = decode_group(encode_group(group), make_prompt(7), 7)
     assert (again.group_id, again.prompt, again.fault) == (7, group.prompt, fault)
     for mine, theirs in zip(again.trajectories, group.trajectories, strict=True):
-        for name in ("token_ids", "loss_mask", "logprobs", "teacher_logprobs"):
+        for name in ("token_ids", "loss_mask", "logprobs", "teacher_logprobs", "draft_sources"):
             if getattr(theirs, name) is None:
                 assert getattr(mine, name) is None
                 continue
@@ -49,6 +54,16 @@ def test_a_group_comes_back_as_it_was(samples, fault):
             assert getattr(mine, name).dtype == getattr(theirs, name).dtype
         for name in ("versions", "finish_reason", "reward", "text"):
             assert getattr(mine, name) == getattr(theirs, name)
+
+
+def test_a_sample_finished_before_drafting_was_on_has_no_drafted_tokens():
+    group = make_group(1)
+    first, *others = group.trajectories
+    sources = np.ones(len(first.token_ids), np.uint8)
+    mixed = replace(group, trajectories=(replace(first, draft_sources=sources), *others))
+    again = decode_group(encode_group(mixed), group.prompt, 1)
+    assert again.trajectories[0].draft_sources.all()
+    assert others and not any(t.draft_sources.any() for t in again.trajectories[1:])
 
 
 def test_every_flipped_byte_and_every_missing_end_is_noticed():
