@@ -135,7 +135,8 @@ class Completion:
 class Trace:
     """A completion of a prompt that drafts can be guessed from, and the weights that sampled it.
 
-    ``token_ids`` int32 [C]; ``version`` is -1 where it was given at the start of a run.
+    ``token_ids`` int32 [C], a few tokens of what came before them included; ``version`` is -1 where
+    it was given at the start of a run.
     """
 
     prompt_token_ids: tuple[int, ...]

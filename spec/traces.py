@@ -9,8 +9,9 @@ import xxhash
 
 from paceline.configs.vocabulary import Completion, Trace
 
-OVERLAP_TOKENS = 16
-"""Tokens before a switch of weights that the new version's part begins with, for it to be found."""
+OVERLAP_TOKENS = 8
+"""Tokens that a part begins with although others said them, so that its beginning is found: the end
+of the prompt, or what was sampled before the weights were switched."""
 
 
 def problem_name(prompt_token_ids: tuple[int, ...]) -> str:
@@ -22,7 +23,10 @@ def traces_of(
     prompt_token_ids: tuple[int, ...], completion: Completion, first: int = 0
 ) -> Iterator[Trace]:
     """What a turn sampled, from token ``first`` on: a trace a weight version, oldest first."""
+    tail = np.array(prompt_token_ids[-OVERLAP_TOKENS:], dtype=np.int32)
+    tokens = np.concatenate([tail, completion.token_ids])
     for span in completion.versions:
         if span.end > first:
-            begin = max(0, span.start - OVERLAP_TOKENS, first - OVERLAP_TOKENS)
-            yield Trace(prompt_token_ids, int(span.version), completion.token_ids[begin : span.end])
+            begin = max(0, len(tail) + max(span.start, first) - OVERLAP_TOKENS)
+            part = tokens[begin : len(tail) + span.end]
+            yield Trace(prompt_token_ids, int(span.version), part)

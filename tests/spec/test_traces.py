@@ -19,8 +19,14 @@ def test_each_version_has_what_it_sampled_and_a_little_of_what_came_before():
     completion = Completion(tokens, np.zeros(50, np.float32), spans(20, 50), "stop")
     old, new = traces_of((1, 2), completion)
     assert (old.version, new.version) == (3, 4)
-    assert old.token_ids.tolist() == list(range(20))
+    assert old.token_ids.tolist() == [1, 2, *range(20)]
     assert new.token_ids.tolist() == list(range(20 - OVERLAP_TOKENS, 50))
+
+
+def test_a_trace_begins_with_the_end_of_its_prompt():
+    completion = Completion(np.array([7], np.int32), np.zeros(1, np.float32), spans(1), "stop")
+    (trace,) = traces_of(tuple(range(100)), completion)
+    assert trace.token_ids.tolist() == [*range(100 - OVERLAP_TOKENS, 100), 7]
 
 
 def test_a_turn_has_what_it_added_to_what_earlier_turns_left():
