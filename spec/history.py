@@ -146,16 +146,16 @@ class Reader:
             raise ValueError(f"decay must be above 0 and at most 1, got {decay}")
         self._native = _native.Reader(history._native, min_match, max_match, decay)
 
-    def open(self, problem: str, seed: int | None = None) -> int:
+    def open(self, problem: str, seed: int | None = None, position: int = 0) -> int:
         """A new request with no text yet; the problem may become known later.
 
         A ``seed`` is for coupled sampling alone, see ``paceline.spec.noise``: every continuation
         counts, and what is drafted is argmax(log(votes) + noise of the seed, position and token).
-        ``probabilities`` remain shares of the votes. Positions count from the first token that
-        ``propose`` brings, so the request's text must come whole. Under the ratio rule a seed would
-        bias what is sampled: the draft must not depend on the verifier's randomness there.
+        ``probabilities`` remain shares of the votes. ``position`` is that of the first token which
+        ``propose`` will bring, counted from the first one of the prompt. Under the ratio rule a
+        seed would bias what is sampled: no draft may depend on the verifier's randomness there.
         """
-        return self._native.open(problem, seed)
+        return self._native.open(problem, seed, position)
 
     def close(self, request: int) -> None:
         """The request is over; raises ``ValueError`` if it is not open."""

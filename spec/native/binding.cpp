@@ -164,7 +164,8 @@ PYBIND11_MODULE(_native, module) {
                                              DraftRule{min_match, max_match, decay});
            }),
            py::arg("history"), py::arg("min_match"), py::arg("max_match"), py::arg("decay"))
-      .def("open", &Reader::open, py::arg("problem"), py::arg("seed"), NoGil())
+      .def("open", &Reader::open, py::arg("problem"), py::arg("seed"),
+           py::arg("position"), NoGil())
       .def("close", &Reader::close, py::arg("request"), NoGil())
       .def("propose", &propose, py::arg("requests").noconvert(), py::arg("tokens").noconvert(),
            py::arg("num_tokens").noconvert(), py::arg("max_draft").noconvert(),

@@ -40,12 +40,14 @@ Reader::~Reader() {
   }
 }
 
-std::int64_t Reader::open(const std::string& problem, std::optional<std::int64_t> seed) {
+std::int64_t Reader::open(const std::string& problem, std::optional<std::int64_t> seed,
+                          std::int64_t position) {
   const OneThread here(busy_);
   const std::int64_t request = next_request_++;
   Request& opened = requests_[request];
   opened.name = problem;
   opened.problem = history_->hold(problem);
+  opened.position = static_cast<std::uint64_t>(position);
   if (seed) opened.noise = draw(0, static_cast<std::uint64_t>(*seed));
   return request;
 }
@@ -93,7 +95,7 @@ void Reader::check(const DraftBatch& batch, const Drafts& drafts) const {
 }
 
 void Reader::follow(Request& request, TokenView tokens) const {
-  request.num_tokens += tokens.size;
+  request.position += tokens.size;
   request.tail.insert(request.tail.end(), tokens.begin(), tokens.end());
   if (request.tail.size() > 4 * std::size_t{rule_.max_match}) {
     request.tail.erase(request.tail.begin(), request.tail.end() - rule_.max_match);
@@ -166,7 +168,7 @@ void Reader::draft(const Request& request, const Drafts& drafts, std::size_t row
   double all_right = 1.0;
   while (static_cast<std::size_t>(drafted) < max_draft) {
     double probability = 0.0;
-    const std::uint64_t position = request.num_tokens + static_cast<std::uint64_t>(drafted);
+    const std::uint64_t position = request.position + static_cast<std::uint64_t>(drafted);
     const Voter* winner = request.noise
                               ? count_votes_with_noise(draw(*request.noise, position), probability)
                               : count_votes(probability);

@@ -59,9 +59,10 @@ class Reader {
   Reader(std::shared_ptr<History> history, DraftRule rule);
   ~Reader();
 
-  // A request with no text yet, for a problem that may be unknown yet. With a seed its text must be
-  // given from the very first token on: noise belongs to positions.
-  std::int64_t open(const std::string& problem, std::optional<std::int64_t> seed);
+  // A request with no text yet, for a problem that may be unknown yet. `position` is that of the
+  // first token it will be given: noise belongs to positions.
+  std::int64_t open(const std::string& problem, std::optional<std::int64_t> seed,
+                    std::int64_t position);
   void close(std::int64_t request);
 
   // Takes the new tokens of every request and drafts after them. Throws std::invalid_argument,
@@ -84,7 +85,7 @@ class Reader {
     std::uint64_t list_serial = 0;
     std::vector<Place> places;  // newest generation first
     std::vector<Token> tail;    // at least the last `max_match` tokens of the text
-    std::uint64_t num_tokens = 0;
+    std::uint64_t position = 0;          // of the token after its text
     std::optional<std::uint64_t> noise;  // the stream of its positions' streams
   };
   struct Ballot {

@@ -145,12 +145,13 @@ def test_drafts_with_a_seed_are_what_the_noise_makes_of_the_votes(
         for text in texts:
             history.add("p", generation, text)
     reader = history.reader(max_match=4, decay=0.5)
-    request = reader.open("p", seed)
-    reader.propose([request], [context[:3]], 0)
-    found = reader.propose([request], [context[3:]], 5)
     draft, shares = searched([newer, older], context, seed)
-    assert found.of(0) == draft
-    assert found.probabilities[0, : len(draft)] == pytest.approx(shares)
+    for unread in {0, max(0, len(context) - 4)}:  # no match is longer
+        request = reader.open("p", seed, unread)
+        reader.propose([request], [context[unread : unread + 3]], 0)
+        found = reader.propose([request], [context[unread + 3 :]], 5)
+        assert found.of(0) == draft
+        assert found.probabilities[0, : len(draft)] == pytest.approx(shares)
 
 
 def searched(

@@ -64,7 +64,7 @@ void compare_with_search(std::mt19937& random) {
   Reader reader(history, {1, kMaxMatch, 0.5});
   std::optional<std::int64_t> seed;
   if (random() % 2 == 0) seed = random();
-  const std::int64_t request = reader.open("p", seed);
+  const std::int64_t request = reader.open("p", seed, 0);
   Text context;
   for (int event = 0; event < 30; ++event) {
     const std::int64_t generation = random() % 6;
@@ -110,12 +110,12 @@ void read_beside_a_writer(std::mt19937& random, int rounds) {
     readers.emplace_back([&history, &done] {
       Reader reader(history, {1, kMaxMatch, 0.5});
       for (Token problem = 0; !done; problem = (problem + 1) % 4) {
-        const std::int64_t fan = reader.open(std::to_string(problem), problem);
+        const std::int64_t fan = reader.open(std::to_string(problem), problem, 0);
         for (const Token token : ask(reader, fan, {-100}).tokens) {
           if (token > -1000) fail("a draft that never followed");
         }
         reader.close(fan);
-        const std::int64_t request = reader.open(std::to_string(problem), std::nullopt);
+        const std::int64_t request = reader.open(std::to_string(problem), std::nullopt, 0);
         for (Token step = 0; step < 60; ++step) {
           Token next = problem + 4 * step;
           for (const Token token : ask(reader, request, {next}).tokens) {
