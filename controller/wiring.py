@@ -325,15 +325,30 @@ async def start_pool(
     config: RunConfig, model_folder: str, stack: contextlib.AsyncExitStack
 ) -> WorkerPool:
     """Start the rollout workers and see to their end."""
+    rollout = with_draft_budget(config)
     engine = functools.partial(
         VLLM_ENGINE,
         model_folder,
-        config.rollout,
+        rollout,
         max_length=config.model.max_length,
         dtype=config.model.precision,
         seed=config.seed,
     )
-    return await start_engines(config.rollout, engine, RolloutActor, stack)
+    return await start_engines(rollout, engine, RolloutActor, stack)
+
+
+def with_draft_budget(config: RunConfig) -> RolloutConfig:
+    """The engines' settings; what drafts are to shorten is a matter of how the run is paced.
+
+    Where training waits for its batch, that is the batch's makespan. Where it runs behind, what
+    ends is followed by other prompts, and every token that comes sooner is trained sooner.
+    """
+    drafting = config.rollout.drafting
+    if drafting is None or drafting.budget is not None:
+        return config.rollout
+    budget = "throughput" if config.loop.max_lag else "makespan"
+    drafting = drafting.model_copy(update={"budget": budget})
+    return config.rollout.model_copy(update={"drafting": drafting})
 
 
 async def start_teacher(config: RunConfig, stack: contextlib.AsyncExitStack) -> Teacher | None:

@@ -13,7 +13,12 @@ from paceline.configs.vocabulary import Group
 from paceline.controller.buffer import Work
 from paceline.controller.generation import Rollouts
 from paceline.controller.tokenizer import characters_tokenizer
-from paceline.controller.wiring import Parts, prompt_set, training_temperature
+from paceline.controller.wiring import (
+    Parts,
+    prompt_set,
+    training_temperature,
+    with_draft_budget,
+)
 
 FEW = ("data.num_held_out=4", "warm_start=null")
 
@@ -67,3 +72,17 @@ def test_reinforcement_learning_is_fed_with_samples():
 def test_only_what_was_sampled_is_trained_at_the_temperature_of_the_sampling(recipe, temperature):
     config = load_config(recipe, ("rollout.sampling.temperature=0.7",))
     assert training_temperature(config) == temperature
+
+
+@pytest.mark.parametrize(
+    ("max_lag", "drafting", "budget"),
+    [
+        (0, "{}", "makespan"),
+        (2, "{}", "throughput"),
+        (2, "{budget: makespan}", "makespan"),
+        (0, "{budget: none}", "none"),
+    ],
+)
+def test_drafts_shorten_what_the_pace_of_training_waits_for(max_lag, drafting, budget):
+    config = load_config("grpo", (*FEW, f"loop.max_lag={max_lag}", f"rollout.drafting={drafting}"))
+    assert with_draft_budget(config).drafting.budget == budget
