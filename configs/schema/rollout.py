@@ -104,5 +104,10 @@ class RolloutConfig(Section):
     drafting: DraftingConfig | None = None
     """Speculative decoding from earlier samples; null decodes token by token."""
 
+    coupled_sampling: bool = False
+    """Sample by noise that is a function of a sample's seed, a token's position and the token, so
+    that a sample is fixed by its seed and the weights: drafts, turns and workers change nothing,
+    and drafts guess better. Off, each request draws from a generator of its own, as in vLLM."""
+
     sampling: SamplingConfig = SamplingConfig()
     """How training completions are drawn."""
