@@ -26,14 +26,16 @@ NOTHING_YET = Completion(
 class SampleTask:
     """What an unfinished sample asks of the engine: at most ``max_tokens`` after ``token_ids``.
 
-    The last ``num_scored`` tokens of the latter are to be scored; then what is sampled is of no
-    account.
+    ``seed`` is that of this turn's random stream, ``sample_seed`` the sample's own, the same in
+    every turn. The last ``num_scored`` tokens of ``token_ids`` are to be scored; then what is
+    sampled is of no account.
     """
 
     index: int
     token_ids: tuple[int, ...]
     max_tokens: int
     seed: int
+    sample_seed: int
     num_scored: int = 0
 
 
@@ -66,6 +68,7 @@ class Turn:
             token_ids=(*self.request.prompt_token_ids, *earlier),
             max_tokens=min(left, self.request.segment_tokens or left),
             seed=continuation_seed(self.request.seed + index, len(earlier)),
+            sample_seed=self.request.seed + index,
         )
 
     def close_sample(self, index: int, new: Completion) -> None:
@@ -119,6 +122,7 @@ class ScoringTurn:
             token_ids=(*self.request.prompt_token_ids, *scored),
             max_tokens=1,
             seed=self.request.seed + index,
+            sample_seed=self.request.seed + index,
             num_scored=len(scored),
         )
 

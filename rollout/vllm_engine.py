@@ -37,6 +37,7 @@ from paceline.configs.vocabulary import (
     VersionSpan,
     WeightVersion,
 )
+from paceline.rollout.coupled_sampling import sample_coupled
 from paceline.rollout.engine import RolloutResult
 from paceline.rollout.turns import SampleTask, ScoringTurn, Turn
 from paceline.rollout.vllm_patches import (
@@ -114,6 +115,9 @@ class VLLMEngine:
             else functools.partial(with_positions, max_length + 1),
         )
         self._engine = start_engine(arguments)
+        self._is_coupled = config.coupled_sampling
+        if self._is_coupled:
+            self._engine.collective_rpc(sample_coupled)
         if current_platform.is_cpu():
             require_cpu_head_size(self._engine.vllm_config.model_config.get_head_size())
         self._proposer = None
@@ -214,7 +218,8 @@ class VLLMEngine:
             # computed stay in use by their own sequences and cannot be hit by later ones.
             prompt["cache_salt"] = f"update {self._num_updates}"
         name = sample_id(turn.request.request_id, index)
-        parameters = sampling_params(turn.request.sampling, task)
+        seed = task.sample_seed if self._is_coupled else task.seed
+        parameters = sampling_params(turn.request.sampling, task, seed)
         vllm_id = self._engine.add_request(name, prompt, parameters)
         self._running[name] = RunningSample(turn, index, vllm_id, task.num_scored)
         if self._proposer is not None and isinstance(turn, Turn):
@@ -346,7 +351,9 @@ def require_cpu_head_size(head_size: int) -> None:
         )
 
 
-def sampling_params(sampling: SamplingParameters, task: SampleTask) -> vllm.SamplingParams:
+def sampling_params(
+    sampling: SamplingParameters, task: SampleTask, seed: int
+) -> vllm.SamplingParams:
     """Our sampling settings in vLLM's terms, for one sample in one turn."""
     return vllm.SamplingParams(
         temperature=sampling.temperature,
@@ -355,7 +362,7 @@ def sampling_params(sampling: SamplingParameters, task: SampleTask) -> vllm.Samp
         max_tokens=task.max_tokens,
         stop_token_ids=list(sampling.stop_token_ids),
         ignore_eos=True,  # what ends a completion is said by the request alone
-        seed=task.seed,
+        seed=seed,
         logprobs=0,  # only the sampled token's
         prompt_logprobs=0 if task.num_scored else None,
         flat_logprobs=True,

@@ -1,7 +1,8 @@
 """Every change Paceline makes to vLLM, and every use of what vLLM does not offer as an interface.
 
 In one place, guarded by the version it was read in. Nothing here runs at import: ``VLLMEngine``
-applies what it needs, explicitly, before it loads a model.
+applies what it needs, explicitly, before it loads a model. Only ``coupled_sampling.py`` stands by
+itself: no repair but another way to sample, put in place of vLLM's after the model was loaded.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ def exact_second(model, **setting):
 def chi_square_probability(tokens, exact):
     """How often a right sampler is at least this far off; rare tokens are counted together."""
     expected = exact.numpy() * len(tokens)
-    counts = np.bincount(tokens, minlength=128).astype(float)
+    counts = np.bincount(tokens, minlength=len(exact)).astype(float)
     common = expected >= 8
     assert counts[expected < 1e-9].sum() == 0 or not (expected < 1e-9).any(), "an impossible token"
     expected = np.append(expected[common], expected[~common].sum())
