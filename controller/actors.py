@@ -214,6 +214,10 @@ class RolloutActor:
         """Load a version; answers what is then served."""
         return await self._call(self._actor.call.remote("update_weights", handle))
 
+    async def learn(self, block: Any, reader: int) -> None:
+        """Have it draft from a published block of traces, but for the reader's own."""
+        await self._call(self._actor.call.remote("learn", block, reader))
+
     async def counters(self) -> dict[str, float]:
         """Running totals of its engine."""
         return await self._call(self._actor.call.remote("counters"))

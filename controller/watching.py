@@ -27,6 +27,9 @@ class Worker(Protocol):
     async def update_weights(self, handle: WeightHandle) -> tuple[WeightVersion, int]:
         """Load a version; answers the version and checksum now served."""
 
+    async def learn(self, block: Any, reader: int) -> None:
+        """Draft from a published block of traces but for the reader's own; see `TraceExchange`."""
+
     async def counters(self) -> dict[str, float]:
         """Running totals of its engine."""
 
@@ -120,6 +123,15 @@ class WatchedWorker:
             return await self._answer(update, "a weight update", self._limits.update_seconds)
         finally:
             self._is_updating = False
+
+    async def learn(self, block: Any, reader: int) -> None:
+        """Draft from a published block of traces but for the reader's own.
+
+        Raises:
+            WorkerLost: it is lost, or was before.
+        """
+        lesson = self._worker.learn(block, reader)
+        await self._answer(lesson, "a block of traces", self._limits.update_seconds)
 
     async def counters(self) -> dict[str, float]:
         """Running totals of its engine.

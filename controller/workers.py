@@ -15,6 +15,7 @@ from paceline.controller.concurrency import gather_or_cancel
 from paceline.controller.generation import sample_to_end
 from paceline.controller.parts import WorkerLost
 from paceline.controller.routing import Affinity, Demand, Load, demand_of, next_placement
+from paceline.controller.trace_exchange import Reader, TraceExchange
 from paceline.controller.watching import TimeLimits, WatchedWorker, Worker
 from paceline.weights_sync.handle import WeightHandle, WeightSyncError
 
@@ -25,11 +26,13 @@ logger = logging.getLogger(__name__)
 class Seat:
     """A worker's time in its place in the pool: a replacement begins anew, with the same index.
 
-    ``served`` is what it acknowledged last; it ``joined`` when that was the current version.
+    ``served`` is what it acknowledged last; it ``joined`` when that was the current version. Where
+    engines draft, ``reader`` tells its own of what others sampled.
     """
 
     index: int
     worker: WatchedWorker
+    reader: Reader | None = None
     num_restarts: int = 0
     load: Load = field(default_factory=Load)
     served: WeightHandle | None = None
@@ -60,6 +63,8 @@ class WorkerPool:
     A worker holds at most ``max_samples``, or one request. What it cannot take waits here, in no
     more places than there are callers: the loop's ``generate`` tasks, or an evaluation's prompts.
 
+    Where engines draft, ``exchange`` is told what was sampled where, and of each weight boundary.
+
     ``section`` of the configuration names the workers and is what messages tell a user to change.
     """
 
@@ -72,12 +77,14 @@ class WorkerPool:
         max_samples: int,
         limits: TimeLimits,
         section: str = "rollout",
+        exchange: TraceExchange | None = None,
     ) -> None:
         self._start_worker = start_worker
         self._max_restarts = max_restarts
         self._max_samples = max_samples
         self._limits = limits
         self._section = section
+        self._exchange = exchange
         self._affinity = Affinity()
         self._waiting: list[Ticket] = []
         self._restarts: set[asyncio.Task[None]] = set()
@@ -121,6 +128,8 @@ class WorkerPool:
             WeightSyncError: a worker acknowledged something else.
         """
         self._current = handle
+        if self._exchange is not None:
+            self._exchange.seal()
         await gather_or_cancel(*(self._bring_up_to_date(seat) for seat in self._seats))
 
     async def counters(self) -> list[dict[str, float]]:
@@ -148,6 +157,8 @@ class WorkerPool:
         """Stop every worker."""
         for restart in self._restarts:
             restart.cancel()
+        for seat in self._seats:
+            self._leave_exchange(seat)
         await asyncio.gather(*(seat.worker.close() for seat in self._seats))
 
     async def _generate(self, demand: Demand, request: RolloutRequest) -> tuple[Completion, ...]:
@@ -159,6 +170,8 @@ class WorkerPool:
         if answer.overdue:
             logger.info("%s is slow: took back %s", self._named(seat.index), request.request_id)
             self._affinity.remember(demand.prompt, seat.index, was_slow=True)
+        if seat.reader is not None:
+            seat.reader.sampled(request, answer.completions)
         return answer.completions
 
     async def _turn(self, demand: Demand) -> Seat:
@@ -216,6 +229,8 @@ class WorkerPool:
                     )
                 seat.served = handle
         seat.joined = seat.served is not None
+        if seat.reader is not None:
+            seat.reader.catch_up()
         self._dispatch()
 
     def _named(self, index: int) -> str:
@@ -223,11 +238,18 @@ class WorkerPool:
 
     def _seat(self, index: int, worker: Worker, num_restarts: int = 0) -> Seat:
         name, on_lost = self._named(index), functools.partial(self._replace, index)
-        return Seat(index, WatchedWorker(worker, name, self._limits, on_lost), num_restarts)
+        watched = WatchedWorker(worker, name, self._limits, on_lost)
+        reader = None if self._exchange is None else self._exchange.admit(watched)
+        return Seat(index, watched, reader, num_restarts)
+
+    def _leave_exchange(self, seat: Seat) -> None:
+        if seat.reader is not None:
+            seat.reader.leave()
 
     def _replace(self, index: int) -> None:
         """Start a replacement for the worker that was just found lost."""
         seat = self._seats[index]
+        self._leave_exchange(seat)
         lost = WorkerLost(f"{self._named(index)} {seat.worker.fate}")
         self._turn_away(lost, [ticket for ticket in self._waiting if ticket.demand.only == index])
         restart = asyncio.create_task(self._restart(seat), name=f"restart-worker-{index}")

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Protocol
 
-from paceline.configs.vocabulary import Completion, RolloutRequest, WeightVersion
+from paceline.configs.vocabulary import Completion, RolloutRequest, Trace, WeightVersion
 from paceline.rollout.engine import Engine
 from paceline.rollout.engine_thread import EngineThread
 from paceline.weights_sync.handle import WeightHandle
+
+
+class TraceBlock(Protocol):
+    """Traces that the controller published."""
+
+    def read(self, reader: int) -> Sequence[Trace]:
+        """All but those that the reader's engine sampled; may take a while."""
 
 
 class RolloutWorker:
@@ -44,6 +52,11 @@ class RolloutWorker:
         """
         version = await asyncio.wrap_future(self._engine.update_weights(handle))
         return version, handle.checksum
+
+    async def learn(self, block: TraceBlock, reader: int) -> None:
+        """Read traces, beside the engine's thread, and draft from them from now on."""
+        traces = await asyncio.to_thread(block.read, reader)
+        await asyncio.wrap_future(self._engine.learn(traces))
 
     async def counters(self) -> dict[str, float]:
         """Running totals of the engine, and the seconds the worker has been up."""

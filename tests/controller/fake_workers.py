@@ -36,6 +36,7 @@ class FakeWorker:
         self.requests = []
         self.interrupted = []
         self.running = {}
+        self.known = []
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -66,6 +67,11 @@ class FakeWorker:
         await self._answers(self.stuck)
         self.version = handle.version
         return self.acknowledges(handle)
+
+    async def learn(self, block, reader):
+        await asyncio.sleep(0)
+        await self._answers(self.stuck)
+        self.known += block.read(reader)
 
     async def counters(self):
         await self._answers()
@@ -108,7 +114,7 @@ def request(name, num_samples=1, prompt=(1,), max_tokens=64, partial=(), segment
     )
 
 
-def pool_of(workers, spares=(), max_restarts=3, max_samples=1000, section="rollout"):
+def pool_of(workers, spares=(), max_restarts=3, max_samples=1000, section="rollout", exchange=None):
     spares = list(spares)
 
     async def start(index):
@@ -122,4 +128,5 @@ def pool_of(workers, spares=(), max_restarts=3, max_samples=1000, section="rollo
         max_samples=max_samples,
         limits=TimeLimits(CLAIM_SECONDS, ANSWER_SECONDS),
         section=section,
+        exchange=exchange,
     )

@@ -238,3 +238,21 @@ def test_an_engine_that_breaks_over_a_trace_fails_all_lessons(engine_and_thread)
     for lesson in lessons:
         with pytest.raises(MemoryError):
             lesson.result(5)
+
+
+def test_a_worker_reads_traces_beside_its_engine_and_answers_when_they_are_learned():
+    class Block:
+        def read(self, reader):
+            self.thread = threading.get_ident()
+            return [trace(reader)]
+
+    async def scenario():
+        engine, block = FakeEngine(), Block()
+        worker = RolloutWorker(lambda: engine)
+        await worker.learn(block, 3)
+        ((_, (learned,)),) = engine.learned
+        assert len(learned.token_ids) == 3
+        assert block.thread not in {threading.get_ident(), *engine.threads}
+        await worker.close()
+
+    asyncio.run(scenario())
