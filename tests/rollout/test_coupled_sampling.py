@@ -410,9 +410,9 @@ def test_noise_in_parts_is_the_noise_of_all(monkeypatch):
     logits, rows = numbers((9, 50), seed=1), torch.arange(9)
     greedy = rows == 4
     whole = noisy_argmax(logits, rows, rows + 3, greedy)
-    monkeypatch.setattr(coupled_sampling, "NOISE_AT_ONCE", 100)
+    monkeypatch.setattr(coupled_sampling, "NOISE_IN_CACHE", 100)
     assert noisy_argmax(logits, rows, rows + 3, greedy).tolist() == whole.tolist()
-    monkeypatch.setattr(coupled_sampling, "NOISE_AT_ONCE", 1)
+    monkeypatch.setattr(coupled_sampling, "NOISE_IN_CACHE", 1)
     assert noisy_argmax(logits, rows, rows + 3, greedy).tolist() == whole.tolist()
     assert whole[4] == logits[4].argmax()
 
