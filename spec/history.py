@@ -173,7 +173,7 @@ class Reader:
         The first call of a request brings its prompt. ``max_draft`` is one number for all or one
         for each; zero drafts nothing. A draft ends before the estimated probability that all of it
         is right falls below ``min_probability``. Raises ``ValueError``, with nothing taken, for a
-        request that is not open or arguments of unequal length.
+        request that is not open or named twice, or arguments of unequal length.
         """
         arrays = [as_tokens(tokens) for tokens in new_tokens]
         if len(arrays) != len(requests):

@@ -38,6 +38,10 @@ void EdgePool::list(Table table, std::vector<Edge>& edges) const {
   }
 }
 
+void EdgePool::prefetch(Table table, Token token) const {
+  __builtin_prefetch(slots_.at(address_of(table)) + (scatter(token) & (size_of(table) - 1)));
+}
+
 EdgePool::Table EdgePool::put(Table table, Edge edge) {
   if (table == 0) table = allocate(2);
   Slot* slot = place_for(table, token_of(edge));

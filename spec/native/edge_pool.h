@@ -41,6 +41,9 @@ class EdgePool {
   // Appends every edge to `edges`, in no order.
   void list(Table table, std::vector<Edge>& edges) const;
 
+  // Asks for the memory that `find` is about to read.
+  void prefetch(Table table, Token token) const;
+
   // The table with `edge` in place of any other for its token. It may be another table than
   // before: publish it, then `retire` the one before.
   Table put(Table table, Edge edge);

@@ -12,6 +12,9 @@ namespace paceline {
 
 namespace {
 
+// A processor has some ten to twenty requests for memory on their way at once.
+constexpr std::size_t kWalksAtATime = 16;
+
 class OneThread {
  public:
   explicit OneThread(std::atomic_flag& busy) : busy_(busy) {
@@ -66,21 +69,41 @@ void Reader::propose(const DraftBatch& batch, double min_probability, const Draf
   const Epochs::Guard guard(history_->epochs_);
   const Token* tokens = batch.tokens.data;
   for (std::size_t row = 0; row < batch.size; ++row) {
-    Request& request = requests_.at(batch.requests[row]);
     const auto num_tokens = static_cast<std::size_t>(batch.num_tokens[row]);
-    follow(request, {tokens, num_tokens});
+    follow(*rows_[row].request, {tokens, num_tokens});
     tokens += num_tokens;
-    gather_voters(request);
-    draft(request, drafts, row, static_cast<std::size_t>(batch.max_draft[row]), min_probability);
+  }
+  walk();
+  voters_.clear();
+  open_rows_.clear();
+  for (std::size_t row = 0; row < batch.size; ++row) {
+    gather_voters(rows_[row]);
+    begin_draft(row, drafts);
+    if (batch.max_draft[row] > 0) open_rows_.push_back(row);
+  }
+  while (!open_rows_.empty()) {  // one token for each: while one waits for memory, others go on
+    const auto is_over = [&](std::size_t row) {
+      return !draft_token(row, drafts, min_probability) ||
+             drafts.num_tokens[row] == batch.max_draft[row];
+    };
+    open_rows_.erase(std::remove_if(open_rows_.begin(), open_rows_.end(), is_over),
+                     open_rows_.end());
   }
 }
 
-void Reader::check(const DraftBatch& batch, const Drafts& drafts) const {
+void Reader::check(const DraftBatch& batch, const Drafts& drafts) {
   std::size_t num_tokens = 0;
+  ++num_batches_;
+  rows_.clear();
   for (std::size_t row = 0; row < batch.size; ++row) {
-    if (requests_.find(batch.requests[row]) == requests_.end()) {
-      throw std::invalid_argument(unknown(batch.requests[row]));
+    const auto found = requests_.find(batch.requests[row]);
+    if (found == requests_.end()) throw std::invalid_argument(unknown(batch.requests[row]));
+    Request& request = found->second;
+    if (request.batch == num_batches_) {
+      throw std::invalid_argument("request " + std::to_string(found->first) + " is named twice");
     }
+    request.batch = num_batches_;
+    rows_.push_back({&request, 0, 0, 1.0});
     if (batch.num_tokens[row] < 0 || batch.max_draft[row] < 0 ||
         static_cast<std::size_t>(batch.max_draft[row]) > drafts.width) {
       throw std::invalid_argument("numbers of tokens must not be negative, nor max_draft above " +
@@ -94,14 +117,16 @@ void Reader::check(const DraftBatch& batch, const Drafts& drafts) const {
   }
 }
 
-void Reader::follow(Request& request, TokenView tokens) const {
+void Reader::follow(Request& request, TokenView tokens) {
   request.position += tokens.size;
   request.tail.insert(request.tail.end(), tokens.begin(), tokens.end());
   if (request.tail.size() > 4 * std::size_t{rule_.max_match}) {
     request.tail.erase(request.tail.begin(), request.tail.end() - rule_.max_match);
   }
   follow_generations(request);
-  for (Place& place : request.places) follow(place, request.tail, tokens);
+  const TokenView tail{request.tail.data(), request.tail.size()};
+  const TokenView matched = tail.last(std::min<std::size_t>(tail.size, rule_.max_match));
+  for (Place& place : request.places) follow(place, matched, tokens);
 }
 
 // One place for each generation that the problem has now.
@@ -121,77 +146,103 @@ void Reader::follow_generations(Request& request) const {
   request.list_serial = serial;
 }
 
-// A match stays the longest as long as its automaton does not grow, and one of `max_match` tokens
-// always. Else the tail is matched anew, and nothing older: no request is ever read as a whole.
-void Reader::follow(Place& place, const std::vector<Token>& tail, TokenView tokens) const {
+// A match stays the longest as long as its automaton does not grow, and long enough always if it
+// has `max_match` tokens. Else the tail is matched anew, and nothing older: no request is ever read
+// as a whole.
+void Reader::follow(Place& place, TokenView tail, TokenView tokens) {
   const SuffixAutomaton& automaton = place.generation->automaton;
   const std::size_t num_tokens = automaton.num_tokens();
-  const std::size_t tail_size = std::min<std::size_t>(tail.size(), rule_.max_match);
-  TokenView next = tokens;
-  if (num_tokens != place.num_tokens_seen) {
-    place.num_tokens_seen = num_tokens;
-    if (place.position.length < rule_.max_match) {
-      place.position = {};
-      next = {tail.data() + tail.size() - tail_size, tail_size};
-    } else {
-      automaton.shorten(place.position, rule_.max_match);
-    }
+  const bool has_grown = num_tokens != place.num_tokens_seen;
+  place.num_tokens_seen = num_tokens;
+  if (tokens.size >= tail.size || (has_grown && place.position.length < rule_.max_match)) {
+    place.position = {};
+    tokens = tail;
+  } else if (has_grown) {
+    automaton.shorten(place.position, place.position.length);
   }
-  for (const Token token : next) {
-    automaton.advance(place.position, token);
-    if (place.position.length > rule_.max_match) {
-      automaton.shorten(place.position, rule_.max_match);
-    }
-  }
+  walks_.emplace_back(automaton, place.position, tokens);
 }
 
-void Reader::gather_voters(const Request& request) {
-  voters_.clear();
+// Takes all walks to their ends, by turns: while one waits for memory, others go on.
+void Reader::walk() {
+  std::size_t last = std::min(kWalksAtATime, walks_.size());
+  std::size_t next = last;
+  while (last > 0) {
+    for (std::size_t index = 0; index < last;) {
+      SuffixAutomaton::Walk& walk = walks_[index];
+      if (walk.step()) {
+        ++index;
+      } else if (next < walks_.size()) {
+        walk = walks_[next++];
+      } else {
+        walk = walks_[--last];
+      }
+    }
+  }
+  walks_.clear();
+}
+
+void Reader::gather_voters(Row& row) {
+  row.first = voters_.size();
   std::uint32_t longest = rule_.min_match;
   double weight = 1.0;
-  for (const Place& place : request.places) {
-    const SuffixAutomaton::Position match = place.generation->automaton.continued(place.position);
-    if (match.length > longest) voters_.clear();
+  for (const Place& place : row.request->places) {
+    const SuffixAutomaton& automaton = place.generation->automaton;
+    SuffixAutomaton::Position match = place.position;
+    if (match.length > rule_.max_match) automaton.shorten(match, rule_.max_match);
+    match = automaton.continued(match);
+    if (match.length > longest) voters_.resize(row.first);
     if (match.length >= longest) {
       longest = match.length;
       voters_.push_back({place.generation, weight, match.state, match.length, kNoEdge, 0.0});
+      automaton.prefetch_favourite(match.state);
     }
     weight *= rule_.decay;
   }
+  row.last = voters_.size();
 }
 
-void Reader::draft(const Request& request, const Drafts& drafts, std::size_t row,
-                   std::size_t max_draft, double min_probability) {
-  drafts.matches[row] = voters_.empty() ? 0 : static_cast<std::int32_t>(voters_.front().length);
-  drafts.generations[row] = -1;
-  std::int32_t drafted = 0;
-  double all_right = 1.0;
-  while (static_cast<std::size_t>(drafted) < max_draft) {
-    double probability = 0.0;
-    const std::uint64_t position = request.position + static_cast<std::uint64_t>(drafted);
-    const Voter* winner = request.noise
-                              ? count_votes_with_noise(draw(*request.noise, position), probability)
-                              : count_votes(probability);
-    all_right *= probability;
-    if (winner == nullptr || all_right < min_probability) break;
-    const Token token = token_of(winner->choice);
-    if (drafted == 0) drafts.generations[row] = winner->generation->number;
-    const std::size_t at = row * drafts.width + static_cast<std::size_t>(drafted++);
-    drafts.tokens[at] = token;
-    drafts.probabilities[at] = static_cast<float>(probability);
-    const auto outvoted = [token](const Voter& voter) {
-      return voter.choice == kNoEdge || token_of(voter.choice) != token;
-    };
-    voters_.erase(std::remove_if(voters_.begin(), voters_.end(), outvoted), voters_.end());
-    for (Voter& voter : voters_) voter.state = target_of(voter.choice);
+void Reader::begin_draft(std::size_t index, const Drafts& drafts) const {
+  const Row& row = rows_[index];
+  const bool is_known = row.first != row.last;
+  drafts.matches[index] = is_known ? static_cast<std::int32_t>(voters_[row.first].length) : 0;
+  drafts.generations[index] = -1;
+  drafts.num_tokens[index] = 0;
+}
+
+// False where the draft ends before its next token.
+bool Reader::draft_token(std::size_t index, const Drafts& drafts, double min_probability) {
+  Row& row = rows_[index];
+  const Voters voters{voters_.data() + row.first, voters_.data() + row.last};
+  const std::int32_t drafted = drafts.num_tokens[index];
+  double probability = 0.0;
+  const Request& request = *row.request;
+  const std::uint64_t position = request.position + static_cast<std::uint64_t>(drafted);
+  const Voter* winner =
+      request.noise ? count_votes_with_noise(voters, draw(*request.noise, position), probability)
+                    : count_votes(voters, probability);
+  row.all_right *= probability;
+  if (winner == nullptr || row.all_right < min_probability) return false;
+  const Token token = token_of(winner->choice);
+  if (drafted == 0) drafts.generations[index] = winner->generation->number;
+  const std::size_t at = index * drafts.width + static_cast<std::size_t>(drafted);
+  drafts.tokens[at] = token;
+  drafts.probabilities[at] = static_cast<float>(probability);
+  drafts.num_tokens[index] = drafted + 1;
+  row.last = row.first;
+  for (const Voter& voter : voters) {
+    if (voter.choice == kNoEdge || token_of(voter.choice) != token) continue;
+    Voter& kept = voters_[row.last++] = voter;
+    kept.state = target_of(kept.choice);
+    kept.generation->automaton.prefetch_favourite(kept.state);
   }
-  drafts.num_tokens[row] = drafted;
+  return true;
 }
 
 // The newest voter for the token with most votes; nullptr if nobody has one to vote for.
-const Reader::Voter* Reader::count_votes(double& probability) {
+const Reader::Voter* Reader::count_votes(Voters voters, double& probability) {
   double all = 0.0;
-  for (Voter& voter : voters_) {
+  for (Voter& voter : voters) {
     const SuffixAutomaton& automaton = voter.generation->automaton;
     voter.choice = automaton.favourite(voter.state);
     const std::uint32_t followed =
@@ -202,13 +253,13 @@ const Reader::Voter* Reader::count_votes(double& probability) {
   }
   const Voter* winner = nullptr;
   double most = 0.0;
-  for (const Voter& candidate : voters_) {
-    if (candidate.choice == kNoEdge) continue;
-    double votes = 0.0;
-    for (const Voter& voter : voters_) {
-      if (voter.choice != kNoEdge && token_of(voter.choice) == token_of(candidate.choice)) {
-        votes += voter.votes;
-      }
+  for (Voter& candidate : voters) {
+    if (candidate.votes <= 0.0) continue;  // nobody's, or counted with a newer one's
+    double votes = candidate.votes;
+    for (Voter* other = &candidate + 1; other != voters.end(); ++other) {
+      if (token_of(other->choice) != token_of(candidate.choice)) continue;
+      votes += other->votes;
+      other->votes = 0.0;
     }
     if (votes > most) {
       most = votes;
@@ -221,10 +272,11 @@ const Reader::Voter* Reader::count_votes(double& probability) {
 
 // The newest voter for the token with the most of log(votes) + noise. All continuations count, not
 // only favourites: which of them the noise prefers is different at every position.
-const Reader::Voter* Reader::count_votes_with_noise(std::uint64_t noise, double& probability) {
+const Reader::Voter* Reader::count_votes_with_noise(Voters voters, std::uint64_t noise,
+                                                             double& probability) {
   ballots_.clear();
   double all = 0.0;
-  for (const Voter& voter : voters_) {
+  for (const Voter& voter : voters) {
     const SuffixAutomaton& automaton = voter.generation->automaton;
     edges_.clear();
     automaton.continuations(voter.state, edges_);
@@ -255,7 +307,7 @@ const Reader::Voter* Reader::count_votes_with_noise(std::uint64_t noise, double&
   if (winner.votes <= 0.0) return nullptr;
   probability = winner.votes / all;
   const Voter* newest = nullptr;
-  for (Voter& voter : voters_) {
+  for (Voter& voter : voters) {
     voter.choice = voter.generation->automaton.continuation(voter.state, winner.token);
     if (newest == nullptr && voter.choice != kNoEdge) newest = &voter;
   }

@@ -66,7 +66,7 @@ class Reader {
   void close(std::int64_t request);
 
   // Takes the new tokens of every request and drafts after them. Throws std::invalid_argument,
-  // with nothing taken, where a request is unknown or the numbers do not add up.
+  // with nothing taken, where a request is unknown or named twice or the numbers do not add up.
   void propose(const DraftBatch& batch, double min_probability, const Drafts& drafts);
 
   std::size_t num_requests() const { return requests_.size(); }
@@ -77,11 +77,12 @@ class Reader {
     const Generation* generation;  // of the list of `list_serial`, alive while that is published
     std::uint64_t serial;
     std::size_t num_tokens_seen;
-    SuffixAutomaton::Position position;
+    SuffixAutomaton::Position position;  // of the longest match, or of one of `max_match` or more
   };
   struct Request {
     std::string name;
     std::shared_ptr<Problem> problem;
+    std::uint64_t batch = 0;  // the last that it was in
     std::uint64_t list_serial = 0;
     std::vector<Place> places;  // newest generation first
     std::vector<Token> tail;    // at least the last `max_match` tokens of the text
@@ -101,22 +102,42 @@ class Reader {
     double votes;
   };
 
-  void check(const DraftBatch& batch, const Drafts& drafts) const;
-  void follow(Request& request, TokenView tokens) const;
+  // A request in a batch, with its voters among `voters_`.
+  struct Row {
+    Request* request;
+    std::size_t first;
+    std::size_t last;
+    double all_right;  // the probability that the draft so far is
+  };
+  struct Voters {
+    Voter* first;
+    Voter* last;
+    Voter* begin() const { return first; }
+    Voter* end() const { return last; }
+  };
+
+  void check(const DraftBatch& batch, const Drafts& drafts);
+  void follow(Request& request, TokenView tokens);
   void follow_generations(Request& request) const;
-  void follow(Place& place, const std::vector<Token>& tail, TokenView tokens) const;
-  void gather_voters(const Request& request);
-  void draft(const Request& request, const Drafts& drafts, std::size_t row, std::size_t max_draft,
-             double min_probability);
-  const Voter* count_votes(double& probability);
-  const Voter* count_votes_with_noise(std::uint64_t noise, double& probability);
+  void follow(Place& place, TokenView tail, TokenView tokens);
+  void walk();
+  void gather_voters(Row& row);
+  void begin_draft(std::size_t row, const Drafts& drafts) const;
+  bool draft_token(std::size_t row, const Drafts& drafts, double min_probability);
+  const Voter* count_votes(Voters voters, double& probability);
+  const Voter* count_votes_with_noise(Voters voters, std::uint64_t noise, double& probability);
 
   const std::shared_ptr<History> history_;
   const DraftRule rule_;
   std::int64_t next_request_ = 0;
   std::unordered_map<std::int64_t, Request> requests_;
-  std::vector<Voter> voters_;    // of the request at hand
-  std::vector<Ballot> ballots_;  // of its next token
+  std::uint64_t num_batches_ = 0;
+  // Of the batch at hand:
+  std::vector<Row> rows_;
+  std::vector<std::size_t> open_rows_;  // whose drafts go on
+  std::vector<SuffixAutomaton::Walk> walks_;
+  std::vector<Voter> voters_;
+  std::vector<Ballot> ballots_;  // of one request's next token
   std::vector<Edge> edges_;
   std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
 };

@@ -61,7 +61,9 @@ class SingleAutomaton {
  private:
   SuffixAutomaton::Position match(TokenView context) const {
     SuffixAutomaton::Position position;
-    for (const Token token : context) automaton_.advance(position, token);
+    SuffixAutomaton::Walk walk(automaton_, position, context);
+    while (walk.step()) {
+    }
     return position;
   }
 

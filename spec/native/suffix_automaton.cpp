@@ -18,14 +18,48 @@ SuffixAutomaton::StateIndex SuffixAutomaton::append(StateIndex end, Token token)
   return after;
 }
 
-void SuffixAutomaton::advance(Position& position, Token token) const {
-  StateIndex next = target(position.state, token);
-  while (next == kRoot && position.state != kRoot) {
-    position.state = link_of(position.state);
-    position.length = std::min(position.length, state_at(position.state).length);
-    next = target(position.state, token);
+SuffixAutomaton::Walk::Walk(const SuffixAutomaton& automaton, Position& position, TokenView tokens)
+    : automaton_(&automaton), position_(&position), tokens_(tokens) {
+  automaton_->prefetch(position_->state);
+}
+
+// Either looks at a state, whose favourite edge most tokens take, or into the table of its others.
+bool SuffixAutomaton::Walk::step() {
+  if (tokens_.size == 0) return false;
+  const Token token = *tokens_.data;
+  Edge edge = kNoEdge;
+  if (table_ == 0) {
+    const State& state = automaton_->state_at(position_->state);
+    position_->length = std::min(position_->length, state.length);  // shorter where it fell to it
+    edge = state.favourite.load(std::memory_order_acquire);
+    if (edge == kNoEdge || token_of(edge) != token) {
+      table_ = state.others.load(std::memory_order_acquire);
+      if (table_ == 0) return fall();
+      automaton_->edges_.prefetch(table_, token);
+      return true;
+    }
+  } else {
+    edge = automaton_->edges_.find(table_, token);
+    table_ = 0;
+    if (edge == kNoEdge) return fall();
   }
-  if (next != kRoot) position = {next, position.length + 1};
+  return arrive(target_of(edge), position_->length + 1);
+}
+
+// The token never followed here: it may have followed the next shorter suffix, or nothing.
+bool SuffixAutomaton::Walk::fall() {
+  const StateIndex state = position_->state;
+  if (state == kRoot) return arrive(kRoot, 0);
+  position_->state = automaton_->link_of(state);
+  automaton_->prefetch(position_->state);
+  return true;
+}
+
+bool SuffixAutomaton::Walk::arrive(StateIndex state, std::uint32_t length) {
+  *position_ = {state, length};
+  automaton_->prefetch(state);
+  tokens_ = tokens_.last(tokens_.size - 1);
+  return tokens_.size != 0;
 }
 
 void SuffixAutomaton::shorten(Position& position, std::uint32_t length) const {

@@ -30,6 +30,7 @@ struct TokenView {
   std::size_t size;
   const Token* begin() const { return data; }
   const Token* end() const { return data + size; }
+  TokenView last(std::size_t count) const { return {data + size - count, count}; }
 };
 
 class SuffixAutomaton {
@@ -58,8 +59,23 @@ class SuffixAutomaton {
 
   // The rest may run beside the writer.
 
-  // Moves from the longest suffix known of a text to that of the text with `token` after it.
-  void advance(Position& position, Token token) const;
+  // Moves a position from the longest suffix known of a text to that of the text with more tokens
+  // after it: step by step, since nearly every step waits for memory and other walks need not. Each
+  // step has asked for what the next one reads, and returns whether there is a next one.
+  class Walk {
+   public:
+    Walk(const SuffixAutomaton& automaton, Position& position, TokenView tokens);
+    bool step();
+
+   private:
+    bool fall();
+    bool arrive(StateIndex state, std::uint32_t length);
+
+    const SuffixAutomaton* automaton_;
+    Position* position_;
+    TokenView tokens_;
+    EdgePool::Table table_ = 0;  // to look the next token up in; 0 before the state is looked at
+  };
 
   // Shortens a match to at most `length` tokens, and to the class that its string has by now.
   void shorten(Position& position, std::uint32_t length) const;
@@ -81,6 +97,12 @@ class SuffixAutomaton {
   // Appends every continuation to `edges`, each token once, in no order.
   void continuations(StateIndex state, std::vector<Edge>& edges) const;
 
+  // Asks for the memory of the most frequent continuation.
+  void prefetch_favourite(StateIndex state) const {
+    const Edge edge = favourite(state);
+    if (edge != kNoEdge) prefetch(target_of(edge));
+  }
+
   // How often the strings of the class occurred.
   std::uint32_t count(StateIndex state) const {
     return state_at(state).count.load(std::memory_order_relaxed);
@@ -97,6 +119,7 @@ class SuffixAutomaton {
   static constexpr StateIndex kNone = 0xFFFFFFFF;  // the root's link
 
   State& state_at(StateIndex index) const { return *states_.at(index + states_.kFirst); }
+  void prefetch(StateIndex index) const { __builtin_prefetch(&state_at(index)); }
   StateIndex link_of(StateIndex index) const {
     return state_at(index).link.load(std::memory_order_acquire);
   }

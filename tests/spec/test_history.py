@@ -247,6 +247,34 @@ def test_a_batch_takes_a_draft_length_for_each_request_and_zero_is_one() -> None
     assert drafts.generations.tolist() == [0, -1, 0]
 
 
+def test_requests_of_a_large_batch_are_followed_as_each_alone() -> None:
+    random = np.random.default_rng(0)
+    texts = random.integers(0, 6, (5, 8, 300), np.int32)
+    texts[3:, :, :150] = texts[1:3, :, 60:210]  # matches longer than `max_match`
+    history = History()
+    for generation in range(4):
+        for sequence in texts[generation]:
+            history.add("p", generation, sequence)
+    reader = history.reader(max_match=12)
+    requests = [reader.open("p") for _ in texts[4]]
+    lone = [history.reader(max_match=12) for _ in requests]
+    for reader_of_one in lone:
+        reader_of_one.open("p")
+    ends = np.zeros(len(requests), int)
+    while (ends < 290).all():
+        grown = random.integers(0, 20, len(requests))  # from nothing to more than `max_match`
+        new = [
+            texts[4, row, end : end + n]
+            for row, (end, n) in enumerate(zip(ends, grown, strict=True))
+        ]
+        together = reader.propose(requests, new, 6)
+        for row, reader_of_one in enumerate(lone):
+            alone = reader_of_one.propose([0], [new[row]], 6)
+            assert together.of(row) == alone.of(0)
+            assert together.matches[row] == alone.matches[0]
+        ends += grown
+
+
 def test_a_wrong_batch_is_refused_and_moves_no_request() -> None:
     history = History()
     history.add("p", 0, [1, 2, 3])
@@ -256,6 +284,8 @@ def test_a_wrong_batch_is_refused_and_moves_no_request() -> None:
         reader.propose([request, 9], [[1], [1]], 2)
     with pytest.raises(ValueError, match="1 requests and tokens of 2"):
         reader.propose([request], [[1], [1]], 2)
+    with pytest.raises(ValueError, match="request 0 is named twice"):
+        reader.propose([request, request], [[1], [1]], 2)
     with pytest.raises(ValueError, match="negative"):
         reader.propose([request], [[1]], -1)
     with pytest.raises(ValueError, match="adds up to 2, but 1"):
