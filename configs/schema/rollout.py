@@ -53,6 +53,11 @@ class DraftingConfig(Section):
     max_memory_mb: int = Field(default=1024, ge=1)
     """Memory of an engine's drafter, in MiB; the oldest versions of any prompt make way."""
 
+    traces: tuple[str, ...] = ()
+    """JSON-lines files of completions to draft from at the start: demonstrations, evaluations,
+    `samples.jsonl` of an earlier run. A line holds `prompt` and `completion`, texts as the model
+    sees them, or `prompt_token_ids` and `token_ids`; other keys do not matter."""
+
 
 class RolloutConfig(Section):
     """One vLLM engine in each of `num_workers` Ray actors."""
