@@ -1,15 +1,16 @@
 """Run checkpoints: what an interrupted run is resumed from.
 
-``checkpoints/step-000050/`` holds the learner's shards (``learner/``) and ``state.json``: the step,
-where the prompt feed stood, which prompts had been admitted and not trained, and the totals so far.
-A checkpoint is written under another name and renamed, so a folder of that name is always whole.
+``checkpoints/step-000050/`` holds the learner's shards (``learner/``), what engines drafted from
+where they do (``traces``), and ``state.json``: the step, where the prompt feed stood, which prompts
+had been admitted and not trained, and the totals so far. A checkpoint is written under another name
+and renamed, so a folder of that name is always whole.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,10 @@ from paceline.controller.observe.jsonl import read_json, write_json
 
 SCHEMA = 1
 PATTERN = re.compile(r"step-(\d{6,})$")
+LEARNER, TRACES = "learner", "traces"
+
+Save = Callable[[str], Awaitable[None]]
+"""Writes a part of a checkpoint to a path."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,8 @@ class CheckpointFolder:
         self._root = root
         self._keep = keep
 
-    async def save(self, state: RunState, save_learner: Callable[[str], Awaitable[None]]) -> Path:
-        """Write a checkpoint, then remove the oldest beyond those kept.
+    async def save(self, state: RunState, parts: Mapping[str, Save]) -> Path:
+        """Write a checkpoint of named parts, then remove the oldest beyond those kept.
 
         One that is there for this step already is as good, and never the one to be taken away.
         """
@@ -59,7 +64,8 @@ class CheckpointFolder:
             shutil.rmtree(leftover)
         unfinished = self._root / f"unfinished-{state.step:06d}"
         unfinished.mkdir(parents=True)
-        await save_learner(str(unfinished / "learner"))
+        for name, save in parts.items():
+            await save(str(unfinished / name))
         write_json(unfinished / "state.json", {"schema": SCHEMA, **asdict(state)})
         unfinished.rename(target)
         for old in self._complete()[: -self._keep]:
@@ -71,7 +77,7 @@ class CheckpointFolder:
         return int(self._complete()[0].name.removeprefix("step-"))
 
     def latest(self) -> tuple[RunState, Path] | None:
-        """The newest checkpoint's state and the folder of the learner's shards; None without any.
+        """The newest checkpoint's state and its folder; None without any.
 
         Raises:
             CheckpointError: it is unreadable, or was written by another version of Paceline.
@@ -90,7 +96,7 @@ class CheckpointFolder:
             state = RunState(**{**content, "pending": tuple(content["pending"])})
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{folder / 'state.json'} is incomplete: {error}") from error
-        return state, folder / "learner"
+        return state, folder
 
     def _complete(self) -> list[Path]:
         found = [path for path in self._root.glob("step-*") if PATTERN.search(path.name)]

@@ -72,7 +72,7 @@ def run_training(config: RunConfig, *, resume: bool) -> RunOutcome:
         try:
             recorder.message("preparing prompts, tokenizer and initial model")
             prepared = prepare(config, folder.initial)
-            resumption = checkpoint and Resumption(checkpoint[0], str(checkpoint[1]), fits)
+            resumption = checkpoint and Resumption(*checkpoint, fits)
             with contextlib.closing(open_store(config.store, folder.root, config.name)) as store:
                 journal = Journal(store, revocable=is_revocable(store, config))
                 recorder.message("starting Ray, grader, learner and rollout workers")

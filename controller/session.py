@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from paceline.configs.errors import RunInterrupted, UserError
+from paceline.configs.errors import CheckpointError, RunInterrupted, UserError
 from paceline.configs.schema import RunConfig
 from paceline.configs.schema.algorithm import WarmStartConfig, reference_of
 from paceline.configs.schema.learner import OptimizerConfig
 from paceline.controller import algorithms, wiring
 from paceline.controller.assembly import Collector
 from paceline.controller.buffer import WorkBuffer
-from paceline.controller.checkpoints import CheckpointFolder, RunState
+from paceline.controller.checkpoints import LEARNER, TRACES, CheckpointFolder, RunState, Save
 from paceline.controller.evaluation import accuracy
 from paceline.controller.freshness import FreshnessBudget, freshness_budget
 from paceline.controller.incidents import CautiousLearner
@@ -40,7 +41,7 @@ class Resumption:
     """A checkpoint to continue from, and whether groups sampled before fit today's settings."""
 
     state: RunState
-    learner_folder: str
+    folder: Path
     groups_fit: bool
 
 
@@ -100,6 +101,8 @@ class Session:
             await self._evaluate_whole("before", 0)
             if self._config.checkpoint.every_steps is not None:
                 await self._save(0)
+        if self._parts.exchange is not None:
+            await self._parts.exchange.settled()
         with self._progress.spending("train"):
             await self._train()
         await self._evaluate_whole("after", self._progress.step)
@@ -231,8 +234,16 @@ class Session:
         self._feed.position = self._recovered.next_position
         self._recorder.message(f"recovered {self._recovered}")
         await self._begin_training()
-        await self._parts.learner.load(resumption.learner_folder)
+        await self._parts.learner.load(str(resumption.folder / LEARNER))
+        await self._warm_up(resumption.folder / TRACES)
         await self._serve(state.step)
+
+    async def _warm_up(self, path: Path) -> None:
+        """Have engines draft from what they knew; without it they only begin slower."""
+        try:
+            await self._parts.load_traces(path)
+        except CheckpointError as error:
+            self._recorder.message(f"drafting starts cold: {error}")
 
     async def _begin_training(self) -> None:
         """Fresh optimiser and, where the algorithm has one, the reference policy.
@@ -267,7 +278,10 @@ class Session:
             warm_start=self._progress.warm_start,
             before=self._progress.before,
         )
-        await self._checkpoints.save(state, self._parts.learner.save)
+        parts: dict[str, Save] = {LEARNER: self._parts.learner.save}
+        if self._parts.exchange is not None:
+            parts[TRACES] = self._parts.save_traces
+        await self._checkpoints.save(state, parts)
         self._journal.settle(self._checkpoints.oldest_step())
 
     async def _validate(self, step: int) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from paceline.configs.schema.data import DatasetSource, ReasoningGymSource
 from paceline.configs.schema.reward import ExactGrader, MathGrader, ReasoningGymGrader
 from paceline.configs.schema.rollout import RolloutConfig
 from paceline.configs.schema.run import given_completions
-from paceline.configs.vocabulary import SamplingParameters
+from paceline.configs.schema.store import RedisStoreConfig
+from paceline.configs.vocabulary import SamplingParameters, Trace
 from paceline.controller.actors import (
     LateClass,
     LearnerRanks,
@@ -28,6 +30,8 @@ from paceline.controller.actors import (
 from paceline.controller.concurrency import gather_or_cancel
 from paceline.controller.evaluation import Evaluator
 from paceline.controller.generation import Demonstrations, Rollouts, Sample, sample_to_end
+from paceline.controller.given_traces import TraceReader
+from paceline.controller.ledger.opening import password_of
 from paceline.controller.parts import Generate
 from paceline.controller.prompt_sources import (
     DatasetPromptSource,
@@ -40,9 +44,13 @@ from paceline.controller.self_check import check_greedy_tokens
 from paceline.controller.teacher import FIXED, FixedWeightsActor, Teacher
 from paceline.controller.tokenizer import (
     decode_completion,
+    encode,
     load_tokenizer,
     stop_token_ids,
 )
+from paceline.controller.trace_archive import TraceArchive
+from paceline.controller.trace_channels import RayChannel, RedisChannel, TraceChannel
+from paceline.controller.trace_exchange import TraceExchange
 from paceline.controller.watching import TimeLimits
 from paceline.controller.workers import WorkerPool
 from paceline.learner.model import require_same_vocabulary, write_initial_model
@@ -53,6 +61,8 @@ from paceline.reward.math_answer import MathAnswerGrader
 from paceline.reward.pool import GraderPool
 from paceline.reward.reasoning_gym_task import ReasoningGymTaskGrader, ReasoningGymTaskSource
 from paceline.rollout.process_environment import engine_environment
+from paceline.spec.trace_file import load_traces, pack, save_traces, unpack
+from paceline.spec.traces import traces_of
 from paceline.weights_sync.handle import WeightHandle
 from paceline.weights_sync.shared_folder import shared_folder
 
@@ -61,6 +71,8 @@ ROLLOUT_WORKER = LateClass("paceline.rollout.worker:RolloutWorker")
 VLLM_ENGINE = LateClass("paceline.rollout.vllm_engine:VLLMEngine")
 
 NUM_SELF_CHECK_PROMPTS = 8
+DRAFTER_BYTES_PER_TOKEN = 100
+"""About what an engine's drafter needs for a token: what it has no room for is not kept for it."""
 CPU_LEARNER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     # Keep what a step frees: returning it to the system and faulting it in again cost 6% of a step.
@@ -107,6 +119,7 @@ class Parts:
     learner: LearnerRanks
     pool: WorkerPool
     teacher: Teacher | None = None
+    exchange: TraceExchange | None = None
 
     @property
     def weights(self) -> EngineWeights:
@@ -169,6 +182,20 @@ class Parts:
             self.config.rollout.sampling.max_tokens,
             self.prepared.stop_token_ids,
         )
+
+    async def save_traces(self, path: str) -> None:
+        """Write what engines sampled and others can draft from."""
+        assert self.exchange is not None, "nothing is drafted"
+        await asyncio.to_thread(save_traces, self.exchange.sampled(), Path(path))
+
+    async def load_traces(self, path: Path) -> None:
+        """Have engines, before they get weights, draft from what was saved.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        if self.exchange is not None:
+            self.exchange.give(await asyncio.to_thread(load_traces, path))
 
     async def self_check(self, label: str) -> int:
         """How many greedy tokens of every engine were found equal to the learner's.
@@ -255,6 +282,7 @@ class Preparation:
     model_folder: str
     stop_token_ids: tuple[int, ...]
     prompts: PromptSet
+    traces: tuple[Trace, ...] = ()
 
 
 def prepare(config: RunConfig, initial_folder: Path) -> Preparation:
@@ -273,7 +301,27 @@ def prepare(config: RunConfig, initial_folder: Path) -> Preparation:
     )
     if config.teacher is not None:
         require_same_vocabulary(config.teacher.path, model_folder)
-    return Preparation(tokenizer, model_folder, stop_token_ids(tokenizer, model_folder), prompts)
+    stop_ids = stop_token_ids(tokenizer, model_folder)
+    return Preparation(tokenizer, model_folder, stop_ids, prompts, given_traces(config, tokenizer))
+
+
+def given_traces(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Trace, ...]:
+    """What engines are to draft from at the start.
+
+    Raises:
+        DataError: a file is missing, or a line of it holds no trace.
+    """
+    drafting = config.rollout.drafting
+    if drafting is None:
+        return ()
+    reader = TraceReader(
+        functools.partial(encode, tokenizer, special_tokens=not config.data.source.chat),
+        functools.partial(encode, tokenizer, special_tokens=False),
+        int(tokenizer.eos_token_id),
+        len(tokenizer),
+    )
+    paths = (Path(path).expanduser() for path in drafting.traces)
+    return tuple(trace for path in paths for trace in reader.read(path))
 
 
 @contextlib.asynccontextmanager
@@ -287,13 +335,32 @@ async def started_parts(config: RunConfig, prepared: Preparation) -> AsyncIterat
         weights_folder = stack.enter_context(shared_folder())
         grader = grader_pool(config)
         stack.callback(grader.close)
+        exchange = trace_exchange(config, prepared.traces)
+        if exchange is not None:
+            stack.push_async_callback(exchange.close)
         _, learner, pool, teacher = await gather_or_cancel(
             grader.start(),
             start_learner(config, prepared.model_folder, weights_folder, stack),
-            start_pool(config, prepared.model_folder, stack),
+            start_pool(config, prepared.model_folder, exchange, stack),
             start_teacher(config, stack),
         )
-        yield Parts(config, prepared, grader, learner, pool, teacher)
+        yield Parts(config, prepared, grader, learner, pool, teacher, exchange)
+
+
+def trace_exchange(config: RunConfig, given: Sequence[Trace]) -> TraceExchange | None:
+    """What tells engines of each other's samples, where they draft; it knows what was given."""
+    drafting = config.rollout.drafting
+    if drafting is None:
+        return None
+    channel: TraceChannel = RayChannel(pack, unpack)
+    if isinstance(config.store, RedisStoreConfig):
+        password = password_of(config.store)
+        channel = RedisChannel(config.store.url, password, config.name, pack, unpack)
+    max_tokens = (drafting.max_memory_mb << 20) // DRAFTER_BYTES_PER_TOKEN
+    archive = TraceArchive(drafting.window, max_tokens)
+    exchange = TraceExchange(archive, channel, traces_of, max_tokens)
+    exchange.give(given)
+    return exchange
 
 
 async def start_learner(
@@ -322,7 +389,10 @@ async def start_learner(
 
 
 async def start_pool(
-    config: RunConfig, model_folder: str, stack: contextlib.AsyncExitStack
+    config: RunConfig,
+    model_folder: str,
+    exchange: TraceExchange | None,
+    stack: contextlib.AsyncExitStack,
 ) -> WorkerPool:
     """Start the rollout workers and see to their end."""
     rollout = with_draft_budget(config)
@@ -334,7 +404,7 @@ async def start_pool(
         dtype=config.model.precision,
         seed=config.seed,
     )
-    return await start_engines(rollout, engine, RolloutActor, stack)
+    return await start_engines(rollout, engine, RolloutActor, stack, exchange)
 
 
 def with_draft_budget(config: RunConfig) -> RolloutConfig:
@@ -375,6 +445,7 @@ async def start_engines(
     engine: Callable[[], Any],
     actor: type[RolloutActor],
     stack: contextlib.AsyncExitStack,
+    exchange: TraceExchange | None = None,
 ) -> WorkerPool:
     """Start workers with an engine each, and see to their end."""
     max_samples = most_samples(rollout.max_num_seqs)
@@ -398,6 +469,7 @@ async def start_engines(
         max_samples=max_samples,
         limits=TimeLimits(rollout.claim_seconds, rollout.answer_seconds),
         section=actor.section,
+        exchange=exchange,
     )
     stack.push_async_callback(pool.close)
     return pool

@@ -28,14 +28,19 @@ def open_store(config: StoreConfig, folder: Path, name: str, *, read_only: bool 
         return RedisStore(
             config.url,
             name,
-            password=_password(config),
+            password=password_of(config),
             reconnect_seconds=0.0 if read_only else config.reconnect_seconds,
             read_only=read_only,
         )
     return SQLiteStore(folder / FILE_NAME, config.synchronous, read_only=read_only)
 
 
-def _password(config: RedisStoreConfig) -> str | None:
+def password_of(config: RedisStoreConfig) -> str | None:
+    """The password of a Redis, None where it has none.
+
+    Raises:
+        ConfigError: the environment variable that is to hold it is not set.
+    """
     if config.password_env is None:
         return None
     password = os.environ.get(config.password_env)

@@ -26,10 +26,11 @@ async def write_shards(folder):
     (Path(folder) / "shard-0").write_text("weights")
 
 
-def save(root, *steps, keep=2, save_learner=write_shards):
+def save(root, *steps, keep=2, save_learner=write_shards, **others):
     folder = CheckpointFolder(root, keep)
     for step in steps:
-        asyncio.run(folder.save(replace(STATE, step=step), save_learner))
+        parts = {"learner": save_learner, **others}
+        asyncio.run(folder.save(replace(STATE, step=step), parts))
     return folder
 
 
@@ -38,9 +39,10 @@ def names(root):
 
 
 def test_what_was_saved_is_what_is_resumed_from(tmp_path):
-    found, shards = save(tmp_path / "checkpoints", 3).latest()
+    found, folder = save(tmp_path / "checkpoints", 3, traces=write_shards).latest()
     assert found == STATE
-    assert (shards / "shard-0").read_text() == "weights"
+    for part in ("learner", "traces"):
+        assert (folder / part / "shard-0").read_text() == "weights"
 
 
 def test_a_run_without_checkpoints_has_none_to_resume_from(tmp_path):
