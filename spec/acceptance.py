@@ -1,20 +1,13 @@
-"""How many drafted tokens are accepted, per problem and length class, learned online (pure).
+"""What drafts of a problem gain and cost, per problem and length class, learned online (pure).
 
-With h_j the probability that the j-th token of a draft is accepted after j - 1 were, the first j
-are accepted with S_j = h_1 … h_j: Kaplan and Meier's product, in which a shorter draft says nothing
-about later positions, and is not counted there. From the S_j follows what a round of d tokens
-gains, E_d = S_1 + … + S_d, and so what a request drafts and accepts over its whole length
-(``curves.py``): such rounds put out 1 + E_d tokens each, for each of which
+Each round the drafter offers a request tokens, and of each it is estimated how likely it holds with
+all before it (``confidence.py``). Whoever drafts all tokens that are likelier than a threshold
+spends as many tokens a round as are above it, and gains the sum of their probabilities. Counted by
+probability, from the offers of every round, drafted or not, this is the curve E of a budget
+(``RoundCurves``): gains a round by drafts a round, from the surest tokens to all that are offered.
 
-    x_d = d / (1 + E_d) were drafted and y_d = E_d / (1 + E_d) came from drafts.
-
-Cutting a draft at d leaves min(accepted, d) tokens accepted: a round of a long draft tells about
-all shorter ones, so that k and α of DAS's curve can be fitted to these points, for d = 1/4, 1/2,
-3/4 (one token in three rounds of four), 1, 2, …, without drafts ever having been varied. Where the
-drafter had less to offer than it was asked for, x and E count what it offered.
-
-Counts of earlier rounds decide how much is drafted, never what is accepted: nothing here can change
-what is sampled.
+A problem's counts are shrunk towards its class's, those towards all rounds', those towards the
+prior: an unknown problem is its class.
 """
 
 from __future__ import annotations
@@ -29,81 +22,58 @@ from paceline.spec.curves import ExponentialCurves, RoundCurves, fit_curves
 
 Floats = NDArray[np.float64]
 
-
-def _with_fractions(totals: Floats) -> Floats:
-    """Totals [m, 1 + d] of drafts of 0, 1 … d tokens; of a token in 1/4, 1/2, 3/4 of the rounds
-    and of 1 … d: [m, 3 + d]."""
-    return np.concatenate([totals[:, 1:2] * np.array([0.25, 0.5, 0.75]), totals[:, 1:]], axis=1)
+THRESHOLDS = np.array([0.98, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+"""A token belongs to the first of these that its probability reaches."""
+_ASCENDING = THRESHOLDS[::-1]
+_NUM_BINS = len(THRESHOLDS)
 
 
 @dataclass(frozen=True)
 class AcceptancePrior:
-    """What is assumed of drafts before any was verified: S_j = ``rate``^j.
+    """What is assumed of a round before any: ``length`` tokens are offered, S_j = ``rate``^j.
 
     ``strength`` is how many rounds the prior counts as: for all rounds together, for a length
     class against all, and for a problem against its class.
     """
 
     rate: float = 0.5
+    length: int = 4
     strength: float = 4.0
 
 
 @dataclass
 class _Counts:
-    """Rounds per position, each [max_draft]: all, those that were offered j tokens; those that had
-    the j-th verified after j - 1 were accepted, and those that accepted it."""
+    """Rounds, and by threshold [2, 12] the tokens they were offered and their probabilities."""
 
-    asked: Floats
-    offered: Floats
-    reached: Floats
-    accepted: Floats
+    rounds: float
+    tokens: Floats
 
-    @classmethod
-    def zeros(cls, max_draft: int) -> _Counts:
-        return cls(*np.zeros((4, max_draft)))
-
-    def observe(self, offered: int, drafted: int, accepted: int) -> None:
-        self.asked += 1
-        self.offered[:offered] += 1
-        self.reached[: min(drafted, accepted + 1)] += 1
-        self.accepted[:accepted] += 1
-
-    def age(self, factor: float) -> None:
-        for counts in (self.asked, self.offered, self.reached, self.accepted):
-            counts *= factor
+    def add(self, rounds: float, tokens: Floats) -> None:
+        self.rounds += rounds
+        self.tokens += tokens
 
 
-@dataclass(frozen=True)
-class _Rates:
-    """Probabilities per position, [max_draft]: that the drafter offers j tokens where it is asked
-    for as many, and that the j-th is accepted after j - 1 were."""
-
-    offered: Floats
-    accepted: Floats
-
-    def updated(self, counts: _Counts | None, strength: float) -> _Rates:
-        """What ``counts`` say, with these rates counting as ``strength`` rounds."""
-        if counts is None:
-            return self
-        return _Rates(
-            (counts.offered + strength * self.offered) / (counts.asked + strength),
-            (counts.accepted + strength * self.accepted) / (counts.reached + strength),
-        )
+def _by_threshold(survival: Floats) -> Floats:
+    """Offered tokens and their probabilities by threshold, [m, 2, 12]; 0 is a token not offered."""
+    offered = survival > 0
+    bins = _NUM_BINS - np.searchsorted(_ASCENDING, survival, side="right")
+    cells = (np.arange(len(survival))[:, None] * _NUM_BINS + bins)[offered]
+    size = len(survival) * _NUM_BINS
+    counts = np.empty((2, size))
+    counts[0] = np.bincount(cells, minlength=size)
+    counts[1] = np.bincount(cells, survival[offered], size)
+    return counts.reshape(2, len(survival), _NUM_BINS).swapaxes(0, 1)
 
 
 class AcceptanceHistory:
-    """Counts of verified drafts by problem, by length class and of all together.
+    """Offers by problem, by length class and of all together."""
 
-    A problem's rates are shrunk towards its class's, those towards all rounds', those towards the
-    prior: an unknown problem is its class, and a position never reached takes the class's h_j.
-    """
-
-    def __init__(self, max_draft: int, prior: AcceptancePrior | None = None) -> None:
-        """``max_draft`` is the longest draft of one round."""
-        assert max_draft >= 1, max_draft
-        self.max_draft = max_draft
+    def __init__(self, prior: AcceptancePrior | None = None) -> None:
         self._prior = prior or AcceptancePrior()
-        self._all = _Counts.zeros(max_draft)
+        self._assumed = _by_threshold(
+            np.cumprod(np.full((1, self._prior.length), self._prior.rate), axis=1)
+        )[0]
+        self._all = _Counts(0.0, np.zeros((2, _NUM_BINS)))
         self._classes: dict[Hashable, _Counts] = {}
         self._problems: dict[Hashable, _Counts] = {}
 
@@ -112,64 +82,58 @@ class AcceptanceHistory:
         """Problems with counts of their own."""
         return len(self._problems)
 
-    def observe(
-        self, problem: Hashable, length_class: Hashable, offered: int, drafted: int, accepted: int
-    ) -> None:
-        """Take in one round of one request: asked for ``max_draft`` tokens the drafter had
-        ``offered``, of which ``drafted`` were verified and the first ``accepted`` held."""
-        counts = (accepted, drafted, offered, self.max_draft)
-        assert 0 <= accepted <= drafted <= offered <= self.max_draft, counts
-        for known in (
-            self._all,
-            self._counts(self._classes, length_class),
-            self._counts(self._problems, problem),
-        ):
-            known.observe(offered, drafted, accepted)
+    def observe(self, requests: Sequence[tuple[Hashable, Hashable]], survival: Floats) -> None:
+        """Take in a round's offers to each (problem, length class): ``survival`` [m, d] is the
+        probability that the first j tokens hold, 0 where the offer ended."""
+        offers = _by_threshold(survival)
+        self._all.add(len(requests), offers.sum(axis=0))
+        for (problem, length_class), offer in zip(requests, offers, strict=True):
+            _counts(self._classes, length_class).add(1, offer)
+            _counts(self._problems, problem).add(1, offer)
 
     def age(self, factor: float) -> None:
         """Let what was seen count ``factor`` as much: the weights changed. A problem of which less
         than half a round is left is forgotten."""
         for counts in (self._all, *self._classes.values(), *self._problems.values()):
-            counts.age(factor)
-        self._problems = {key: c for key, c in self._problems.items() if c.asked[0] >= 0.5}
-
-    def survival(self, problem: Hashable, length_class: Hashable) -> Floats:
-        """S_j for j = 1 … max_draft: probability that the first j tokens offered are accepted."""
-        return np.multiply.accumulate(self._rates(problem, length_class).accepted)
+            counts.rounds *= factor
+            counts.tokens *= factor
+        self._problems = {key: c for key, c in self._problems.items() if c.rounds >= 0.5}
 
     def curves(self, requests: Sequence[tuple[Hashable, Hashable]]) -> RoundCurves:
         """What rounds of each (problem, length class) spend and gain, for budgets."""
-        return RoundCurves.from_rates(*self._offered_and_survival(requests))
+        known: dict[tuple[Hashable, Hashable], Floats] = {}
+        for request in requests:
+            if request not in known:
+                known[request] = self._a_round(*request)
+        points = np.stack([known[request] for request in requests]).cumsum(axis=2)
+        points = np.concatenate([np.zeros((len(requests), 2, 1)), points], axis=2)
+        return RoundCurves(spent=points[:, 0], gained=points[:, 1])
 
     def exponential_curves(
         self, requests: Sequence[tuple[Hashable, Hashable]]
     ) -> ExponentialCurves:
-        """A(p) of each (problem, length class), fitted to what rounds of every length would do."""
+        """DAS's A(p) of each (problem, length class), fitted to what rounds that draft more or
+        less would draft and gain for each token they put out."""
         curves = self.curves(requests)
-        drafted, gained = _with_fractions(curves.spent), _with_fractions(curves.gained)
-        put_out = 1 + gained
-        return fit_curves(drafted / put_out, gained / put_out, np.ones_like(gained))
+        put_out = 1 + curves.gained
+        return fit_curves(
+            curves.spent / put_out, curves.gained / put_out, np.ones_like(curves.gained)
+        )
 
-    def _offered_and_survival(
-        self, requests: Sequence[tuple[Hashable, Hashable]]
-    ) -> tuple[Floats, Floats]:
-        rates = [self._rates(problem, length_class) for problem, length_class in requests]
-        # Offering j tokens includes offering fewer; shrinking each position alone may break that.
-        offered = np.minimum.accumulate([rate.offered for rate in rates], axis=1)
-        return offered, np.multiply.accumulate([rate.accepted for rate in rates], axis=1)
-
-    def _counts(self, table: dict[Hashable, _Counts], key: Hashable) -> _Counts:
-        if key not in table:
-            table[key] = _Counts.zeros(self.max_draft)
-        return table[key]
-
-    def _rates(self, problem: Hashable, length_class: Hashable) -> _Rates:
-        strength = self._prior.strength
-        rates = _Rates(np.ones(self.max_draft), np.full(self.max_draft, self._prior.rate))
+    def _a_round(self, problem: Hashable, length_class: Hashable) -> Floats:
+        """Tokens offered a round and their probabilities by threshold, [2, 12]."""
+        strength, mean = self._prior.strength, self._assumed
         for counts in (
             self._all,
             self._classes.get(length_class),
             self._problems.get(problem),
         ):
-            rates = rates.updated(counts, strength)
-        return rates
+            if counts is not None:
+                mean = (counts.tokens + strength * mean) / (counts.rounds + strength)
+        return mean
+
+
+def _counts(table: dict[Hashable, _Counts], key: Hashable) -> _Counts:
+    if key not in table:
+        table[key] = _Counts(0.0, np.zeros((2, _NUM_BINS)))
+    return table[key]

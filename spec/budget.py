@@ -65,18 +65,19 @@ class RoundLimits:
 class MakespanBudget:
     """``drafts`` [m] in total over the ``rounds`` that the batch takes; seconds with and without.
 
-    A request is live, and drafts, in ``rounds`` of them or until its own end.
+    A request is live, and drafts, in ``rounds`` of them or until its own end. A token is worth
+    drafting for it iff it holds with a probability of ``least`` [m] or more.
     """
 
     rounds: float
     drafts: Floats
+    least: Floats
     seconds: float
     plain_seconds: float
 
     @property
     def per_round(self) -> Floats:
-        """Drafts a round, [m], fractions: spread evenly, as the n-th token of a draft is worth
-        less than the first (``DraftRounding`` makes them whole)."""
+        """Drafts a round, [m], fractions."""
         return self.drafts / self.rounds
 
 
@@ -117,8 +118,9 @@ def makespan_budget(
     )
     seconds = makespan_seconds(lengths, drafts, high, costs, count_own_tokens=count_own_tokens)
     if seconds >= plain:
-        return MakespanBudget(longest, np.zeros_like(lengths), plain, plain)
-    return MakespanBudget(high, drafts, seconds, plain)
+        nothing, never = np.zeros_like(lengths), np.full_like(lengths, np.inf)
+        return MakespanBudget(longest, nothing, never, plain, plain)
+    return MakespanBudget(high, drafts, curves.last_gain(lengths, high), seconds, plain)
 
 
 def _within(limits: RoundLimits, per_round: Floats) -> bool:
@@ -141,22 +143,19 @@ class ThroughputBudget:
 def throughput_drafts(
     survival: Floats,
     costs: StepCosts,
-    offered: Integers | None = None,
     batch_limit: int | None = None,
     worth: Floats | None = None,
 ) -> ThroughputBudget:
     """The drafts of one round that make the most tokens a second.
 
-    ``survival`` [m, d] holds S_ij, not rising in j. ``offered`` [m] is how many tokens the drafter
-    has, ``batch_limit`` how many the round may draft together, ``worth`` [m] > 0 what a token of
-    each request counts.
+    ``survival`` [m, d] holds S_ij, not rising in j, 0 where the drafter has no token;
+    ``batch_limit`` is how many the round may draft together, ``worth`` [m] > 0 what a token of each
+    request counts.
     """
     num_requests, longest = survival.shape
     assert num_requests, "a round has requests"
     worth = np.ones(num_requests) if worth is None else worth
     gains = worth[:, None] * survival
-    if offered is not None:
-        gains = np.where(np.arange(longest) < offered[:, None], gains, 0.0)
     # Any best drafts take the most valuable tokens first; the best number of them maximises R.
     order = np.argsort(-gains, axis=None, kind="stable")
     most = min(int(np.count_nonzero(gains > 0)), gains.size if batch_limit is None else batch_limit)
@@ -166,3 +165,13 @@ def throughput_drafts(
     best = int(rates.argmax())
     drafts = np.bincount(chosen[:best] // longest, minlength=num_requests)
     return ThroughputBudget(drafts.astype(np.int64), float(rates[best]), float(rates[0]))
+
+
+def within_batch(drafts: Integers, limit: int) -> Integers:
+    """``drafts`` [m] without the last tokens of the longest, so that at most ``limit`` are left."""
+    if drafts.sum() <= limit:
+        return drafts
+    positions = np.concatenate([np.arange(count) for count in drafts])
+    owners = np.repeat(np.arange(len(drafts)), drafts)
+    kept = owners[np.argsort(positions, kind="stable")[:limit]]
+    return np.bincount(kept, minlength=len(drafts)).astype(np.int64)

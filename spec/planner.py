@@ -1,8 +1,9 @@
-"""How much each running request may draft this round: estimates and budgets put together (pure).
+"""How much of its draft each running request has verified: estimates and budgets together (pure).
 
-An engine asks ``plan`` before each decoding step and tells ``observe`` what came of it. Estimates
-of lengths and acceptance, and the makespan's solution, are renewed when requests come or go and
-every ``REPLAN_ROUNDS`` rounds; in between a round costs a few array operations.
+An engine asks ``plan`` before each decoding step and tells ``observe`` what came of it. How likely
+each drafted token is to hold is estimated in every round; how likely it must be to be worth its
+cost is a matter of the objective. For the makespan that is solved when requests come and every
+``REPLAN_ROUNDS`` rounds; in between a round costs a few array operations.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from paceline.spec.acceptance import AcceptanceHistory, AcceptancePrior
+from paceline.spec.acceptance import AcceptanceHistory
 from paceline.spec.budget import (
     RoundLimits,
     makespan_budget,
     makespan_seconds,
     throughput_drafts,
+    within_batch,
 )
+from paceline.spec.confidence import DraftConfidence
 from paceline.spec.cost_model import CostModel, StepCosts
+from paceline.spec.history import Drafts
 from paceline.spec.lengths import LengthClass, LengthHistory
-from paceline.spec.rounding import DraftRounding, within_batch
 from paceline.spec.switch import DraftSwitch
 
 Floats = NDArray[np.float64]
@@ -31,6 +34,9 @@ Integers = NDArray[np.int64]
 Objective = Literal["makespan", "throughput"]
 
 REPLAN_ROUNDS = 16
+GAIN_RATE = 0.25
+"""Share by which a round moves the gain that throughput promises: rounds that have nothing to draft
+do not say that drafting does not pay."""
 PROBE_DRAFT = 2
 """Tokens that a request drafts in a probe: the second shows how acceptance falls."""
 PROBE_SHARE = 8
@@ -56,29 +62,25 @@ class Running:
 class Verified:
     """A decoding step: what the requests of it had drafted, and what came of that; arrays [m].
 
-    The drafter had ``offered`` tokens, of the ``max_draft`` it was asked for; the engine verified
-    the first ``drafted`` of them, and ``accepted`` the first so many of those.
+    Their drafts are ``rows`` of the ``drafts`` that were planned with; the engine verified the
+    first ``drafted`` tokens of each, and ``accepted`` the first so many of those.
     """
 
     running: Sequence[Running]
-    offered: Integers
+    drafts: Drafts
+    rows: Integers
     drafted: Integers
     accepted: Integers
 
 
 @dataclass(frozen=True)
-class _Estimates:
-    """What is believed of the running requests until the next renewal, in their order.
+class _MakespanPlan:
+    """By request: its length class, and the least probability a token must hold with to be worth
+    drafting; and the gain that all of it promises."""
 
-    For throughput ``survival`` [m, max_draft]; for the makespan drafts ``per_round`` [m], and the
-    ``gain`` they promise.
-    """
-
-    requests: list[Hashable]
     classes: dict[Hashable, LengthClass]
-    survival: Floats | None = None
-    per_round: Floats | None = None
-    gain: float = 0.0
+    least: dict[Hashable, float]
+    gain: float
 
 
 @dataclass
@@ -88,56 +90,44 @@ class DraftPlanner:
     ``objective`` is ``makespan`` where training waits for the batch (``max_lag: 0``): the longest
     requests get most. While requests wait for a place in the engine, and in asynchronous mode
     always, it is ``throughput``: whatever ends is followed by something else, so that time is lost
-    by slow tokens only.
+    by slow tokens only. A round drafts ``batch_limit`` tokens at most.
     """
 
     max_draft: int
     objective: Objective = "makespan"
-    batch_limit: int | None = None
-    prior: AcceptancePrior = field(default_factory=AcceptancePrior)
+    batch_limit: int = 1 << 30
     switch: DraftSwitch = field(default_factory=DraftSwitch)
 
     def __post_init__(self) -> None:
         assert self.max_draft >= 1, self.max_draft
         self.costs = CostModel()
-        self.acceptance = AcceptanceHistory(self.max_draft, self.prior)
+        self.confidence = DraftConfidence()
+        self.acceptance = AcceptanceHistory()
         self.lengths = LengthHistory()
         self.predicted_gain = 0.0
-        self._rounding = DraftRounding(self.max_draft)
-        self._estimates: _Estimates | None = None
+        self._plan: _MakespanPlan | None = None
         self._rounds = 0
         self._num_probes = 0
 
-    def plan(
-        self,
-        running: Sequence[Running],
-        num_waiting: int = 0,
-        offered: Integers | None = None,
-    ) -> Integers:
-        """Tokens that each request may draft in the coming step, [m], 0 to ``max_draft``.
+    def plan(self, running: Sequence[Running], drafts: Drafts, num_waiting: int = 0) -> Integers:
+        """How many tokens of its draft each request is to have verified, [m].
 
-        ``num_waiting`` requests have no place in the engine yet; ``offered`` [m] is how many tokens
-        the drafter has, where it was asked before.
+        ``drafts`` has a row for each of ``running``; ``num_waiting`` requests have no place in the
+        engine yet.
         """
         if not running:
             return np.zeros(0, dtype=np.int64)
-        estimates = self._current(running, num_waiting)
-        if estimates.per_round is not None:
-            self.predicted_gain = estimates.gain
+        survival = self.confidence.survival(drafts)
+        if self.objective == "makespan" and not num_waiting:
+            wanted, self.predicted_gain = self._least_makespan(running, survival)
         else:
-            assert estimates.survival is not None
-            drafts, gain = self._most_throughput(running, estimates.survival, offered)
-            self.predicted_gain = gain
+            self._plan = None
+            wanted, gain = self._most_throughput(running, survival)
+            self.predicted_gain += GAIN_RATE * (gain - self.predicted_gain)
         decision = self.switch.decide(self.predicted_gain)
-        if not decision.draft:
-            return np.zeros(len(running), dtype=np.int64)
-        if decision.probe:
-            return self._probe(len(running), offered)
-        if estimates.per_round is None:
-            return drafts
-        return self._rounding.round(
-            estimates.requests, estimates.per_round, offered, self.batch_limit
-        )
+        if decision.probe and decision.draft:
+            wanted = self._probe(drafts.num_tokens)
+        return within_batch(wanted, self.batch_limit) if decision.draft else np.zeros_like(wanted)
 
     def observe(self, step: Verified, seconds: float | None) -> None:
         """Take in a decoding step of requests planned for.
@@ -146,9 +136,7 @@ class DraftPlanner:
         """
         num_drafted = int(step.drafted.sum())
         if num_drafted:
-            for i, one in enumerate(step.running):
-                counts = int(step.offered[i]), int(step.drafted[i]), int(step.accepted[i])
-                self.acceptance.observe(one.problem, self._class(one), *counts)
+            self.confidence.observe(step.drafts, step.rows, step.drafted, step.accepted)
         if seconds is not None and step.running:
             self.costs.observe(len(step.running) + num_drafted, len(step.running), seconds)
 
@@ -166,59 +154,41 @@ class DraftPlanner:
             self.lengths.add(problem, num_tokens, finished)
 
     def weights_changed(self, keep: float = 0.5) -> None:
-        """Let lengths and acceptance seen under older weights count ``keep`` as much."""
-        self.lengths.age(keep)
-        self.acceptance.age(keep)
-        self._estimates = None
+        """Let what was seen under older weights count ``keep`` as much."""
+        for history in (self.lengths, self.acceptance, self.confidence):
+            history.age(keep)
+        self._plan = None
 
-    def _probe(self, num_requests: int, offered: Integers | None) -> Integers:
-        stride = min(PROBE_SHARE, num_requests)
+    def _probe(self, offered: NDArray[np.int32]) -> Integers:
+        stride = min(PROBE_SHARE, len(offered))
         self._num_probes += 1
-        chosen = np.arange(num_requests) % stride == self._num_probes % stride
-        drafts = np.where(chosen, min(PROBE_DRAFT, self.max_draft), 0)
-        drafts = drafts if offered is None else np.minimum(drafts, offered)
-        return drafts if self.batch_limit is None else within_batch(drafts, self.batch_limit)
-
-    def _class(self, one: Running) -> LengthClass:
-        if self._estimates is not None and one.request in self._estimates.classes:
-            return self._estimates.classes[one.request]
-        return self.lengths.length_class(one.problem, one.num_tokens)
-
-    def _current(self, running: Sequence[Running], num_waiting: int) -> _Estimates:
-        requests = [one.request for one in running]
-        by_makespan = self.objective == "makespan" and not num_waiting
-        self._rounds += 1
-        known = self._estimates
-        if (
-            known is None
-            or known.requests != requests
-            or (known.per_round is not None) != by_makespan
-            or self._rounds >= REPLAN_ROUNDS
-        ):
-            known = self._estimates = self._estimate(running, by_makespan)
-            self._rounds = 0
-        return known
-
-    def _estimate(self, running: Sequence[Running], by_makespan: bool) -> _Estimates:
-        requests = [one.request for one in running]
-        self.lengths.set_running((one.problem, one.num_tokens) for one in running)
-        classes = [self.lengths.length_class(one.problem, one.num_tokens) for one in running]
-        keys = [(one.problem, name) for one, name in zip(running, classes, strict=True)]
-        by_request = dict(zip(requests, classes, strict=True))
-        if by_makespan:
-            per_round, gain = self._least_makespan(running, keys)
-            return _Estimates(requests, by_request, per_round=per_round, gain=gain)
-        survival = np.array([self.acceptance.survival(*key) for key in keys])
-        return _Estimates(requests, by_request, survival=survival)
+        chosen = np.arange(len(offered)) % stride == self._num_probes % stride
+        return np.where(chosen, np.minimum(offered, PROBE_DRAFT), 0).astype(np.int64)
 
     def _least_makespan(
-        self, running: Sequence[Running], keys: list[tuple[Hashable, LengthClass]]
-    ) -> tuple[Floats, float]:
-        """Drafts a round and the gain they promise."""
-        none = np.zeros(len(running))
+        self, running: Sequence[Running], survival: Floats
+    ) -> tuple[Integers, float]:
+        """Drafts of this round and the gain that the whole plan promises."""
+        self._rounds += 1
+        is_known = self._plan is not None and all(
+            one.request in self._plan.least for one in running
+        )
+        if not is_known or self._rounds >= REPLAN_ROUNDS:
+            self._plan, self._rounds = self._solve_makespan(running), 0
+        assert self._plan is not None
+        classes = self._plan.classes
+        self.acceptance.observe([(one.problem, classes[one.request]) for one in running], survival)
+        least = np.array([self._plan.least[one.request] for one in running])
+        return (survival >= least[:, None]).sum(axis=1), self._plan.gain
+
+    def _solve_makespan(self, running: Sequence[Running]) -> _MakespanPlan:
+        names = [one.request for one in running]
+        self.lengths.set_running((one.problem, one.num_tokens) for one in running)
+        classes = [self.lengths.length_class(one.problem, one.num_tokens) for one in running]
+        by_name = dict(zip(names, classes, strict=True))
         costs = self._step_costs(len(running))
         if costs is None:
-            return none, 0.0
+            return _MakespanPlan(by_name, dict.fromkeys(names, np.inf), 0.0)
         drafted, plain = costs
         remaining = np.array(
             [
@@ -226,15 +196,17 @@ class DraftPlanner:
                 for one in running
             ]
         )
-        together = np.inf if self.batch_limit is None else self.batch_limit
-        limits = RoundLimits(self.max_draft, together)
+        keys = [(one.problem, name) for one, name in zip(running, classes, strict=True)]
+        limits = RoundLimits(self.max_draft, self.batch_limit)
         budget = makespan_budget(remaining, self.acceptance.curves(keys), drafted, limits)
+        none = np.zeros(len(running))
         without = makespan_seconds(remaining, none, float(remaining.max()), plain)
         confidence = self._confidence(len(running), float(budget.per_round.sum()))
-        return budget.per_round, confidence * without / budget.seconds
+        least = dict(zip(names, budget.least.tolist(), strict=True))
+        return _MakespanPlan(by_name, least, confidence * without / budget.seconds)
 
     def _most_throughput(
-        self, running: Sequence[Running], survival: Floats, offered: Integers | None
+        self, running: Sequence[Running], survival: Floats
     ) -> tuple[Integers, float]:
         """Drafts of this round and the gain they promise."""
         costs = self._step_costs(len(running))
@@ -242,7 +214,7 @@ class DraftPlanner:
             return np.zeros(len(running), dtype=np.int64), 0.0
         drafted, plain = costs
         worth = np.array([one.worth for one in running])
-        budget = throughput_drafts(survival, drafted, offered, self.batch_limit, worth)
+        budget = throughput_drafts(survival, drafted, batch_limit=self.batch_limit, worth=worth)
         plain_rate = worth.sum() / plain.seconds(len(running))
         confidence = self._confidence(len(running), float(budget.drafts.sum()))
         return budget.drafts, confidence * float(budget.rate / plain_rate)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from paceline.configs.schema.rollout import DraftingConfig
 from paceline.configs.vocabulary import DRAFTED_FROM_HISTORY, DRAFTED_FROM_SIBLINGS, Trace
+from paceline.spec.budget import within_batch
 from paceline.spec.draft_counters import DraftCounters
 from paceline.spec.history import Drafts, History
 from paceline.spec.planner import DraftPlanner, Running, Verified
@@ -55,7 +56,7 @@ class _Live:
     generation: int | None = None
     is_decoding: bool = False
     planned: Running | None = None
-    num_offered: int = 0
+    row: int = 0
     num_drafted: int = 0
     from_siblings: bool = False
     accepted: list[tuple[int, int, int]] = field(default_factory=list)
@@ -73,19 +74,22 @@ class _Live:
 class SuffixProposer:
     """Drafts from other samples of the same prompt, as far as that pays.
 
-    vLLM builds it with its configuration (of which only ``num_speculative_tokens`` is read) and
-    calls ``load_model`` and ``propose``; its owner calls ``attach`` before the first step,
-    ``begin`` and ``finish`` for every sample, ``step_took`` after every step and ``serve`` between
-    two when weights change. All on the engine's thread; ``learn`` on any.
+    vLLM builds it with its configuration and calls ``load_model`` and ``propose``; its owner calls
+    ``attach`` before the first step, ``begin`` and ``finish`` for every sample, ``step_took`` after
+    every step and ``serve`` between two when weights change. All on the engine's thread; ``learn``
+    on any.
     """
 
     def __init__(self, vllm_config: Any) -> None:
         self._max_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
+        scheduling = vllm_config.scheduler_config
+        # Every request's own token comes first: drafts must not keep any of them from its step.
+        self._batch_limit = scheduling.max_num_batched_tokens - scheduling.max_num_seqs
         self._live: dict[str, _Live] = {}
         self._generation = -1
+        self._drafts: Drafts | None = None
         self._verified: Verified | None = None
         self._only_decoded = False
-        self._num_live_rows = 0
         self._totals = DraftCounters()
 
     def load_model(self, target_model: Any) -> None:
@@ -98,7 +102,8 @@ class SuffixProposer:
         self._reader = self.history.reader(max_match=MAX_MATCH)
         self._planner = None
         if settings.budget != "none":
-            self._planner = DraftPlanner(self._max_tokens, settings.budget or "makespan")
+            objective = settings.budget or "makespan"
+            self._planner = DraftPlanner(self._max_tokens, objective, self._batch_limit)
 
     def begin(self, name: str, request: DraftRequest) -> None:
         """A sample was queued under this name."""
@@ -196,7 +201,7 @@ class SuffixProposer:
 
     def _verify(
         self, rows: Sequence[tuple[int, _Live]], sampled_token_ids: Sequence[Sequence[int]]
-    ) -> Verified:
+    ) -> Verified | None:
         """What became of the drafts: whatever a row got beyond one token it had accepted."""
         checked = [(live, len(sampled_token_ids[row]) - 1) for row, live in rows if live.planned]
         for row, live in rows:
@@ -206,9 +211,12 @@ class SuffixProposer:
                 start = live.num_read - live.request.num_context
                 live.accepted.append((start, count, source))
                 self._totals.count_accepted(count, live.from_siblings)
+        if self._drafts is None or not checked:
+            return None
         return Verified(
             running=[live.planned for live, _ in checked if live.planned is not None],
-            offered=np.array([live.num_offered for live, _ in checked], dtype=np.int64),
+            drafts=self._drafts,
+            rows=np.array([live.row for live, _ in checked], dtype=np.int64),
             drafted=np.array([live.num_drafted for live, _ in checked], dtype=np.int64),
             accepted=np.array([count for _, count in checked], dtype=np.int64),
         )
@@ -256,7 +264,7 @@ class SuffixProposer:
 
     def _plan(self, lives: Sequence[_Live], drafts: Drafts, num_waiting: int) -> Integers:
         """How much of each draft is worth verifying, [m]."""
-        offered = drafts.num_tokens.astype(np.int64)
+        self._drafts = drafts
         running = [
             Running(
                 live.name,
@@ -266,14 +274,13 @@ class SuffixProposer:
             )
             for live in lives
         ]
-        allowed = offered
+        allowed = within_batch(drafts.num_tokens.astype(np.int64), self._batch_limit)
         if self._planner is not None:
-            allowed = self._planner.plan(running, num_waiting, offered)
-        self._totals.num_cold_rounds += int((offered == 0).sum())
+            allowed = self._planner.plan(running, drafts, num_waiting)
+        self._totals.num_cold_rounds += int((drafts.num_tokens == 0).sum())
         siblings = drafts.generations == self._generation
         for index, live in enumerate(lives):
-            live.planned = running[index]
-            live.num_offered, live.num_drafted = int(offered[index]), int(allowed[index])
+            live.planned, live.row, live.num_drafted = running[index], index, int(allowed[index])
             live.from_siblings = bool(siblings[index])
             if live.num_drafted:
                 self._totals.count_draft(live.num_drafted, live.from_siblings)

@@ -15,6 +15,7 @@ from paceline.spec.budget import (
     makespan_budget,
     makespan_seconds,
     throughput_drafts,
+    within_batch,
 )
 from paceline.spec.cost_model import StepCosts
 from paceline.spec.curves import Curves, ExponentialCurves, RoundCurves
@@ -306,7 +307,8 @@ def test_no_drafts_make_more_tokens_a_second(
 
     every = itertools.product(*(range(int(most) + 1) for most in offered))
     best = max(rate(drafts) for drafts in every if sum(drafts) <= limit)
-    budget = throughput_drafts(survival, costs, offered, limit, worth)
+    is_offered = np.arange(longest) < offered[:, None]
+    budget = throughput_drafts(np.where(is_offered, survival, 0), costs, limit, worth)
     assert budget.rate == pytest.approx(best)
     assert budget.rate == pytest.approx(rate(tuple(budget.drafts)))
     assert budget.plain_rate == pytest.approx(rate((0,) * m)) and budget.rate >= budget.plain_rate
@@ -332,3 +334,41 @@ def test_the_larger_the_batch_the_shorter_the_drafts() -> None:
         throughput_drafts(np.repeat(survival, m, axis=0), costs).drafts[0] for m in (1, 4, 16, 64)
     ]
     assert drafts == sorted(drafts, reverse=True) and drafts[0] >= 5 and drafts[-1] <= 1
+
+
+def test_what_is_too_much_for_a_batch_is_cut_from_the_longest() -> None:
+    assert within_batch(np.array([5, 1, 3]), 6).tolist() == [3, 1, 2]
+    assert within_batch(np.array([5, 1, 3]), 9).tolist() == [5, 1, 3]
+    assert within_batch(np.array([5, 1, 3]), 0).tolist() == [0, 0, 0]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 50), st.floats(0.05, 0.95))
+def test_the_last_token_of_a_budget_gains_as_much_as_one_more_would(
+    seed: int, share: float
+) -> None:
+    """By differences of the drafts needed: dA/dp where A = l - N."""
+    random = np.random.default_rng(seed)
+    held = np.sort(random.random((3, 6)))[:, ::-1].cumprod(1)
+    lengths = random.uniform(50, 500, 3)
+    rounds_curves = RoundCurves.from_rates(np.ones((3, 6)), held)
+    k, alpha = random.uniform(0.3, 0.9, 3), random.uniform(0.2, 1, 3)
+    for curves in (rounds_curves, ExponentialCurves(k, alpha)):
+        rounds = float(lengths.max()) * (0.7 + 0.3 * share)
+        needed = curves.drafts_needed(lengths, rounds)
+        gain = curves.last_gain(lengths, rounds)
+        for i in range(3):
+            if lengths[i] <= rounds:
+                assert gain[i] == np.inf and needed[i] == 0
+                continue
+            if not np.isfinite(needed[i]):
+                continue
+            # One token more to gain at as many rounds: a request that is one token longer.
+            longer = lengths.copy()
+            longer[i] += 1e-4
+            more = curves.drafts_needed(longer, rounds)[i] - needed[i]
+            if isinstance(curves, RoundCurves):
+                assert 1e-4 / more == pytest.approx(gain[i], rel=1e-3)
+            else:
+                shorter = curves.drafts_needed(lengths, rounds - 1e-4)[i] - needed[i]
+                assert 1e-4 / shorter == pytest.approx(gain[i], rel=1e-2)

@@ -9,10 +9,23 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from paceline.spec.history import Drafts
 from paceline.spec.planner import DraftPlanner, Objective, Running, Verified
 
 MAX_DRAFT = 7
 MAX_TOKENS = 4096
+
+
+def offered(beliefs: NDArray[np.float64], num_tokens: int = MAX_DRAFT) -> Drafts:
+    """Whole drafts, of which the drafter believes so much: whether it is right is not its task."""
+    shape = len(beliefs), MAX_DRAFT
+    return Drafts(
+        tokens=np.ones(shape, dtype=np.int32),
+        probabilities=np.broadcast_to(beliefs[:, None], shape).astype(np.float32),
+        num_tokens=np.full(len(beliefs), num_tokens, dtype=np.int32),
+        matches=np.full(len(beliefs), 8, dtype=np.int32),
+        generations=np.zeros(len(beliefs), dtype=np.int64),
+    )
 
 
 @dataclass
@@ -42,15 +55,18 @@ class SimulatedEngine:
 
     def _step(self, done: dict[int, int], num_waiting: int, planner: DraftPlanner | None) -> float:
         running = [Running(i, int(i) % len(self.rates), n, MAX_TOKENS) for i, n in done.items()]
-        allowed = planner.plan(running, num_waiting) if planner else np.zeros(len(done), np.int64)
+        drafts = offered(np.array([self.rates[int(str(one.problem))] for one in running]))
+        allowed = np.zeros(len(done), np.int64)
+        if planner:
+            allowed = planner.plan(running, drafts, num_waiting)
         accepted = np.array(
             [self._accepted(one.problem, d) for one, d in zip(running, allowed, strict=True)]
         )
         seconds = 9e-3 + 0.55e-3 * (len(running) + allowed.sum()) + self.overhead * allowed.any()
         seconds *= 1 + 0.03 * self.random.standard_normal()
         if planner:
-            offered = np.full(len(running), MAX_DRAFT)
-            planner.observe(Verified(running, offered, allowed, accepted), float(seconds))
+            step = Verified(running, drafts, np.arange(len(running)), allowed, accepted)
+            planner.observe(step, float(seconds))
         for one, gained in zip(running, accepted, strict=True):
             i = int(str(one.request))
             done[i] += 1 + int(gained)
@@ -107,7 +123,8 @@ def test_the_longest_requests_of_a_batch_draft_most_and_short_ones_nothing() -> 
         planner.finish(problem, length, finished=True)
     running = [Running(i, "short", 0, MAX_TOKENS) for i in range(60)]
     running += [Running(60 + i, "long", 0, MAX_TOKENS) for i in range(4)]
-    drafts = np.sum([planner.plan(running) for _ in range(32)], axis=0)
+    offers = offered(np.full(len(running), 0.7))
+    drafts = np.sum([planner.plan(running, offers) for _ in range(32)], axis=0)
     assert drafts[:60].max() <= 4  # probes alone
     assert drafts[60:].min() > 32
 
@@ -117,7 +134,8 @@ def test_problems_whose_drafts_hold_draft_more() -> None:
     rates = np.array([0.95, 0.05])
     SimulatedEngine(rates, np.full(64, 200), 4).run(planner)
     running = [Running("a", 0, 50, MAX_TOKENS), Running("b", 1, 50, MAX_TOKENS)]
-    drafts = np.sum([planner.plan(running) for _ in range(8)], axis=0)
+    offers = offered(rates)
+    drafts = np.sum([planner.plan(running, offers) for _ in range(8)], axis=0)
     assert drafts[0] > 3 * drafts[1]
 
 
@@ -125,11 +143,12 @@ def test_limits_hold_in_every_round() -> None:
     planner = DraftPlanner(MAX_DRAFT, "makespan", batch_limit=10)
 
     def check(plan: Callable[..., NDArray[np.int64]]) -> Callable[..., NDArray[np.int64]]:
-        def checked(running: list[Running], num_waiting: int) -> NDArray[np.int64]:
-            offered = np.arange(len(running)) % 5
-            drafts = plan(running, num_waiting, offered)
-            assert (drafts >= 0).all() and (drafts <= offered).all() and drafts.sum() <= 10
-            return drafts
+        def checked(running: list[Running], drafts: Drafts, waiting: int) -> NDArray[np.int64]:
+            drafts.num_tokens[:] = np.arange(len(running)) % 5
+            chosen = plan(running, drafts, waiting)
+            assert (chosen >= 0).all() and (chosen <= drafts.num_tokens).all()
+            assert chosen.sum() <= 10
+            return chosen
 
         return checked
 
@@ -139,7 +158,7 @@ def test_limits_hold_in_every_round() -> None:
 
 def test_nothing_runs_nothing_is_drafted_and_a_weight_update_keeps_it_going() -> None:
     planner = DraftPlanner(MAX_DRAFT)
-    assert planner.plan([]).shape == (0,)
+    assert planner.plan([], offered(np.zeros(0))).shape == (0,)
     engine = SimulatedEngine(np.full(4, 0.9), np.full(16, 100), 1)
     first = engine.run(planner)
     planner.weights_changed()
