@@ -1,4 +1,4 @@
-"""The command line: ``paceline train | check | eval | report | compare | ledger | bench | …``.
+"""The command line: ``paceline train | check | eval | report | bench | verify | …``.
 
 Heavy libraries are imported inside the commands: ``paceline check`` needs neither torch, Ray nor
 vLLM, and ``--help`` answers at once.
@@ -175,6 +175,25 @@ def bench(
     raise typer.Exit(run_bench(name, quick, output))
 
 
+@app.command()
+def verify(
+    name: Annotated[str, typer.Argument(help="What is verified: `speculation`.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a model in Hugging Face format; a small one is trained else."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Another model and other samples.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer samples: a rougher net.")] = False,
+) -> None:
+    """Prove on this machine that drafting does not change what is sampled: docs/verification.md.
+
+    Prints a table and, last, one JSON line. Exit code 1 where a check fails.
+    """
+    from paceline.controller.verify.suite import run_verification
+
+    raise typer.Exit(run_verification(name, model=model, seed=seed, quick=quick))
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit code 2."""
     try:
@@ -185,3 +204,7 @@ def main() -> None:
     except Exception:
         traceback.print_exc()
         sys.exit(EXIT_FAILURE)
+
+
+if __name__ == "__main__":
+    main()

@@ -25,8 +25,9 @@ def empty_rooms(tmp_path: Path) -> Path:
         (folder / "module.py").touch()
         if package != "paceline.kernels":
             (folder / "__init__.py").touch()
-    (tmp_path / "paceline" / "controller" / "bench").mkdir()
-    (tmp_path / "paceline" / "controller" / "bench" / "__init__.py").touch()
+    for subpackage in ("bench", "verify"):
+        (tmp_path / "paceline" / "controller" / subpackage).mkdir()
+        (tmp_path / "paceline" / "controller" / subpackage / "__init__.py").touch()
     return tmp_path
 
 
@@ -50,6 +51,7 @@ def broken_contracts(folder: Path) -> str:
     [
         ("configs/module.py", "torch", "configs runs without"),
         ("controller/module.py", "torch", "hold no tensors"),
+        ("controller/verify/module.py", "vllm", "Only rollout imports vLLM"),
         ("controller/module.py", "paceline.rollout.module", "algorithms.py alone"),
         ("kernels/module.py", "paceline.spec.module", "Rooms import downwards"),
         ("learner/module.py", "vllm", "Only rollout imports vLLM"),
@@ -74,6 +76,8 @@ def test_a_forbidden_import_breaks_its_contract(
         ("controller/wiring.py", "paceline.learner.module"),
         ("controller/bench/module.py", "torch"),
         ("controller/bench/module.py", "paceline.rollout.module"),
+        ("controller/verify/module.py", "torch"),
+        ("controller/verify/module.py", "paceline.rollout.module"),
         ("learner/module.py", "paceline.kernels.module"),
         ("rollout/module.py", "vllm"),
         ("spec/module.py", "paceline.configs.module"),

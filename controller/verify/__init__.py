@@ -1,0 +1,1 @@
+"""``paceline verify``: proofs that anyone can run, on the real engine."""
