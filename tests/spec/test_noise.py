@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -65,6 +65,7 @@ def test_noise_of_a_known_place_stays_what_it_was() -> None:
     np.testing.assert_allclose(gumbel(streams[:, None], np.arange(3)[None]), known, rtol=1e-12)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(int64, int64, int64), min_size=1, max_size=20))
 def test_torch_draws_the_same_bits(triples: list[tuple[int, int, int]]) -> None:
     seeds, positions, tokens = np.array(triples, np.int64).T.copy()
@@ -100,6 +101,7 @@ def test_neighbours_of_all_three_kinds_share_no_bit() -> None:
         assert np.abs(share - 0.5).max() < 5 * 0.5 / np.sqrt(differences.size)
 
 
+@settings(deadline=None)
 @given(st.one_of(st.just(0), st.just(-1), int64))
 def test_noise_is_finite_whatever_the_bits(bits: int) -> None:
     stream = undrawn(bits)
@@ -136,6 +138,7 @@ def test_the_largest_of_logits_and_noise_is_a_sample(along: str, temperature: fl
 sequences = st.lists(st.lists(st.integers(0, 3), max_size=12), max_size=4)
 
 
+@settings(deadline=None)
 @given(sequences, sequences, st.lists(st.integers(0, 3), min_size=1, max_size=8), int64)
 def test_drafts_with_a_seed_are_what_the_noise_makes_of_the_votes(
     older: list[list[int]], newer: list[list[int]], context: list[int], seed: int
@@ -198,3 +201,54 @@ def test_without_a_seed_a_draft_knows_no_noise() -> None:
     assert drafts == {(2,)}
     seeded = {tuple(reader.propose([reader.open("p", s)], [[1]], 1).of(0)) for s in range(50)}
     assert seeded == {(2,), (3,)}
+
+
+def test_guesses_with_the_same_noise_are_right_as_often_as_the_paper_says() -> None:
+    generator = np.random.default_rng(1)
+    num_guesses, tokens = 20_000, np.arange(30)
+    noise = gumbel(
+        position_streams(np.full(num_guesses, 3), np.arange(num_guesses))[:, None], tokens
+    )
+    for concentration in (0.05, 0.3, 3.0):
+        truth, guess = generator.dirichlet(np.full(30, concentration), size=2)
+        guess = 0.7 * truth + 0.3 * guess
+        choices = [(np.log(p) + noise).argmax(-1) for p in (truth, guess)]
+        distance = np.abs(truth - guess).sum() / 2
+        share = (choices[0] == choices[1]).mean()
+        assert share >= (1 - distance) / (1 + distance) - 5 * 0.5 / np.sqrt(num_guesses)
+        assert share > truth[guess.argmax()], "the likeliest token is a better guess"
+
+
+def test_drafts_that_know_the_noise_are_accepted_more_often() -> None:
+    generator = np.random.default_rng(0)
+    log_probabilities = np.log(generator.dirichlet(np.full(40, 0.05), size=40) + 1e-12)
+
+    def sample(seed: int) -> list[int]:
+        noise = gumbel(position_streams(np.full(150, seed), np.arange(150))[:, None], np.arange(40))
+        text = [0]
+        for position in range(1, 150):
+            text.append(int((log_probabilities[text[-1]] + noise[position]).argmax()))
+        return text
+
+    history = History()
+    for seed in range(16):
+        history.add("p", 0, sample(seed))
+    texts = {seed: sample(seed) for seed in range(16, 32)}
+    unaware, aware, misled = (
+        sum(accepted_a_round(history, text, known(seed)) for seed, text in texts.items())
+        for known in (lambda seed: None, lambda seed: seed, lambda seed: seed + 1)
+    )
+    assert aware > 1.2 * unaware > 1.2 * misled
+
+
+def accepted_a_round(history: History, text: list[int], seed: int | None) -> float:
+    """Drafted tokens that are those of the text, each round being drafted for anew."""
+    reader = history.reader()
+    request = reader.open("p", seed)
+    read, end, num_rounds = 0, 1, 0
+    while end < len(text):
+        draft = reader.propose([request], [text[read:end]], 8).of(0)
+        right = [drafted == token for drafted, token in zip(draft, text[end:], strict=False)]
+        read, num_rounds = end, num_rounds + 1
+        end += (right.index(False) if False in right else len(right)) + 1
+    return (len(text) - 1 - num_rounds) / num_rounds
