@@ -9,7 +9,7 @@ admitted or claimed is sampled anew, once as much room is free as there was when
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from paceline.configs.errors import ConfigError
@@ -34,6 +34,13 @@ class Recovered:
     batches: tuple[RecordedBatch, ...] = ()
     works: tuple[Work, ...] = ()
     next_position: int = 0
+
+    @property
+    def groups(self) -> Iterator[Group]:
+        """All that were finished and are not trained for good."""
+        for recorded in self.batches:
+            yield from recorded.groups
+        yield from (work.group for work in self.works if work.group is not None)
 
     @property
     def slots(self) -> tuple[int, ...]:

@@ -240,10 +240,14 @@ class Session:
 
     async def _warm_up(self, path: Path) -> None:
         """Have engines draft from what they knew; without it they only begin slower."""
+        exchange = self._parts.exchange
+        if exchange is None:
+            return
         try:
             await self._parts.load_traces(path)
         except CheckpointError as error:
             self._recorder.message(f"drafting starts cold: {error}")
+        exchange.recall(self._recovered.groups)
 
     async def _begin_training(self) -> None:
         """Fresh optimiser and, where the algorithm has one, the reference policy.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -44,6 +45,21 @@ class TraceArchive:
             if self._has_place(trace):
                 self._keep(trace)
                 self._make_room()
+
+    def add_missing(self, traces: Iterable[Trace]) -> None:
+        """Keep those that are not here already; a trace that came twice is here twice."""
+        known: dict[tuple[tuple[int, ...], int], Counter[bytes]] = {}
+        for trace in traces:
+            key = trace.prompt_token_ids, trace.version
+            if key not in known:
+                problem = self._problems.get(trace.prompt_token_ids, Problem())
+                here = problem.generations.get(trace.version, [])
+                known[key] = Counter(tokens.tobytes() for tokens in here)
+            content = trace.token_ids.tobytes()
+            if known[key][content] > 0:
+                known[key][content] -= 1
+            else:
+                self.add([trace])
 
     def forget(self, before: int) -> None:
         """Drop all versions before this one for good: the policy has drifted too far."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from paceline.configs.vocabulary import Completion, RolloutRequest, Trace
+from paceline.configs.vocabulary import Completion, Group, RolloutRequest, Trace, Trajectory
 from paceline.controller.parts import WorkerLost
 from paceline.controller.trace_archive import TraceArchive
 from paceline.controller.trace_channels import Block, TraceChannel
@@ -152,6 +152,16 @@ class TraceExchange:
         self._archive.add(traces)
         self._whole = None
 
+    def recall(self, groups: Iterable[Group]) -> None:
+        """Groups from before an interruption, known or not; before the first worker comes."""
+        self._archive.add_missing(
+            trace
+            for group in groups
+            for trajectory in group.trajectories
+            for trace in self._traces_of(group.prompt.token_ids, sampled_part(trajectory), 0)
+        )
+        self._whole = None
+
     def take(self, origin: int, request: RolloutRequest, completions: Sequence[Completion]) -> None:
         """What a request's turn added on one worker."""
         known = [len(each.token_ids) for each in request.partial] or [0] * len(completions)
@@ -226,6 +236,17 @@ class TraceExchange:
         errand = asyncio.create_task(discard())
         self._errands.add(errand)
         errand.add_done_callback(self._errands.discard)
+
+
+def sampled_part(trajectory: Trajectory) -> Completion:
+    """The completion that a trajectory was made of."""
+    sampled = trajectory.loss_mask
+    return Completion(
+        trajectory.token_ids[sampled],
+        trajectory.logprobs[sampled],
+        trajectory.versions,
+        trajectory.finish_reason,
+    )
 
 
 def in_blocks(traces: Iterable[tuple[int, Iterable[Trace]]]) -> Iterator[Block]:

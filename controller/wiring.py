@@ -194,8 +194,8 @@ class Parts:
         Raises:
             CheckpointError: it is missing or damaged.
         """
-        if self.exchange is not None:
-            self.exchange.give(await asyncio.to_thread(load_traces, path))
+        assert self.exchange is not None, "nothing is drafted"
+        self.exchange.give(await asyncio.to_thread(load_traces, path))
 
     async def self_check(self, label: str) -> int:
         """How many greedy tokens of every engine were found equal to the learner's.

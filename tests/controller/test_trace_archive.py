@@ -101,3 +101,16 @@ def test_it_does_not_hold_on_to_what_it_was_given_parts_of() -> None:
     (kept,) = archive
     assert kept.token_ids.base is None
     assert kept.token_ids.tolist() == [0, 1, 2]
+
+
+@given(st.lists(traces, max_size=20), st.lists(traces, max_size=20))
+def test_what_is_missing_is_added_and_what_is_there_is_not_added_again(
+    some: list[Trace], others: list[Trace]
+) -> None:
+    def contents(found: list[Trace]) -> Counter[tuple[tuple[int, ...], int, bytes]]:
+        return Counter((t.prompt_token_ids, t.version, t.token_ids.tobytes()) for t in found)
+
+    archive = TraceArchive(16, 10**9)
+    archive.add(some)
+    archive.add_missing(others)
+    assert contents(list(archive)) == contents(some) | contents(others)

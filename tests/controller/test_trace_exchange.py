@@ -12,6 +12,7 @@ from paceline.configs.vocabulary import Trace
 from paceline.controller import trace_exchange
 from paceline.controller.trace_archive import TraceArchive
 from paceline.controller.trace_exchange import TraceExchange
+from tests.controller.builders import make_group
 from tests.controller.fake_workers import FakeWorker, handle, pool_of, request, tokens_of
 from tests.controller.virtual_time import run_virtually
 
@@ -272,5 +273,19 @@ def test_scores_are_no_samples():
         scoring = scoring.__class__(**{**vars(scoring), "scores": True})
         await pool.generate(scoring)
         assert exchange.sampled() == []
+
+    run_virtually(scenario())
+
+
+def test_groups_of_the_ledger_are_recalled_unless_the_checkpoint_had_them():
+    async def scenario():
+        exchange = exchange_of(Hands())
+        both, later = make_group(0, version=3), make_group(1, version=4)
+        exchange.recall([both])
+        exchange.recall([both, later])
+        found = exchange.sampled()
+        assert [trace.version for trace in found] == [3, 3, 4, 4]
+        for trace, trajectory in zip(found, [*both.trajectories, *later.trajectories], strict=True):
+            assert [*trace.prompt_token_ids, *trace.token_ids] == trajectory.token_ids.tolist()
 
     run_virtually(scenario())
