@@ -15,6 +15,7 @@ from paceline.controller.bench.asynchrony import bench_async
 from paceline.controller.bench.buffer import bench_buffer
 from paceline.controller.bench.e2e import bench_e2e
 from paceline.controller.bench.result import BenchResult, show
+from paceline.controller.bench.rollout import bench_rollout
 
 Bench = Callable[[bool, Path], BenchResult]
 """``(quick, output)``: measure (briefly where ``quick``), with files in the folder ``output``."""
@@ -24,6 +25,7 @@ BENCHES: Mapping[str, Bench] = {
     "async": bench_async,
     "buffer": bench_buffer,
     "algorithms": bench_algorithms,
+    "rollout": bench_rollout,
 }
 
 

@@ -1,0 +1,47 @@
+"""What is compared by ``paceline bench rollout``: ways to draft, as settings of an engine."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from paceline.controller.bench.rollout_oracle import SPECULATIVE
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to draft.
+
+    ``drafting`` are keys of ``rollout.drafting``; ``speculative`` is a configuration of vLLM's own
+    instead; with neither nothing is drafted. With ``coupled`` a sample is fixed by its seed and the
+    weights. ``replays`` is a mode that samples the same, and whose completions it is told before.
+    ``needs`` is a module without which it cannot run, and ``package`` what installs it.
+    """
+
+    name: str
+    drafting: Mapping[str, Any] | None = None
+    speculative: Mapping[str, Any] | None = None
+    coupled: bool = False
+    replays: str | None = None
+    needs: str | None = None
+    package: str | None = None
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether what it needs is there."""
+        return self.needs is None or importlib.util.find_spec(self.needs) is not None
+
+
+PLAIN = Mode("no drafting")
+PEER = Mode(
+    "vLLM suffix",
+    speculative={"method": "suffix"},
+    needs="arctic_inference",
+    package="arctic-inference",
+)
+OURS = Mode("ours", drafting={})
+UNBUDGETED = Mode("ours, no budgets", drafting={"budget": "none"})
+COUPLED = Mode("ours, coupled", drafting={}, coupled=True)
+ORACLE = Mode("oracle, coupled", speculative=SPECULATIVE, coupled=True, replays=COUPLED.name)
