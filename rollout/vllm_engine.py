@@ -223,7 +223,8 @@ class VLLMEngine:
         vllm_id = self._engine.add_request(name, prompt, parameters)
         self._running[name] = RunningSample(turn, index, vllm_id, task.num_scored)
         if self._proposer is not None and isinstance(turn, Turn):
-            self._proposer.begin(vllm_id, draft_request(turn.request, task))
+            coupled_seed = seed if self._is_coupled else None
+            self._proposer.begin(vllm_id, draft_request(turn.request, task, coupled_seed))
 
     def _collect(self, output: vllm.RequestOutput) -> None:
         """Close the sample that an output ends."""
@@ -310,13 +311,16 @@ def speculation(drafting: DraftingConfig | None) -> dict[str, Any] | None:
     }
 
 
-def draft_request(request: RolloutRequest, task: SampleTask) -> DraftRequest:
+def draft_request(
+    request: RolloutRequest, task: SampleTask, coupled_seed: int | None
+) -> DraftRequest:
     """What the proposer must know of one sample in one turn."""
     return DraftRequest(
         request.prompt_token_ids,
         len(task.token_ids),
         task.max_tokens,
         frozenset(request.sampling.stop_token_ids),
+        coupled_seed,
     )
 
 

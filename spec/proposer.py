@@ -34,13 +34,16 @@ MAX_MATCH = 32
 class DraftRequest:
     """A sample that begins or continues: ``num_context`` tokens of its row are there already.
 
-    ``max_tokens`` are the most tokens its row may get beyond them in this turn.
+    ``max_tokens`` are the most tokens its row may get beyond them in this turn. ``coupled_seed`` is
+    the seed of its noise under coupled sampling, and under the ratio rule None: a draft that knew
+    the verifier's random numbers would bias it.
     """
 
     prompt_token_ids: tuple[int, ...]
     num_context: int
     max_tokens: int
     stop_token_ids: frozenset[int]
+    coupled_seed: int | None = None
 
 
 @dataclass(slots=True)
@@ -109,7 +112,8 @@ class SuffixProposer:
         """A sample was queued under this name."""
         problem = problem_name(request.prompt_token_ids)
         num_read = max(0, request.num_context - MAX_MATCH)
-        self._live[name] = _Live(name, problem, request, self._reader.open(problem), num_read)
+        reader_id = self._reader.open(problem, request.coupled_seed, num_read)
+        self._live[name] = _Live(name, problem, request, reader_id, num_read)
 
     def finish(self, name: str, num_tokens: int, by_itself: bool) -> NDArray[np.uint8]:
         """A sample got ``num_tokens`` in its turn, which ended ``by_itself`` or was cut off.

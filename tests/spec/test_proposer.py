@@ -9,6 +9,7 @@ import pytest
 
 from paceline.configs.schema.rollout import DraftingConfig
 from paceline.configs.vocabulary import DRAFTED_FROM_HISTORY, DRAFTED_FROM_SIBLINGS, Trace
+from paceline.spec.noise import gumbel, position_streams
 from paceline.spec.proposer import DraftRequest, SuffixProposer
 from paceline.spec.traces import problem_name
 
@@ -29,9 +30,10 @@ class Batch:
         self.proposer.attach(DraftingConfig(budget=budget), lambda: list(self.texts))
         self.proposer.serve(5)
 
-    def begin(self, name, prompt, context=(), max_tokens=20):
+    def begin(self, name, prompt, context=(), max_tokens=20, seed=None):
         self.texts[name] = [*prompt, *context]
-        request = DraftRequest(prompt, len(self.texts[name]), max_tokens, frozenset({STOP}))
+        num_context = len(self.texts[name])
+        request = DraftRequest(prompt, num_context, max_tokens, frozenset({STOP}), seed)
         self.proposer.begin(name, request)
 
     def step(self, **sampled):
@@ -167,3 +169,22 @@ def test_memory_is_given_back_when_samples_end():
         batch.step(**{str(index): [7]})
         batch.finish(str(index), 1)
     assert batch.proposer._reader.num_requests == 0 and not batch.proposer._live
+
+
+def test_under_coupled_sampling_drafts_are_guessed_with_the_noise_of_their_places():
+    """Of two continuations equally often seen, the noise decides; without it the smaller token."""
+    seeds = range(40)
+
+    def first_guesses(seed_of):
+        batch = Batch(max_tokens=1)
+        batch.proposer.learn([given(ONE, 7, token) for token in (8, 9)])
+        for seed in seeds:
+            batch.begin(str(seed), ONE, seed=seed_of(seed))
+        drafts = batch.step(**{str(seed): [7] for seed in seeds})
+        return [drafts[str(seed)][0] for seed in seeds]
+
+    assert set(first_guesses(lambda seed: None)) == {8}
+    coupled = first_guesses(lambda seed: seed)
+    places = position_streams(np.array(seeds), np.full(len(seeds), len(ONE) + 1))
+    noise = gumbel(places[:, None], np.array([[8, 9]]))
+    assert coupled == (8 + noise.argmax(axis=1)).tolist()
