@@ -15,6 +15,9 @@ namespace {
 // A processor has some ten to twenty requests for memory on their way at once.
 constexpr std::size_t kWalksAtATime = 16;
 
+// Where nothing is known of a match, so many tokens are tried first: few matches are longer.
+constexpr std::size_t kFirstTry = 8;
+
 class OneThread {
  public:
   explicit OneThread(std::atomic_flag& busy) : busy_(busy) {
@@ -74,6 +77,7 @@ void Reader::propose(const DraftBatch& batch, double min_probability, const Draf
     tokens += num_tokens;
   }
   walk();
+  follow_further();
   voters_.clear();
   open_rows_.clear();
   for (std::size_t row = 0; row < batch.size; ++row) {
@@ -95,6 +99,8 @@ void Reader::check(const DraftBatch& batch, const Drafts& drafts) {
   std::size_t num_tokens = 0;
   ++num_batches_;
   rows_.clear();
+  walks_.clear();
+  tries_.clear();
   for (std::size_t row = 0; row < batch.size; ++row) {
     const auto found = requests_.find(batch.requests[row]);
     if (found == requests_.end()) throw std::invalid_argument(unknown(batch.requests[row]));
@@ -155,12 +161,25 @@ void Reader::follow(Place& place, TokenView tail, TokenView tokens) {
   const bool has_grown = num_tokens != place.num_tokens_seen;
   place.num_tokens_seen = num_tokens;
   if (tokens.size >= tail.size || (has_grown && place.position.length < rule_.max_match)) {
+    const std::size_t likely = tokens.size < tail.size ? place.position.length + tokens.size : 0;
     place.position = {};
-    tokens = tail;
+    tokens = tail.last(std::min(tail.size, std::max(likely + 1, kFirstTry)));
+    if (tokens.size < tail.size) tries_.push_back({&place, tokens.size, tail});
   } else if (has_grown) {
     automaton.shorten(place.position, place.position.length);
   }
   walks_.emplace_back(automaton, place.position, tokens);
+}
+
+// All that a try was given matched: more may.
+void Reader::follow_further() {
+  for (const Try& tried : tries_) {
+    if (tried.place->position.length < tried.size) continue;
+    tried.place->position = {};
+    walks_.emplace_back(tried.place->generation->automaton, tried.place->position, tried.tail);
+  }
+  tries_.clear();
+  walk();
 }
 
 // Takes all walks to their ends, by turns: while one waits for memory, others go on.

@@ -93,6 +93,12 @@ class Reader {
     Token token;
     double votes;
   };
+  // A match that was looked for among the last `size` tokens of a tail alone.
+  struct Try {
+    Place* place;
+    std::size_t size;
+    TokenView tail;
+  };
   struct Voter {
     const Generation* generation;
     double weight;
@@ -120,6 +126,7 @@ class Reader {
   void follow(Request& request, TokenView tokens);
   void follow_generations(Request& request) const;
   void follow(Place& place, TokenView tail, TokenView tokens);
+  void follow_further();
   void walk();
   void gather_voters(Row& row);
   void begin_draft(std::size_t row, const Drafts& drafts) const;
@@ -136,6 +143,7 @@ class Reader {
   std::vector<Row> rows_;
   std::vector<std::size_t> open_rows_;  // whose drafts go on
   std::vector<SuffixAutomaton::Walk> walks_;
+  std::vector<Try> tries_;
   std::vector<Voter> voters_;
   std::vector<Ballot> ballots_;  // of one request's next token
   std::vector<Edge> edges_;

@@ -247,6 +247,34 @@ def test_a_batch_takes_a_draft_length_for_each_request_and_zero_is_one() -> None
     assert drafts.generations.tolist() == [0, -1, 0]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_long_matches_are_found_in_whole_however_text_and_history_grow(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    text = random.integers(0, 4, 400, np.int32).tolist()
+    history, model = History(), Model(16)
+    reader = history.reader(max_match=20, decay=0.5)
+    request = reader.open("p")
+    context: list[int] = []
+    longest = 0
+    for turn in range(60):
+        generation = int(random.integers(0, 3))
+        start, size = random.integers(0, 360), random.integers(1, 40)
+        learned = text[start : start + size]
+        history.extend("p", generation, "a", learned)
+        of = model.of(generation)
+        assert of is not None
+        of.setdefault("a", []).extend(learned)
+        start, size = random.integers(0, 360), int(random.choice([0, 1, 2, 12, 30]))
+        grown = text[start : start + size] if turn % 3 else text[len(context) :][:size]
+        context += grown
+        drafts = reader.propose([request], [grown], 5)
+        match, draft, _ = model.propose(context, 5, 20, 0.5)
+        assert drafts.matches[0] == match
+        assert drafts.of(0) == draft
+        longest = max(longest, match)
+    assert longest == 20
+
+
 def test_requests_of_a_large_batch_are_followed_as_each_alone() -> None:
     random = np.random.default_rng(0)
     texts = random.integers(0, 6, (5, 8, 300), np.int32)
@@ -255,14 +283,14 @@ def test_requests_of_a_large_batch_are_followed_as_each_alone() -> None:
     for generation in range(4):
         for sequence in texts[generation]:
             history.add("p", generation, sequence)
-    reader = history.reader(max_match=12)
+    reader = history.reader(max_match=24)
     requests = [reader.open("p") for _ in texts[4]]
-    lone = [history.reader(max_match=12) for _ in requests]
+    lone = [history.reader(max_match=24) for _ in requests]
     for reader_of_one in lone:
         reader_of_one.open("p")
     ends = np.zeros(len(requests), int)
-    while (ends < 290).all():
-        grown = random.integers(0, 20, len(requests))  # from nothing to more than `max_match`
+    while (ends < 260).all():
+        grown = random.integers(0, 40, len(requests))  # from nothing to more than `max_match`
         new = [
             texts[4, row, end : end + n]
             for row, (end, n) in enumerate(zip(ends, grown, strict=True))
