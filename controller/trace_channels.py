@@ -18,14 +18,32 @@ import redis
 
 from paceline.configs.vocabulary import Trace
 
-Block = Mapping[int, Sequence[Trace]]
-"""Traces by the reader who knows them already: the one whose engine sampled them."""
 Pack = Callable[[Sequence[Trace]], bytes]
 Unpack = Callable[[bytes, str], list[Trace]]
 
 SOCKET_TIMEOUT_SECONDS = 30.0
 KEEP_SECONDS = 3600
 """How long a stream outlives the last block that was added: a worker reads one within seconds."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Traces by the reader who knows them already: the one whose engine sampled them.
+
+    With ``forget_before`` all readers are to forget what older versions sampled.
+    """
+
+    traces: Mapping[int, Sequence[Trace]]
+    forget_before: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens there are to be learned."""
+        return sum(len(trace.token_ids) for traces in self.traces.values() for trace in traces)
+
+    def packed(self, pack: Pack) -> dict[int, bytes]:
+        """The traces of each origin in one piece."""
+        return {origin: pack(traces) for origin, traces in self.traces.items()}
 
 
 class TraceChannel(Protocol):
@@ -47,6 +65,7 @@ class PackedBlock:
 
     parts: Mapping[int, bytes]
     unpack: Unpack
+    forget_before: int | None
 
     def read(self, reader: int) -> list[Trace]:
         """All traces but the reader's own."""
@@ -65,8 +84,7 @@ class RayChannel:
         """A reference, which Ray resolves where it is an argument of an actor's call."""
 
         def put() -> Any:
-            parts = {origin: self._pack(traces) for origin, traces in block.items()}
-            return ray.put(PackedBlock(parts, self._unpack))
+            return ray.put(PackedBlock(block.packed(self._pack), self._unpack, block.forget_before))
 
         return await asyncio.to_thread(put)
 
@@ -99,13 +117,14 @@ class StreamedBlock:
     address: StreamAddress
     entry_id: bytes
     unpack: Unpack
+    forget_before: int | None
 
     def read(self, reader: int) -> list[Trace]:
         """All traces but the reader's own; none where the entry is gone."""
         with contextlib.closing(self.address.connect()) as client:
             entries = client.xrange(self.address.key, self.entry_id, self.entry_id)
         parts = {int(origin): part for _, fields in entries for origin, part in fields.items()}
-        return PackedBlock(parts, self.unpack).read(reader)
+        return PackedBlock(parts, self.unpack, self.forget_before).read(reader)
 
 
 class RedisChannel:
@@ -126,14 +145,14 @@ class RedisChannel:
         """Add an entry."""
 
         def add() -> bytes:
-            parts = {origin: self._pack(traces) for origin, traces in block.items()}
             with self._client.pipeline(transaction=True) as pipeline:
-                pipeline.xadd(self._address.key, parts)
+                pipeline.xadd(self._address.key, block.packed(self._pack))
                 pipeline.expire(self._address.key, KEEP_SECONDS)
                 entry_id, _ = pipeline.execute()
             return bytes(entry_id)
 
-        return StreamedBlock(self._address, await asyncio.to_thread(add), self._unpack)
+        entry_id = await asyncio.to_thread(add)
+        return StreamedBlock(self._address, entry_id, self._unpack, block.forget_before)
 
     async def discard(self, place: StreamedBlock) -> None:
         """Delete the entry."""

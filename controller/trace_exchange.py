@@ -42,12 +42,17 @@ class Pupil(Protocol):
 
 @dataclass(frozen=True)
 class PublishedBlock:
-    """A block, and its place once it is published."""
+    """A block that was published, and its place once it is there."""
 
     number: int
     origins: frozenset[int]
+    forgets: bool
     num_tokens: int
     place: asyncio.Task[Any]
+
+    def concerns(self, reader: int) -> bool:
+        """Whether there is something in it that the reader does not know."""
+        return self.forgets or bool(self.origins - {reader})
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Reader:
         with contextlib.suppress(WorkerLost):
             while news := self._exchange.news_for(self):
                 for block in news.blocks:
-                    if block.origins != {self.name}:
+                    if block.concerns(self.name):
                         await self._read(block)
                 self.position = news.position
                 self._exchange.trim()
@@ -129,6 +134,7 @@ class TraceExchange:
         self._readers: list[Reader] = []
         self._names = itertools.count()
         self._fresh: defaultdict[int, list[Trace]] = defaultdict(list)
+        self._forget_before: int | None = None
         self._blocks: deque[PublishedBlock] = deque()
         self._head = 0
         self._whole: list[PublishedBlock] | None = None  # the archive as it is
@@ -174,12 +180,22 @@ class TraceExchange:
         self._fresh[origin] += traces
         self._whole = None
 
+    def forget(self, before: int) -> None:
+        """Have nobody draft from older versions any more, from the next weight boundary on."""
+        self._archive.forget(before)
+        self._forget_before = before
+        self._whole = None
+
     def seal(self) -> None:
         """Publish what was sampled since the last time, unless everybody knows it."""
         fresh, self._fresh = self._fresh, defaultdict(list)
-        if not any(fresh.keys() - {reader.name} for reader in self._readers):
-            return
-        for block in in_blocks(fresh.items()):
+        before, self._forget_before = self._forget_before, None
+        blocks: list[Block] = []
+        if before is not None:
+            blocks.append(Block({GIVEN: ()}, before))
+        if any(fresh.keys() - {reader.name} for reader in self._readers):
+            blocks += in_blocks(fresh.items())
+        for block in blocks:
             self._head += 1
             self._blocks.append(self._published(block))
         waiting = sum(block.num_tokens for block in self._blocks)
@@ -224,9 +240,9 @@ class TraceExchange:
         await self._channel.close()
 
     def _published(self, block: Block) -> PublishedBlock:
-        num_tokens = sum(len(trace.token_ids) for traces in block.values() for trace in traces)
         place = asyncio.create_task(self._channel.publish(block))
-        return PublishedBlock(self._head, frozenset(block), num_tokens, place)
+        origins, forgets = frozenset(block.traces), block.forget_before is not None
+        return PublishedBlock(self._head, origins, forgets, block.num_tokens, place)
 
     def _discard(self, block: PublishedBlock) -> None:
         async def discard() -> None:
@@ -258,7 +274,7 @@ def in_blocks(traces: Iterable[tuple[int, Iterable[Trace]]]) -> Iterator[Block]:
             block[origin].append(trace)
             size += len(trace.token_ids)
             if size >= BLOCK_TOKENS:
-                yield block
+                yield Block(block)
                 block, size = defaultdict(list), 0
     if block:
-        yield block
+        yield Block(block)

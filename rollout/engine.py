@@ -56,3 +56,6 @@ class Engine(Protocol):
 
         Nothing where nothing is drafted.
         """
+
+    def forget(self, before: int) -> None:
+        """Draft no more from what versions before this one sampled: the policy has gone too far."""

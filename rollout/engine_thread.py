@@ -127,6 +127,17 @@ class EngineThread:
         self._submit(lambda: self._lessons.append(lesson), future)
         return future
 
+    def forget(self, before: int) -> Future[None]:
+        """Have the engine draft no more from versions before this one."""
+        future: Future[None] = Future()
+
+        def forget() -> None:
+            self._engine.forget(before)
+            resolve(future, None)
+
+        self._submit(forget, future)
+        return future
+
     @property
     def draft_counters(self) -> Mapping[str, int]:
         """Running totals of the engine's drafting."""

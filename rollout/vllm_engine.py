@@ -209,6 +209,11 @@ class VLLMEngine:
         if self._proposer is not None:
             self._proposer.learn(traces)
 
+    def forget(self, before: int) -> None:
+        """Draft no more from what versions before this one sampled."""
+        if self._proposer is not None:
+            self._proposer.history.forget(before)
+
     def _enqueue(self, turn: Turn | ScoringTurn, index: int) -> None:
         """Give vLLM a sample as a request of its own, so that it can be taken back alone."""
         task = turn.task(index)

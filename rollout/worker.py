@@ -15,7 +15,9 @@ from paceline.weights_sync.handle import WeightHandle
 
 
 class TraceBlock(Protocol):
-    """Traces that the controller published."""
+    """Traces that the controller published; versions before ``forget_before`` are too far gone."""
+
+    forget_before: int | None
 
     def read(self, reader: int) -> Sequence[Trace]:
         """All but those that the reader's engine sampled; may take a while."""
@@ -56,6 +58,8 @@ class RolloutWorker:
     async def learn(self, block: TraceBlock, reader: int) -> None:
         """Read traces, beside the engine's thread, and draft from them from now on."""
         traces = await asyncio.to_thread(block.read, reader)
+        if block.forget_before is not None:
+            await asyncio.wrap_future(self._engine.forget(block.forget_before))
         await asyncio.wrap_future(self._engine.learn(traces))
 
     async def counters(self) -> dict[str, float]:

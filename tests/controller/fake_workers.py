@@ -36,7 +36,7 @@ class FakeWorker:
         self.requests = []
         self.interrupted = []
         self.running = {}
-        self.known = []
+        self.known, self.forgotten = [], None
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -72,6 +72,7 @@ class FakeWorker:
         await asyncio.sleep(0)
         await self._answers(self.stuck)
         self.known += block.read(reader)
+        self.forgotten = block.forget_before or self.forgotten
 
     async def counters(self):
         await self._answers()

@@ -13,19 +13,21 @@ from paceline.configs.schema.run import ClusterConfig
 from paceline.configs.vocabulary import Trace
 from paceline.controller.actors import RolloutActor, start_actor
 from paceline.controller.cluster import ray_cluster
-from paceline.controller.trace_channels import KEEP_SECONDS, RayChannel, RedisChannel
+from paceline.controller.trace_channels import KEEP_SECONDS, Block, RayChannel, RedisChannel
 from paceline.spec.trace_file import pack, unpack
 from tests.redis_server import RedisServer
 
 pytestmark = pytest.mark.slow
 
-BLOCK = {
+TRACES = {
     0: [
         Trace((1, 2), 3, np.arange(5, dtype=np.int32)),
         Trace((1, 2), -1, np.arange(2, dtype="i4")),
     ],
     7: [Trace((), 4, np.arange(100_000, dtype=np.int32))],
 }
+
+BLOCK = Block(TRACES, forget_before=3)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,7 @@ def worker():
 
     class Listener:
         async def learn(self, block, reader):
+            assert block.forget_before == 3
             self.learned = await asyncio.to_thread(block.read, reader)
 
         def told(self):
@@ -68,7 +71,7 @@ def test_a_worker_reads_all_but_its_own(channel, worker):
     async def scenario():
         place = await channel.publish(BLOCK)
         for reader, origins in [(0, [7]), (7, [0]), (1, [0, 7])]:
-            expected = [trace for origin in origins for trace in BLOCK[origin]]
+            expected = [trace for origin in origins for trace in TRACES[origin]]
             found = await read(worker, place, reader)
             assert [(t.prompt_token_ids, t.version) for t in found] == [
                 (t.prompt_token_ids, t.version) for t in expected

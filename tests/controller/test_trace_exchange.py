@@ -44,10 +44,11 @@ class Hands:
 
 class HandedBlock:
     def __init__(self, block):
-        self.block = block
+        self.block, self.forget_before = block, block.forget_before
 
     def read(self, reader):
-        return [trace for origin, part in self.block.items() if origin != reader for trace in part]
+        parts = self.block.traces.items()
+        return [trace for origin, part in parts if origin != reader for trace in part]
 
 
 def traces_of(prompt, completion, first):
@@ -289,3 +290,22 @@ def test_groups_of_the_ledger_are_recalled_unless_the_checkpoint_had_them():
             assert [*trace.prompt_token_ids, *trace.token_ids] == trajectory.token_ids.tolist()
 
     run_virtually(scenario())
+
+
+def test_everybody_is_told_what_to_forget_a_lone_worker_too():
+    async def scenario(num_workers):
+        workers = [FakeWorker() for _ in range(num_workers)]
+        pool, exchange, channel = await pool_and_exchange(workers)
+        for version in range(3):
+            await sample_on(pool, 0, 10 + version, version)
+            await pool.update_weights(handle(version + 1))
+        exchange.forget(2)
+        assert [worker.forgotten for worker in workers] == [None] * num_workers
+        await pool.update_weights(handle(4))
+        await exchange.settled()
+        assert [worker.forgotten for worker in workers] == [2] * num_workers
+        assert [trace.version for trace in exchange.sampled()] == [2]
+        assert channel.kept == []
+
+    for num_workers in (1, 2):
+        run_virtually(scenario(num_workers))

@@ -36,6 +36,7 @@ class FakeEngine:
         self.in_step = False
         self.num_steps = 0
         self.learned = []
+        self.forgotten = None
 
     def add(self, request):
         if not request.prompt_token_ids:
@@ -76,6 +77,10 @@ class FakeEngine:
         self.num_learned_at_update = len(self.learned)
         self.version = handle.version
         return [self.interrupt(name) for name in list(self.running)] if self.aborts else []
+
+    def forget(self, before):
+        assert not self.in_step
+        self.forgotten = before, len(self.learned)
 
     def learn(self, traces):
         assert not self.in_step
@@ -242,6 +247,8 @@ def test_an_engine_that_breaks_over_a_trace_fails_all_lessons(engine_and_thread)
 
 def test_a_worker_reads_traces_beside_its_engine_and_answers_when_they_are_learned():
     class Block:
+        forget_before = 2
+
         def read(self, reader):
             self.thread = threading.get_ident()
             return [trace(reader)]
@@ -252,6 +259,7 @@ def test_a_worker_reads_traces_beside_its_engine_and_answers_when_they_are_learn
         await worker.learn(block, 3)
         ((_, (learned,)),) = engine.learned
         assert len(learned.token_ids) == 3
+        assert engine.forgotten == (2, 0)
         assert block.thread not in {threading.get_ident(), *engine.threads}
         await worker.close()
 
