@@ -93,7 +93,7 @@ def chi_square(what: str, cells: Tensor, num_cells: int) -> ChiSquare:
     counts = torch.bincount(cells, minlength=num_cells).double()
     expected = len(cells) / num_cells
     statistic = float(((counts - expected) ** 2 / expected).sum()) if len(cells) else 0.0
-    return ChiSquare(what, statistic, num_cells - 1, _beyond(statistic, num_cells - 1))
+    return ChiSquare(what, statistic, num_cells - 1, beyond(statistic, num_cells - 1))
 
 
 def even_each(what: str, numbers: Tensor) -> ChiSquare:
@@ -110,7 +110,7 @@ def as_often_as(what: str, hits: Tensor, probabilities: Tensor) -> ChiSquare | N
     if variance < LEAST_VARIANCE:
         return None
     statistic = float((hits.double() - probabilities).sum()) ** 2 / variance
-    return ChiSquare(what, statistic, 1, _beyond(statistic, 1))
+    return ChiSquare(what, statistic, 1, beyond(statistic, 1))
 
 
 def even_in_pairs(what: str, numbers: Tensor) -> ChiSquare:
@@ -123,7 +123,7 @@ def even_in_pairs(what: str, numbers: Tensor) -> ChiSquare:
     return chi_square(what, pairs[:, 0] * NUM_PAIR_CELLS + pairs[:, 1], NUM_PAIR_CELLS**2)
 
 
-def _beyond(statistic: float, degrees: int) -> float:
+def beyond(statistic: float, degrees: int) -> float:
     """Probability of a larger chi-square."""
     halves = torch.tensor([degrees / 2.0, statistic / 2.0], dtype=torch.float64)
     return float(torch.special.gammaincc(halves[0], halves[1]))

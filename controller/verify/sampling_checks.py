@@ -65,7 +65,7 @@ def stopped_distribution(subject: Subject) -> Iterator[CheckResult]:
         sampling = SamplingParameters(
             1.0, max_tokens=subject.size.num_tokens, stop_token_ids=_frequent(subject)
         )
-        run = subject.run(drafter, _requests(subject, sampling))
+        run = subject.run(drafter, requests_for(subject, sampling))
         evidence = examine(subject.reference, run.samples, subject.generator)
         even = even_each(describe(sampling), joined(evidence, "numbers"))
         comparisons = [even, *drafts_accepted(evidence)]
@@ -86,8 +86,8 @@ def weight_swap(subject: Subject) -> Iterator[CheckResult]:
                 drafter.engine.update_weights(subject.reference.publish(swaps[step]))
 
         sampling = SamplingParameters(1.0, max_tokens=subject.size.num_tokens)
-        subject.run(drafter, _requests(subject, sampling))  # what ours drafts from
-        requests = chain.from_iterable(_requests(subject, sampling) for _ in range(SWAP_ROUNDS))
+        subject.run(drafter, requests_for(subject, sampling))  # what ours drafts from
+        requests = chain.from_iterable(requests_for(subject, sampling) for _ in range(SWAP_ROUNDS))
         run = subject.run(drafter, list(requests), between=swap)
         drafter.engine.update_weights(subject.reference.publish(0))
         evidence = examine(subject.reference, run.samples, subject.generator, rival=0)
@@ -115,7 +115,7 @@ def sampled_by(subject: Subject, drafter: Drafter) -> Iterator[CheckResult]:
     runs: list[Run] = []
     everything: list[Evidence] = []
     for title, batch in [*batches, ("sampled mixed", TOGETHER)]:
-        requests = chain.from_iterable(_requests(subject, sampling) for sampling in batch)
+        requests = chain.from_iterable(requests_for(subject, sampling) for sampling in batch)
         run = subject.run(drafter, list(requests))
         evidence = examine(subject.reference, run.samples, subject.generator)
         yield _in_ways(title, run, evidence)
@@ -167,7 +167,7 @@ def _after_first(spans: dict[int, Tensor]) -> list[ChiSquare]:
     return [even_each("after swaps", torch.cat(later))] if later else []
 
 
-def _requests(subject: Subject, sampling: SamplingParameters) -> list[RolloutRequest]:
+def requests_for(subject: Subject, sampling: SamplingParameters) -> list[RolloutRequest]:
     """All prompts, sampled in one way."""
     sampling = replace(sampling, max_tokens=subject.size.num_tokens)
     return [

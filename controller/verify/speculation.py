@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from paceline.configs.errors import ModelError
 from paceline.controller.observe.versions import collect_versions
+from paceline.controller.verify.coupled_checks import coupled_distribution, coupled_tokens
 from paceline.controller.verify.greedy_checks import greedy_tokens, stops
 from paceline.controller.verify.result import CheckResult, Verification
 from paceline.controller.verify.sampling_checks import (
@@ -34,6 +35,8 @@ CHECKS: Sequence[Check] = (
     sampled_distribution,
     stopped_distribution,
     weight_swap,
+    coupled_tokens,
+    coupled_distribution,
 )
 """In this order; each leaves the engines with version 0 of the weights and nothing to do."""
 

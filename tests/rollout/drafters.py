@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
-class FixedDrafter:
-    """Always drafts ``tokens``, whatever came before, and counts what it drafted."""
+class ScriptedDrafter:
+    """Drafts what ``script`` makes of all tokens of a row; counts what it drafted."""
 
-    tokens: list[int] = []
+    script: Callable[[list[int]], list[int]] = staticmethod(lambda tokens: [])
     num_drafted = 0
 
     def __init__(self, vllm_config) -> None:
@@ -16,18 +16,6 @@ class FixedDrafter:
 
     def load_model(self, target_model) -> None:
         """There is none."""
-
-    def propose(self, sampled_token_ids, num_tokens_no_spec, token_ids_cpu, slot_mappings=None):
-        drafts = [FixedDrafter.tokens[: self._max] if new else [] for new in sampled_token_ids]
-        FixedDrafter.num_drafted += sum(map(len, drafts))
-        return drafts
-
-
-class ScriptedDrafter(FixedDrafter):
-    """Drafts what ``script`` makes of all tokens of a row; counts what it drafted."""
-
-    script: Callable[[list[int]], list[int]] = staticmethod(lambda tokens: [])
-    num_drafted = 0
 
     def propose(self, sampled_token_ids, num_tokens_no_spec, token_ids_cpu, slot_mappings=None):
         drafts = [
