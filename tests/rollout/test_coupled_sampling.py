@@ -15,7 +15,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
-from paceline.configs.schema.rollout import RolloutConfig
+from paceline.configs.schema.rollout import DraftingConfig, RolloutConfig
 from paceline.learner.model import write_initial_model
 from paceline.rollout import coupled_sampling
 from paceline.rollout.coupled_sampling import CoupledSampler, CoupledVerifier, noisy_argmax
@@ -44,7 +44,7 @@ VOCABULARY = 128
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
-    """By name: a coupled engine, one that is drafted for, and one that samples as vLLM does."""
+    """A model, and engines of it that sample coupled or as vLLM does, with drafts and without."""
     from vllm.v1.engine import core
 
     from paceline.rollout.vllm_engine import VLLMEngine
@@ -54,13 +54,15 @@ def engines(tmp_path_factory):
     architecture = tiny_model_config(LONG, initializer_range=0.3)
     write_initial_model(architecture, VOCABULARY, STOP, seed=0, folder=folder)
 
-    def engine(coupled, drafted):
+    def engine(coupled, drafted=False, drafting=None):
         scripted = {
             "method": "custom_class",
             "model": "tests.rollout.drafters.ScriptedDrafter",
             "num_speculative_tokens": 4,
         }
-        config = RolloutConfig(max_num_seqs=64, kv_cache_mb=16, coupled_sampling=coupled)
+        config = RolloutConfig(
+            max_num_seqs=64, kv_cache_mb=16, coupled_sampling=coupled, drafting=drafting
+        )
         return VLLMEngine(
             folder,
             config,
@@ -71,16 +73,19 @@ def engines(tmp_path_factory):
         )
 
     reference = VersionedReference(build_reference(folder, tmp_path_factory.mktemp("published")))
+    always = DraftingConfig(budget="none", max_tokens=4)
     return SimpleNamespace(
-        plain=engine(True, False),
-        drafted=engine(True, True),
-        ratio_rule=engine(False, True),
         reference=reference,
+        plain=engine(True),
+        drafted=engine(True, drafted=True),
+        ratio_rule=engine(False, drafted=True),
+        from_siblings=engine(True, drafting=always),
+        ratio_rule_from_siblings=engine(False, drafting=always),
     )
 
 
 def serve(engines, version):
-    for engine in (engines.plain, engines.drafted, engines.ratio_rule):
+    for engine in list(vars(engines).values())[1:]:
         engines.reference.serve(engine, version)
 
 
@@ -169,6 +174,40 @@ def test_whatever_is_drafted_the_tokens_are_the_same(engines, script):
     )
     assert_the_same(run_to_end(engines.drafted, *requests), expected)
     assert (ScriptedDrafter.num_drafted > 0) == (script != "nothing")
+
+
+@slow
+def test_drafts_from_siblings_that_know_the_noise_change_no_token_and_are_accepted(engines):
+    serve(engines, 8)
+    requests = mixed_requests(num_samples=12, stop_token_ids=())
+    expected = run_to_end(engines.plain, *requests)
+    engine = engines.from_siblings
+    for request in requests:
+        engine.add(request)
+    results = {result.request_id: result.completions for result in steps(engine, 6)}
+    cut = {request.request_id: engine.interrupt(request.request_id) for request in requests}
+    results |= {name: result.completions for name, result in cut.items() if result is not None}
+    waiting = [replace(request, partial=results[request.request_id]) for request in requests]
+    results |= run_to_end(engine, *waiting)
+    assert_the_same(results, expected)
+    sources = np.concatenate([c.draft_sources for each in results.values() for c in each])
+    assert (sources > 0).mean() > 0.05
+
+
+@slow
+@pytest.mark.parametrize("coupled", [True, False])
+def test_only_under_coupled_sampling_a_drafter_is_told_the_seed(engines, coupled, monkeypatch):
+    """Under the ratio rule a draft that knows the verifier's randomness biases what is sampled."""
+    engine = engines.from_siblings if coupled else engines.ratio_rule_from_siblings
+    serve(engines, 9)
+    told = []
+    reader = engine._proposer._reader
+    opened = reader.open
+    monkeypatch.setattr(
+        reader, "open", lambda name, *noise: told.append(noise[0]) or opened(name, *noise)
+    )
+    run_to_end(engine, make_request("told", num_samples=3, seed=70, max_tokens=4))
+    assert told == ([70, 71, 72] if coupled else [None] * 3)
 
 
 @slow
@@ -272,6 +311,16 @@ def test_greedy_samples_are_those_of_vllm_and_seeds_make_others_differ(engines):
     request = make_request("random", num_samples=8, max_tokens=BUDGET, stop_token_ids=())
     samples = [c.token_ids.tolist() for c in run_to_end(engines.plain, request)["random"]]
     assert len(set(map(tuple, samples))) == 8
+
+
+@slow
+def test_an_engine_that_samples_coupled_scores_as_any_other(engines):
+    serve(engines, 7)
+    request = make_request("scored", num_samples=3, max_tokens=9)
+    completions = run_to_end(engines.plain, request)["scored"]
+    asked = replace(request, partial=completions, scores=True)
+    scores = run_to_end(engines.drafted, asked)["scored"]
+    assert_the_same({"scored": scores}, {"scored": completions})
 
 
 @slow
