@@ -53,6 +53,11 @@ class DraftingConfig(Section):
     max_memory_mb: int = Field(default=1024, ge=1)
     """Memory of an engine's drafter, in MiB; the oldest versions of any prompt make way."""
 
+    max_drift: float | None = Field(default=None, gt=0)
+    """Furthest, in nats a token, that the policy may have gone from a version that is drafted from;
+    an estimate from the steps' own measurement, which needs samples of older versions
+    (`loop.max_lag` above 0). Null keeps the `window`."""
+
     traces: tuple[str, ...] = ()
     """JSON-lines files of completions to draft from at the start: demonstrations, evaluations,
     `samples.jsonl` of an earlier run. A line holds `prompt` and `completion`, texts as the model

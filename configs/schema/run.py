@@ -160,6 +160,12 @@ class RunConfig(Section):
                 f"rollout.sampling.max_tokens ({self.rollout.sampling.max_tokens}) leaves no room "
                 f"for a prompt in model.max_length ({self.model.max_length}): lower the former"
             )
+        drafting = self.rollout.drafting
+        if drafting is not None and drafting.max_drift is not None and self.loop.max_lag == 0:
+            raise ValueError(
+                "rollout.drafting.max_drift is measured on samples of older versions, and "
+                "loop.max_lag: 0 trains on none: set max_drift to null, or raise max_lag"
+            )
         if self.loop.samples_per_group < 2 and compares_siblings(self.algorithm):
             raise ValueError(
                 f"loop.samples_per_group must be at least 2 for {self.algorithm.type}: "

@@ -189,6 +189,13 @@ def test_contradictions_between_sections_come_as_one_line() -> None:
     assert line.startswith("run.yaml: rollout.sampling.max_tokens (512) leaves no room")
 
 
+def test_drift_is_not_measured_where_all_samples_are_of_the_current_version() -> None:
+    drafting = "rollout.drafting={max_drift: 0.5}"
+    (line,) = complaints(minimal(), drafting, "loop.max_lag=0")
+    assert "max_drift is measured on samples of older versions" in line
+    load_config(minimal(), (drafting, "loop.max_lag=1"))
+
+
 @pytest.mark.parametrize(("recipe", "given"), [("sft", 1), ("dpo", 2)])
 def test_what_the_data_source_gives_is_not_a_number_of_samples(recipe: str, given: int) -> None:
     (line,) = complaints(recipe, "loop.samples_per_group=4")
