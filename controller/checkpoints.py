@@ -33,7 +33,8 @@ class RunState:
     ``feed`` is the prompt feed's own state; ``pending`` are the positions before it whose prompts
     were admitted and neither trained nor dropped: where no ledger tells more, they are sampled
     again. ``seconds`` are spent
-    so far, by part of the run; ``before`` is what the held-out evaluation before training found.
+    so far, by part of the run; ``before`` is what the held-out evaluation before training found;
+    ``drift`` how far each step took the policy, where that matters (`PolicyDrift`).
     """
 
     step: int
@@ -43,6 +44,7 @@ class RunState:
     seconds: dict[str, float]
     warm_start: dict[str, float] | None
     before: dict[str, Any]
+    drift: tuple[float, ...] = ()
 
 
 class CheckpointFolder:
@@ -93,7 +95,8 @@ class CheckpointFolder:
                 "version of Paceline that wrote it, or remove this checkpoint to use an older one"
             )
         try:
-            state = RunState(**{**content, "pending": tuple(content["pending"])})
+            lists = {"pending": content["pending"], "drift": content.get("drift", ())}
+            state = RunState(**{**content, **{name: tuple(each) for name, each in lists.items()}})
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{folder / 'state.json'} is incomplete: {error}") from error
         return state, folder

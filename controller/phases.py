@@ -20,6 +20,10 @@ OutcomeHook = Callable[[Iterable[Outcome]], Mapping[str, float]]
 """Told how a step's groups went; answers with metrics of its own."""
 
 
+DriftHook = Callable[[AssembledBatch, StepReport], Mapping[str, float]]
+"""Sees how far a step took the policy; answers with metrics of its own."""
+
+
 @dataclass
 class TrainingObserver:
     """Observes reinforcement learning: every step is recorded; hooks run when they are due."""
@@ -30,6 +34,7 @@ class TrainingObserver:
     pool: WorkerPool
     samples_per_step: int
     observe_outcomes: OutcomeHook
+    observe_drift: DriftHook | None
     evaluate: StepHook
     evaluate_every: int | None
     checkpoint: StepHook
@@ -42,7 +47,9 @@ class TrainingObserver:
         finished = batch.batch.step + 1
         # Before the first await: the slots of this step are not free yet, so that the next prompts
         # are chosen knowing how it went, and a checkpoint holds what its steps told.
-        found = self.observe_outcomes(batch.outcomes)
+        found = dict(self.observe_outcomes(batch.outcomes))
+        if self.observe_drift is not None:
+            found |= self.observe_drift(batch, report)
         report = replace(report, metrics={**report.metrics, **found})
         self.totals.add(batch, report)
         if batch.batch.step in loop.buffer.journal.state.diverged:

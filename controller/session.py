@@ -16,6 +16,7 @@ from paceline.controller import algorithms, wiring
 from paceline.controller.assembly import Collector
 from paceline.controller.buffer import WorkBuffer
 from paceline.controller.checkpoints import LEARNER, TRACES, CheckpointFolder, RunState, Save
+from paceline.controller.drift import DriftWindow, PolicyDrift
 from paceline.controller.evaluation import accuracy
 from paceline.controller.freshness import FreshnessBudget, freshness_budget
 from paceline.controller.incidents import CautiousLearner
@@ -31,7 +32,7 @@ from paceline.controller.observe.records import (
     Generation,
 )
 from paceline.controller.pacing import Pacer, Unpaced
-from paceline.controller.phases import TrainingObserver, WarmStartObserver
+from paceline.controller.phases import DriftHook, TrainingObserver, WarmStartObserver
 from paceline.controller.progress import Progress
 from paceline.controller.recovery import Recovered, recover, require_empty
 
@@ -77,6 +78,9 @@ class Session:
         self._checkpoints = CheckpointFolder(folder.checkpoints, self._config.checkpoint.keep)
         self._held_out = parts.prepared.prompts.held_out
         self._recovered = Recovered()
+        drafting = self._config.rollout.drafting
+        max_drift = None if drafting is None else drafting.max_drift
+        self._drift = None if max_drift is None else PolicyDrift(max_drift)
         loop = self._config.loop
         self._budget = freshness_budget(loop.groups_per_step, loop.max_lag, loop.window_fraction)
         token_bytes = BYTES_PER_TOKEN + TEACHER_BYTES * (self._config.teacher is not None)
@@ -178,6 +182,7 @@ class Session:
             pool=parts.pool,
             samples_per_step=config.observability.samples_per_step,
             observe_outcomes=self._feed.observe,
+            observe_drift=self._drift_window(),
             evaluate=self._evaluate_during,
             evaluate_every=config.evaluation.every_steps,
             checkpoint=self._save,
@@ -223,10 +228,18 @@ class Session:
                 raise loop.exhausted
             progress.solved = True
 
+    def _drift_window(self) -> DriftHook | None:
+        if self._drift is None:
+            return None
+        assert self._parts.exchange is not None, "the schema has max_drift where engines draft"
+        return DriftWindow(self._drift, self._parts.exchange.forget).observe
+
     async def _restore(self, resumption: Resumption) -> None:
         """Continue from a checkpoint, with what the ledger knows of the time since."""
         state = resumption.state
         self._recorder.message(f"resuming after step {state.step}")
+        if self._drift is not None:
+            self._drift.resume(state.step, state.drift)
         self._feed.restore(state.feed)
         self._recovered = await recover(
             self._journal, state, self._feed.at, fits=resumption.groups_fit
@@ -248,6 +261,8 @@ class Session:
         except CheckpointError as error:
             self._recorder.message(f"drafting starts cold: {error}")
         exchange.recall(self._recovered.groups)
+        if self._drift is not None and (oldest := self._drift.oldest_near()) > 0:
+            exchange.forget(oldest)
 
     async def _begin_training(self) -> None:
         """Fresh optimiser and, where the algorithm has one, the reference policy.
@@ -281,6 +296,7 @@ class Session:
             seconds=dict(self._progress.seconds),
             warm_start=self._progress.warm_start,
             before=self._progress.before,
+            drift=() if self._drift is None else tuple(self._drift.distances),
         )
         parts: dict[str, Save] = {LEARNER: self._parts.learner.save}
         if self._parts.exchange is not None:

@@ -375,6 +375,7 @@ def test_a_step_is_observed_before_its_slots_can_be_freed_and_its_metrics_are_re
         pool=witness,
         samples_per_step=1,
         observe_outcomes=witness.observe,
+        observe_drift=None,
         evaluate=None,
         evaluate_every=None,
         checkpoint=None,
