@@ -199,7 +199,7 @@ def noisy_argmax(logits: Tensor, seeds: Tensor, positions: Tensor, is_greedy: Te
     for start in range(0, len(logits), at_once):
         rows = slice(start, start + at_once)
         noise = gumbel(streams[rows, None], tokens)
-        noise[is_greedy[rows]] = 0.0
+        noise.masked_fill_(is_greedy[rows, None], 0.0)
         chosen.append((logits[rows] + noise).argmax(dim=-1))
     return torch.cat(chosen)
 
