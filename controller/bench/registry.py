@@ -16,6 +16,7 @@ from paceline.controller.bench.buffer import bench_buffer
 from paceline.controller.bench.e2e import bench_e2e
 from paceline.controller.bench.result import BenchResult, show
 from paceline.controller.bench.rollout import bench_rollout
+from paceline.controller.bench.suffix import bench_suffix
 
 Bench = Callable[[bool, Path], BenchResult]
 """``(quick, output)``: measure (briefly where ``quick``), with files in the folder ``output``."""
@@ -26,6 +27,7 @@ BENCHES: Mapping[str, Bench] = {
     "buffer": bench_buffer,
     "algorithms": bench_algorithms,
     "rollout": bench_rollout,
+    "suffix": bench_suffix,
 }
 
 
