@@ -42,7 +42,10 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class Step:
-    """An engine step: sequences and tokens (drafted ones included) it computed, and its seconds."""
+    """An engine step: sequences and tokens (drafted ones included) it computed.
+
+    ``seconds`` are those in which its process had a core: on a quiet machine all of them.
+    """
 
     num_sequences: int
     num_tokens: int
@@ -53,10 +56,11 @@ class Step:
 class Epoch:
     """Every request answered once: wall seconds from the first to the last, and all steps.
 
-    ``seconds_proposing`` is the part of it in which the drafter was asked.
+    In ``seconds_busy`` of them its process had a core; in ``seconds_proposing`` the drafter worked.
     """
 
     seconds: float
+    seconds_busy: float
     seconds_proposing: float
     steps: tuple[Step, ...]
     completions: Mapping[str, tuple[Completion, ...]]
@@ -230,14 +234,15 @@ def _run(
         _live.oracle.foretell(futures)
     meter.num_drafted, meter.seconds = 0, 0.0
     completions, steps = {}, []
-    started = time.perf_counter()
+    started, busy_before = time.perf_counter(), time.process_time()
     for request in requests:
         engine.add(request)
     while engine.has_work():
         num_sequences = len(engine._running)
         num_tokens = num_sequences + meter.num_drafted
-        before = time.perf_counter()
+        before = time.process_time()
         results = engine.step()
-        steps.append(Step(num_sequences, num_tokens, time.perf_counter() - before))
+        steps.append(Step(num_sequences, num_tokens, time.process_time() - before))
         completions.update({result.request_id: result.completions for result in results})
-    return Epoch(time.perf_counter() - started, meter.seconds, tuple(steps), completions)
+    seconds, busy = time.perf_counter() - started, time.process_time() - busy_before
+    return Epoch(seconds, busy, meter.seconds, tuple(steps), completions)

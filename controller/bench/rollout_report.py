@@ -225,6 +225,7 @@ def _cost_table(costs: Sequence[StepCost]) -> BenchTable:
 def _figures(epoch: Epoch) -> dict[str, Any]:
     return {
         "seconds": epoch.seconds,
+        "seconds_busy": epoch.seconds_busy,
         "seconds_proposing": epoch.seconds_proposing,
         "num_steps": len(epoch.steps),
         "num_tokens": epoch.num_tokens,

@@ -127,7 +127,9 @@ def completion(num_tokens: int, logprob: float = -0.5) -> Completion:
 def epoch(seconds: float, steps: int = 40) -> Epoch:
     """Two samples of 20 tokens in ``steps`` steps of which a quarter drafted a token each."""
     each = [Step(1, 2 if index % 4 == 0 else 1, seconds / steps) for index in range(steps)]
-    return Epoch(seconds, 0.1 * seconds, tuple(each), {"0": (completion(20), completion(20))})
+    return Epoch(
+        seconds, 0.9 * seconds, 0.1 * seconds, tuple(each), {"0": (completion(20), completion(20))}
+    )
 
 
 def a_round(plain: float, ours: float, peer: float | None, temperature: float = 0.6):
@@ -171,6 +173,7 @@ def test_the_answer_holds_every_epoch() -> None:
     (first, _) = figures["rounds"][0]["0.6"][OURS.name]
     assert first == {
         "seconds": 1,
+        "seconds_busy": 0.9,
         "seconds_proposing": 0.1,
         "num_steps": 40,
         "num_tokens": 40,
@@ -186,7 +189,7 @@ def test_a_tokens_cost_is_the_slope_of_its_steps_and_the_first_step_is_not_among
     plain = [Step(n, n, 0.01 + 0.002 * n) for n in (4, 5, 6, 7) for _ in range(10)]
     drafted = [Step(5, n, 0.02 + 0.003 * n) for n in range(6, 20) for _ in range(10)]
     outlier = Step(5, 6, 1.0)
-    measured = Epoch(1.0, 0.0, (first, *plain, *drafted, outlier), {"0": (completion(20),)})
+    measured = Epoch(1.0, 1.0, 0.0, (first, *plain, *drafted, outlier), {"0": (completion(20),)})
     lines = step_costs([{0.6: {PLAIN.name: [measured]}}])
     assert [(line.fewest, line.drafted, line.num_steps) for line in lines] == [
         (4, False, 40),
