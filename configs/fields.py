@@ -104,7 +104,8 @@ def _type_name(annotation: Any) -> str:
     if annotation is type(None):
         return "null"
     if origin is tuple:
-        return f"list of {len(arguments)} {_type_name(arguments[0])}"
+        count = "" if arguments[-1] is Ellipsis else f"{len(arguments)} "
+        return f"list of {count}{_type_name(arguments[0])}"
     if origin is dict or annotation is dict:
         return "mapping"
     return {"str": "text", "int": "integer", "float": "number", "bool": "true or false"}.get(

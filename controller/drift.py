@@ -72,7 +72,7 @@ class DriftWindow:
         if oldest > self._oldest:
             self._oldest = oldest
             self._forget(oldest)
-        return {"draft_versions_near": float(len(self._drift.distances) + 1 - oldest)}
+        return {"draft_versions_near": float(len(self._drift.distances) + 1 - self._oldest)}
 
 
 def mean_square_age(groups: Iterable[Group], version: WeightVersion) -> float:

@@ -71,7 +71,7 @@ ROLLOUT_WORKER = LateClass("paceline.rollout.worker:RolloutWorker")
 VLLM_ENGINE = LateClass("paceline.rollout.vllm_engine:VLLMEngine")
 
 NUM_SELF_CHECK_PROMPTS = 8
-DRAFTER_BYTES_PER_TOKEN = 100
+DRAFTER_BYTES_PER_TOKEN = 60
 """About what an engine's drafter needs for a token: what it has no room for is not kept for it."""
 CPU_LEARNER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
