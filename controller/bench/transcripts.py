@@ -18,17 +18,23 @@ class Transcripts:
     The number of digits is log-normal with the given ``median`` and ``sigma`` (standard deviation
     of its logarithm), at least 1 and at most ``max_terms``: most answers are short and a few are
     many times longer, as in reasoning. The task is easy, for what it serves is timing. A prompt
-    source for ``data.source.type: import``.
+    source for ``data.source.type: import``, of ``num_records`` problems or without end.
     """
 
-    num_records: int | None = None
-
-    def __init__(self, median: float, sigma: float, max_terms: int, seed: int = 0) -> None:
+    def __init__(
+        self,
+        median: float,
+        sigma: float,
+        max_terms: int,
+        seed: int = 0,
+        num_records: int | None = None,
+    ) -> None:
         if not 1 <= max_terms <= len(LABELS):
             raise ConfigError(f"max_terms must lie in 1 to {len(LABELS)}, got {max_terms}")
         self._location, self._sigma = float(np.log(median)), sigma
         self._max_terms = max_terms
         self._seed = seed
+        self.num_records = num_records
 
     def record(self, index: int) -> Record:
         """The problem of this index; its answer is the reference too."""
