@@ -75,13 +75,14 @@ class Verification:
         return json.dumps(plain(content))
 
 
-COLUMNS = ("check", "drafted by", "tokens", "drafted", "accepted", "lowest p", "log-p", "")
+COLUMNS = ("check", "drafted by", "tokens", "drafted", "accepted", "p", "log-p", "")
 
 
 def show(verification: Verification, console: Console) -> None:
     """Print one row a result, what is wrong, and how far the answer can be trusted.
 
-    ``lowest p`` is of a result's comparisons, ``log-p`` its largest error of a log-probability.
+    ``p`` is the lowest probability of a result's comparisons, ``log-p`` its largest error of a
+    log-probability.
     """
     table = Table(
         title=f"verify {verification.name}",

@@ -99,7 +99,7 @@ class Size:
     num_greedy_tokens: int
 
 
-FULL = Size(num_samples=16, num_tokens=40, num_greedy_tokens=96)
+FULL = Size(num_samples=12, num_tokens=40, num_greedy_tokens=96)
 QUICK = Size(num_samples=6, num_tokens=32, num_greedy_tokens=64)
 
 

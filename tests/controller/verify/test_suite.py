@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,16 @@ from paceline.controller.verify.distribution import SUSPICIOUS, ChiSquare
 from paceline.controller.verify.result import CheckResult, Verification
 
 RIGHT = CheckResult("greedy tokens", "ours", "texts", 10, 8, 6, [ChiSquare("T=1", 9.0, 15, 0.8)])
+WIDE = replace(
+    RIGHT,
+    check="stops and budgets",
+    drafter="least likely.",
+    num_tokens=123_456,
+    num_drafted=123_456,
+    num_accepted=123_455,
+    comparisons=[ChiSquare("T=1", 30.0, 15, 0.008)],
+    logprob_error=1e-6,
+)
 WRONG = CheckResult("stops", "ours", "texts", 10, faults=["3 of 4 samples end elsewhere"])
 
 
@@ -43,7 +54,18 @@ def test_the_last_line_is_all_results_as_one_json_object(
     assert (result["num_drafted"], result["num_accepted"], result["passed"]) == (8, 6, True)
     assert result["comparisons"][0]["probability"] == 0.8
     assert any("greedy tokens" in line and "0.8" in line for line in lines[:-1])
-    assert all(len(line) <= 80 for line in lines[:-1])
+
+
+def test_the_table_fits_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    run(monkeypatch, WIDE)
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "least likely" in line[:40])
+    assert row.split() == [
+        *("stops", "and", "budgets", "least", "likely."),
+        *("123,456", "123,456", "123,455", "0.008", "1e-06", "ok"),
+    ]
 
 
 def test_one_check_that_fails_fails_the_run_and_says_why(
