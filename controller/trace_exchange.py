@@ -46,13 +46,12 @@ class PublishedBlock:
 
     number: int
     origins: frozenset[int]
-    forgets: bool
     num_tokens: int
     place: asyncio.Task[Any]
 
     def concerns(self, reader: int) -> bool:
         """Whether there is something in it that the reader does not know."""
-        return self.forgets or bool(self.origins - {reader})
+        return bool(self.origins - {reader})
 
 
 @dataclass(frozen=True)
@@ -241,8 +240,7 @@ class TraceExchange:
 
     def _published(self, block: Block) -> PublishedBlock:
         place = asyncio.create_task(self._channel.publish(block))
-        origins, forgets = frozenset(block.traces), block.forget_before is not None
-        return PublishedBlock(self._head, origins, forgets, block.num_tokens, place)
+        return PublishedBlock(self._head, frozenset(block.traces), block.num_tokens, place)
 
     def _discard(self, block: PublishedBlock) -> None:
         async def discard() -> None:

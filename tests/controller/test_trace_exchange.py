@@ -309,3 +309,23 @@ def test_everybody_is_told_what_to_forget_a_lone_worker_too():
 
     for num_workers in (1, 2):
         run_virtually(scenario(num_workers))
+
+
+def test_who_comes_while_others_still_read_the_archive_is_told_what_came_since():
+    async def scenario():
+        channel, workers = Hands(), [FakeWorker(), FakeWorker()]
+        exchange = exchange_of(channel)
+        exchange.give([given(5)])
+        channel.gate.clear()
+        early, late = (exchange.admit(worker) for worker in workers)
+        early.catch_up()
+        await asyncio.sleep(0)
+        early.sampled(request("r"), (tokens_of(6),))
+        late.catch_up()
+        await asyncio.sleep(0)
+        channel.gate.set()
+        await exchange.settled()
+        assert lengths(workers[0]) == Counter([5])
+        assert lengths(workers[1]) == Counter([5, 6])
+
+    run_virtually(scenario())
