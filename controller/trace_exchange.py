@@ -176,7 +176,8 @@ class TraceExchange:
             for trace in self._traces_of(request.prompt_token_ids, completion, first)
         ]
         self._archive.add(traces)
-        self._fresh[origin] += traces
+        if any(reader.name != origin for reader in self._readers):
+            self._fresh[origin] += traces
         self._whole = None
 
     def forget(self, before: int) -> None:
@@ -186,14 +187,13 @@ class TraceExchange:
         self._whole = None
 
     def seal(self) -> None:
-        """Publish what was sampled since the last time, unless everybody knows it."""
+        """Publish what was sampled since the last time, and somebody does not know."""
         fresh, self._fresh = self._fresh, defaultdict(list)
         before, self._forget_before = self._forget_before, None
         blocks: list[Block] = []
         if before is not None:
             blocks.append(Block({GIVEN: ()}, before))
-        if any(fresh.keys() - {reader.name} for reader in self._readers):
-            blocks += in_blocks(fresh.items())
+        blocks += in_blocks(fresh.items())
         for block in blocks:
             self._head += 1
             self._blocks.append(self._published(block))
