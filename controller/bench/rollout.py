@@ -94,7 +94,8 @@ def _setting(plan: Plan, weights: Published) -> Setting:
         f"{weights.num_wide / 1e6:.0f} million, so that its steps cost what theirs cost; each "
         f"epoch serves the weights {training.steps_between} updates after the last.",
         f"Workload: {plan.num_problems} prompts x {plan.num_samples} samples an epoch, counting "
-        "up in words, all handed in at once; every mode on one thread.",
+        "up in words, all handed in at once; every mode on one thread. Samples are coupled: "
+        "every mode samples the same tokens.",
         plan.seed,
         [
             f"{mode.name} is not installed and was left out: pip install {mode.package}"
@@ -153,7 +154,7 @@ def _settings(plan: Plan, weights: Published, mode: Mode) -> EngineSettings:
     config = RolloutConfig(
         max_num_seqs=plan.num_problems * plan.num_samples,
         kv_cache_mb=512,
-        coupled_sampling=mode.coupled,
+        coupled_sampling=mode.guesses_noise,
         drafting=None if mode.drafting is None else DraftingConfig(**mode.drafting),
     )
     return EngineSettings(

@@ -2,6 +2,11 @@
 
 Only the process that was asked is busy; the others wait. So the modes of the benchmark can take
 turns epoch by epoch, seconds apart, and each keeps what it has learned.
+
+What is sampled is fixed by a sample's seed and the weights (``rollout/coupled_sampling.py``): all
+modes sample the same tokens, but for rounding, and their seconds tell of steps, not of who was
+lucky enough to have short answers. A draft that does not know the noise is accepted with the
+probability that the model gives it, as under vLLM's own rule.
 """
 
 from __future__ import annotations
@@ -32,7 +37,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine is built with; ``speculative`` replaces what ``config.drafting`` says."""
+    """What an engine is built with; ``speculative`` replaces what ``config.drafting`` says.
+
+    Whatever ``config.coupled_sampling`` tells the drafter, samples are coupled.
+    """
 
     model_folder: str
     config: RolloutConfig
@@ -182,6 +190,7 @@ _live: _Live | None = None
 
 def _build(settings: EngineSettings) -> None:
     global _live
+    from paceline.rollout.coupled_sampling import sample_coupled
     from paceline.rollout.vllm_engine import VLLMEngine
     from paceline.rollout.vllm_patches import model_runner
 
@@ -195,6 +204,7 @@ def _build(settings: EngineSettings) -> None:
         seed=0,
         speculative_config=settings.speculative,
     )
+    engine._engine.collective_rpc(sample_coupled)
     _live = _Live(engine)
     runner = model_runner(engine._engine)
     if settings.speculative is not None or settings.config.drafting is not None:

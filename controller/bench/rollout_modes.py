@@ -15,15 +15,15 @@ class Mode:
     """A way to draft.
 
     ``drafting`` are keys of ``rollout.drafting``; ``speculative`` is a configuration of vLLM's own
-    instead; with neither nothing is drafted. With ``coupled`` a sample is fixed by its seed and the
-    weights. ``replays`` is a mode that samples the same, and whose completions it is told before.
+    instead; with neither nothing is drafted. With ``guesses_noise`` drafts are made as under
+    ``rollout.coupled_sampling``. ``replays`` is a mode whose completions it is told beforehand.
     ``needs`` is a module without which it cannot run, and ``package`` what installs it.
     """
 
     name: str
     drafting: Mapping[str, Any] | None = None
     speculative: Mapping[str, Any] | None = None
-    coupled: bool = False
+    guesses_noise: bool = False
     replays: str | None = None
     needs: str | None = None
     package: str | None = None
@@ -43,5 +43,5 @@ PEER = Mode(
 )
 OURS = Mode("ours", drafting={})
 UNBUDGETED = Mode("ours, no budgets", drafting={"budget": "none"})
-COUPLED = Mode("ours, coupled", drafting={}, coupled=True)
-ORACLE = Mode("oracle, coupled", speculative=SPECULATIVE, coupled=True, replays=COUPLED.name)
+COUPLED = Mode("ours, coupled", drafting={}, guesses_noise=True)
+ORACLE = Mode("oracle", speculative=SPECULATIVE, replays=PLAIN.name)

@@ -235,7 +235,8 @@ def test_the_oracle_drafts_what_was_foretold_and_nothing_once_that_was_wrong() -
 def test_engines_sample_the_same_and_an_oracle_is_always_right(tmp_path) -> None:
     plan = replace(
         rollout.QUICK,
-        modes=(replace(PLAIN, coupled=True), COUPLED, ORACLE),
+        modes=(PLAIN, COUPLED, ORACLE),
+        temperatures=(0.6, 1.0),
         num_problems=2,
         num_samples=2,
         training=Training(num_steps=2, versions=2, max_tokens=24, shape=SMALL),
@@ -243,7 +244,7 @@ def test_engines_sample_the_same_and_an_oracle_is_always_right(tmp_path) -> None
     )
     weights = publish_versions(plan.training, plan.shape, tmp_path / "model", tmp_path / "weights")
     (measured,) = rollout._measure(plan, weights, tmp_path)
-    epochs = measured[0.6]
+    epochs = measured[1.0]
     tokens = {
         mode: [
             [each.token_ids.tolist() for group in found.completions.values() for each in group]
