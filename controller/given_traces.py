@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from paceline.configs.errors import DataError
 from paceline.configs.vocabulary import Trace
 
-GIVEN_VERSION = -1
 EXPECTED = "expected an object with prompt and completion, or prompt_token_ids and token_ids"
 
 Encode = Callable[[str], Sequence[int]]
+MakeTrace = Callable[[tuple[int, ...], NDArray[np.int32]], Trace]
 
 
 class TraceReader:
@@ -23,6 +24,7 @@ class TraceReader:
 
     ``encode_prompt`` and ``encode_completion`` make ids of texts; a completion is encoded without
     the stop token that ends it, which is ``stop_token_id``. Ids are below ``vocabulary_size``.
+    ``make_trace`` makes one of a prompt's ids and a completion's.
     """
 
     def __init__(
@@ -31,11 +33,13 @@ class TraceReader:
         encode_completion: Encode,
         stop_token_id: int,
         vocabulary_size: int,
+        make_trace: MakeTrace,
     ) -> None:
         self._encode_prompt = encode_prompt
         self._encode_completion = encode_completion
         self._stop_token_id = stop_token_id
         self._vocabulary_size = vocabulary_size
+        self._make_trace = make_trace
 
     def read(self, path: Path) -> Iterator[Trace]:
         """The traces of a file, line by line; empty lines do not count.
@@ -68,7 +72,7 @@ class TraceReader:
             prompt, tokens = (self._ids(fields, name, where) for name in names)
         else:
             prompt, tokens = self._encoded(fields, where)
-        return Trace(tuple(prompt), GIVEN_VERSION, np.array(tokens, dtype=np.int32))
+        return self._make_trace(tuple(prompt), np.array(tokens, dtype=np.int32))
 
     def _ids(self, fields: Mapping[str, Any], name: str, where: str) -> list[int]:
         ids = fields.get(name)

@@ -62,7 +62,7 @@ from paceline.reward.pool import GraderPool
 from paceline.reward.reasoning_gym_task import ReasoningGymTaskGrader, ReasoningGymTaskSource
 from paceline.rollout.process_environment import engine_environment
 from paceline.spec.trace_file import load_traces, pack, save_traces, unpack
-from paceline.spec.traces import traces_of
+from paceline.spec.traces import given_trace, traces_of
 from paceline.weights_sync.handle import WeightHandle
 from paceline.weights_sync.shared_folder import shared_folder
 
@@ -319,6 +319,7 @@ def given_traces(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
         functools.partial(encode, tokenizer, special_tokens=False),
         int(tokenizer.eos_token_id),
         len(tokenizer),
+        given_trace,
     )
     paths = (Path(path).expanduser() for path in drafting.traces)
     return tuple(trace for path in paths for trace in reader.read(path))

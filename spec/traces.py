@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from paceline.configs.vocabulary import Completion, Trace
 
+GIVEN_VERSION = -1
 OVERLAP_TOKENS = 8
 """Tokens that a part begins with although others said them, so that its beginning is found: the end
 of the prompt, or what was sampled before the weights were switched."""
@@ -30,3 +32,9 @@ def traces_of(
             begin = max(0, len(tail) + max(span.start, first) - OVERLAP_TOKENS)
             part = tokens[begin : len(tail) + span.end]
             yield Trace(prompt_token_ids, int(span.version), part)
+
+
+def given_trace(prompt_token_ids: tuple[int, ...], token_ids: NDArray[np.int32]) -> Trace:
+    """A completion that no weights of this run sampled."""
+    tail = np.array(prompt_token_ids[-OVERLAP_TOKENS:], dtype=np.int32)
+    return Trace(prompt_token_ids, GIVEN_VERSION, np.concatenate([tail, token_ids]))

@@ -10,6 +10,7 @@ from paceline.configs.errors import DataError
 from paceline.controller.given_traces import TraceReader
 from paceline.controller.observe.records import SampleRecord
 from paceline.controller.tokenizer import characters_tokenizer, encode
+from paceline.spec.traces import given_trace
 
 TOKENIZER = characters_tokenizer()
 
@@ -19,7 +20,8 @@ def encoded(text):
 
 
 def read(path):
-    return list(TraceReader(encoded, encoded, TOKENIZER.eos_token_id, len(TOKENIZER)).read(path))
+    reader = TraceReader(encoded, encoded, TOKENIZER.eos_token_id, len(TOKENIZER), given_trace)
+    return list(reader.read(path))
 
 
 def written(tmp_path, *lines):
@@ -36,7 +38,8 @@ def test_texts_and_ids_are_the_same_trace(tmp_path):
     text = {"prompt": "2+2=", "completion": "4", "reward": 1.0}
     one, other = read(written(tmp_path, json.dumps(ids), "", json.dumps(text), ""))
     assert one.prompt_token_ids == other.prompt_token_ids == encoded("2+2=")
-    assert one.token_ids.tolist() == other.token_ids.tolist() == ids["token_ids"]
+    whole = [*encoded("2+2="), *ids["token_ids"]]
+    assert one.token_ids.tolist() == other.token_ids.tolist() == whole
     assert one.version == other.version == -1
 
 
@@ -45,8 +48,8 @@ def test_samples_of_an_earlier_run_can_be_given(tmp_path):
     cut_off = SampleRecord(3, "a", "bc", 0.0, versions=(2,), finish_reason="length")
     lines = [json.dumps(sample.as_dict()) for sample in (finished, cut_off)]
     one, other = read(written(tmp_path, *lines))
-    assert one.token_ids.tolist() == [*encoded("bc"), TOKENIZER.eos_token_id]
-    assert other.token_ids.tolist() == [*encoded("bc")]
+    assert one.token_ids.tolist() == [*encoded("abc"), TOKENIZER.eos_token_id]
+    assert other.token_ids.tolist() == [*encoded("abc")]
 
 
 @pytest.mark.parametrize(
