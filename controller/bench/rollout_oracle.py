@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-NUM_TOKENS = 8
+from paceline.configs.schema.rollout import DraftingConfig
+
+NUM_TOKENS = DraftingConfig().max_tokens
+"""What it drafts at a time: as much as ``rollout.drafting`` does at most."""
 SPECULATIVE = {
     "method": "custom_class",
     "model": f"{__name__}.ReplayDrafter",
     "num_speculative_tokens": NUM_TOKENS,
 }
-"""vLLM's settings for it; as many tokens at a time as ``rollout.drafting`` drafts at most."""
+"""vLLM's settings for it."""
 
 
 class ReplayDrafter:

@@ -12,7 +12,8 @@ import numpy as np
 
 from paceline.controller.bench.result import BenchResult, BenchTable, Spread, Target
 from paceline.controller.bench.rollout_engine import Epoch, Step
-from paceline.controller.bench.rollout_modes import OURS, PEER, PLAIN
+from paceline.controller.bench.rollout_modes import ORACLE, OURS, PEER, PLAIN
+from paceline.controller.bench.rollout_oracle import NUM_TOKENS
 from paceline.controller.observe.versions import collect_versions
 
 Round = Mapping[float, Mapping[str, Sequence[Epoch]]]
@@ -46,7 +47,10 @@ def report(setting: Setting, rounds: Sequence[Round], load_before: float) -> Ben
         setting.workload,
         "An epoch's ratio is seconds without drafting over a mode's, in the same round; median "
         "(range) of rounds. accepted/step: drafted tokens that were right, for each sequence and "
-        "step; wasted: drafted tokens that were not, of all tokens computed.",
+        "step; wasted: drafted tokens that were not, of all tokens computed; of oracle: seconds "
+        f"saved over those that {NUM_TOKENS} right tokens a draft would save. Of later epochs.",
+        f"{same_samples(rounds):.1%} of the samples are those sampled without drafting, token for "
+        "token.",
         *setting.missing,
         f"Load average when it began: {load_before:.1f} on {os.cpu_count()} CPUs.",
     ]
@@ -98,6 +102,20 @@ def speed_up(
         each[temperature][other][epoch].seconds / each[temperature][mode][epoch].seconds
         for each in rounds
     )
+
+
+def same_samples(rounds: Sequence[Round]) -> float:
+    """Share of all modes' samples that are token for token those sampled without drafting."""
+    same = [
+        np.array_equal(ours.token_ids, theirs.token_ids)
+        for a_round in rounds
+        for by_mode in a_round.values()
+        for epochs in by_mode.values()
+        for epoch, plain in zip(epochs, by_mode[PLAIN.name], strict=True)
+        for name, group in epoch.completions.items()
+        for ours, theirs in zip(group, plain.completions[name], strict=True)
+    ]
+    return fmean(same)
 
 
 @dataclass(frozen=True)
@@ -167,12 +185,13 @@ def _table(rounds: Sequence[Round], temperature: float) -> BenchTable:
         f"{fmean(epoch.entropy for epoch in plain):.2f} nats a token; {len(rounds)} rounds"
     )
     columns = ["mode", *(f"epoch {index + 1}" for index in range(num_epochs))]
-    columns += ["tokens/s", "accepted/step", "wasted", "proposing"]
+    columns += ["tokens/s", "accepted/step", "wasted", "proposing", "of oracle"]
     rows = [
         (
             mode,
             *(_epoch_cell(rounds, temperature, index, mode) for index in range(num_epochs)),
-            *_later_cells([r[temperature][mode][min(1, num_epochs - 1) :] for r in rounds]),
+            *_later_cells([_later(r[temperature][mode]) for r in rounds]),
+            _saved_cell([r[temperature] for r in rounds], mode),
         )
         for mode in modes
     ]
@@ -201,6 +220,23 @@ def _later_cells(rounds: Sequence[Sequence[Epoch]]) -> tuple[str, ...]:
         f"{(drafted - accepted) / (sequences + drafted):.0%}",
         f"{proposing:.1%}",
     )
+
+
+def _later(epochs: Sequence[Epoch]) -> Sequence[Epoch]:
+    """Those after the first, if there are any."""
+    return epochs[1:] or epochs
+
+
+def _saved_cell(rounds: Sequence[Mapping[str, Sequence[Epoch]]], mode: str) -> str:
+    """Seconds that a mode saves over those that the oracle does."""
+    if mode == PLAIN.name or ORACLE.name not in rounds[0]:
+        return ""
+    seconds = [
+        {name: _total(e.seconds for e in _later(epochs)) for name, epochs in by_mode.items()}
+        for by_mode in rounds
+    ]
+    saved = [(s[PLAIN.name] - s[mode]) / (s[PLAIN.name] - s[ORACLE.name]) for s in seconds]
+    return f"{median(saved):.0%}"
 
 
 def _total(values: Iterable[float]) -> float:

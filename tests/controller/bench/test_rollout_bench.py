@@ -14,7 +14,13 @@ from paceline.controller.bench import rollout, rollout_training
 from paceline.controller.bench.rollout_engine import Epoch, Step
 from paceline.controller.bench.rollout_modes import COUPLED, ORACLE, OURS, PEER, PLAIN
 from paceline.controller.bench.rollout_oracle import NUM_TOKENS, ReplayDrafter
-from paceline.controller.bench.rollout_report import Setting, report, step_costs, targets_of
+from paceline.controller.bench.rollout_report import (
+    Setting,
+    report,
+    same_samples,
+    step_costs,
+    targets_of,
+)
 from paceline.controller.bench.rollout_task import draw_problem, spread_problems
 from paceline.controller.bench.rollout_training import END_TOKEN, Training, trained_versions
 from paceline.controller.bench.rollout_weights import publish_versions
@@ -182,6 +188,21 @@ def test_the_answer_holds_every_epoch() -> None:
         "num_accepted": 0,
         "entropy": 0.5,
     }
+
+
+def test_what_is_saved_is_told_as_a_share_of_what_the_oracle_saves() -> None:
+    seconds = {PLAIN.name: 5.0, OURS.name: 2.0, ORACLE.name: 1.0}
+    rounds = [{0.6: {mode: [epoch(9.0), epoch(each)] for mode, each in seconds.items()}}]
+    table = report(SETTING, rounds, 0.0).tables[0]
+    cells = {row[0]: row[table.columns.index("of oracle")] for row in table.rows}
+    assert cells == {PLAIN.name: "", OURS.name: "75%", ORACLE.name: "100%"}
+
+
+def test_samples_that_differ_from_those_without_drafting_are_counted() -> None:
+    plain, other = epoch(1.0), epoch(1.0)
+    other.completions["0"][1].token_ids[7] = 99
+    rounds = [{0.6: {PLAIN.name: [plain], OURS.name: [other]}}]
+    assert same_samples(rounds) == 3 / 4
 
 
 def test_a_tokens_cost_is_the_slope_of_its_steps_and_the_first_step_is_not_among_them() -> None:
