@@ -38,6 +38,11 @@ class Transcripts:
 
     def record(self, index: int) -> Record:
         """The problem of this index; its answer is the reference too."""
+        if self.num_records is not None:
+            epoch, place = divmod(index, self.num_records)
+            index = int(
+                np.random.default_rng([self._seed, epoch]).permutation(self.num_records)[place]
+            )
         random = np.random.default_rng([self._seed, index])
         drawn = round(float(random.lognormal(self._location, self._sigma)))
         digits = random.integers(0, 10, size=min(max(drawn, 1), self._max_terms))

@@ -28,6 +28,13 @@ def test_an_index_is_the_same_problem_for_ever_and_seeds_differ() -> None:
     assert source(0).record(3) != source(1).record(3)
 
 
+def test_so_many_problems_come_again_in_another_order() -> None:
+    few = Transcripts(median=9, sigma=0.75, max_terms=52, num_records=20)
+    first, second = ([few.record(start + i).id for i in range(20)] for start in (0, 20))
+    assert len(set(first)) == 20
+    assert sorted(first) == sorted(second) and first != second
+
+
 def test_lengths_have_a_long_tail() -> None:
     lengths = np.array([len(source().record(index).fields["answer"]) for index in range(2000)])
 
