@@ -34,6 +34,7 @@ DRAFTERS: Mapping[Side, Callable[[], Drafter]] = {
 FEW_TOKENS = 100_000
 PEER = "arctic-inference"
 BATCH_SIZE = 64
+SYNTHETIC, RECORDED = "synthetic", "recorded"
 SEED = 0
 
 
@@ -47,7 +48,8 @@ class Size:
     length: int
 
 
-FULL = Size(num_problems=64, num_generations=17, num_samples=8, length=512)
+FULL = Size(num_problems=128, num_generations=9, num_samples=8, length=512)
+MANY_GENERATIONS = Size(num_problems=64, num_generations=17, num_samples=8, length=512)
 QUICK = Size(num_problems=32, num_generations=5, num_samples=8, length=256)
 
 
@@ -79,21 +81,23 @@ def bench_suffix(quick: bool, output: Path) -> BenchResult:
         BenchError: ``arctic-inference`` is not installed.
     """
     ArcticDrafter()  # before anything is measured in vain
-    size, rounds = (QUICK, 1) if quick else (FULL, 3)
+    sizes = {SYNTHETIC: QUICK, RECORDED: None}
+    if not quick:
+        sizes = {SYNTHETIC: FULL, "16 generations": MANY_GENERATIONS, RECORDED: None}
     found: dict[str, dict[Side, list[Measured]]] = {}
-    for number, kind in itertools.product(range(rounds), ("synthetic", "recorded")):
+    for number, (kind, size) in itertools.product(range(1 if quick else 3), sizes.items()):
         sides = list(DRAFTERS)[:: 1 if number % 2 == 0 else -1]
         for side in sides:
-            measured = in_own_process(measure, side, kind, size)
+            measured = in_own_process(measure, side, size)
             found.setdefault(kind, {}).setdefault(side, []).append(measured)
     versions = collect_versions(SEED)
     versions["packages"][PEER] = metadata.version(PEER)
     return _result(found, versions)
 
 
-def measure(side: Side, kind: str, size: Size) -> Measured:
-    """One drafter on one kind of rollouts, ``size`` being that of the synthetic ones."""
-    rollouts = recorded() if kind == "recorded" else synthetic(**asdict(size), seed=SEED)
+def measure(side: Side, size: Size | None) -> Measured:
+    """One drafter on synthetic rollouts of some size, or on the recorded ones."""
+    rollouts = recorded() if size is None else synthetic(**asdict(size), seed=SEED)
     drafter = DRAFTERS[side]()
     gc.collect()
     resident = _resident_bytes()
@@ -144,13 +148,13 @@ def _result(
 ) -> BenchResult:
     targets = {
         "bytes/token, synthetic": Target(
-            Spread.of(_values(found["synthetic"]["paceline"], "bytes_per_token")), "<=", 150
+            Spread.of(_values(found[SYNTHETIC]["paceline"], "bytes_per_token")), "<=", 150
         ),
         "bytes/token over arctic's, synthetic": Target(
-            Spread.of(_ratios(found["synthetic"], "bytes_per_token")), "<=", 0.5
+            Spread.of(_ratios(found[SYNTHETIC], "bytes_per_token")), "<=", 0.5
         ),
     }
-    faster = Spread.of(1 / ratio for ratio in _ratios(found["synthetic"], "propose_p99"))
+    faster = Spread.of(1 / ratio for ratio in _ratios(found[SYNTHETIC], "propose_p99"))
     targets["arctic's propose p99 over ours, synthetic"] = Target(faster, ">=", 5)
     for kind, sides in found.items():
         accepted = Spread.of(_ratios(sides, "accepted"))
@@ -173,26 +177,26 @@ def _ratios(sides: Mapping[Side, Sequence[Measured]], what: str) -> list[float]:
     return [getattr(ours, what) / getattr(theirs, what) for ours, theirs in pairs]
 
 
-COLUMNS = {
+FIGURES = {
     "bytes_per_token": "bytes/token",
     "insert": "insert, µs/token",
-    "propose_p50": "propose p50",
-    "propose_p99": "p99",
-    "alone_p50": "alone p50",
-    "alone_p99": "p99",
+    "propose_p50": "propose, p50",
+    "propose_p99": "propose, p99",
+    "alone_p50": "propose alone, p50",
+    "alone_p99": "propose alone, p99",
     "evict": "evict, µs/token",
-    "accepted": "accepted/round",
-    "drafted": "drafted/round",
+    "accepted": "accepted tokens a round",
+    "drafted": "drafted tokens a round",
 }
 
 
 def _table(kind: str, sides: Mapping[Side, Sequence[Measured]]) -> BenchTable:
     num_tokens = sides["paceline"][0].num_tokens
     rows = [
-        (side, *(_cell(_values(each, name)) for name in COLUMNS)) for side, each in sides.items()
+        (what, *(_cell(_values(sides[side], name)) for side in DRAFTERS))
+        for name, what in FIGURES.items()
     ]
-    title = f"{kind} rollouts, {num_tokens:,} tokens known"
-    return BenchTable(title, ("drafter", *COLUMNS.values()), rows)
+    return BenchTable(f"{kind}: {num_tokens:,} tokens known", ("figure", *DRAFTERS), rows)
 
 
 def _values(each: Sequence[Measured], what: str) -> list[float]:
