@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paceline.spec import _native
-from paceline.spec.suffix import Tokens, as_tokens
+
+Tokens = NDArray[np.int32] | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,12 @@ class History:
     A problem keeps its newest ``window`` generations. All memory for all problems stays within
     ``max_bytes`` at any moment: what would exceed it drops the oldest generation of all, and a
     generation that is the oldest itself makes way with all it holds. Generations leave whole, and
-    what was dropped does not come back while the problem still has others. Tokens are int32 (see
-    ``SuffixDrafter`` for arrays); a generation's number is any int64, newer ones are larger.
+    what was dropped does not come back while the problem still has others. A generation's number is
+    any int64, newer ones are larger.
+
+    Token ids are int32; contiguous numpy int32 arrays are read in place, an array of another dtype
+    raises ``TypeError``, a sequence of ints is copied. In a text that repeats itself for long, only
+    the longest of its suffixes are counted, so that learning stays linear. Calls release the GIL.
 
     Any thread may call; writers queue up for each other, and readers wait for none of them.
     """
@@ -203,3 +208,8 @@ class Reader:
     def num_requests(self) -> int:
         """Requests that are open."""
         return self._native.num_requests
+
+
+def as_tokens(tokens: Tokens) -> NDArray[np.int32]:
+    """The tokens as native code reads them: an array as it is, a sequence of ints copied."""
+    return tokens if isinstance(tokens, np.ndarray) else np.array(tokens, dtype=np.int32)

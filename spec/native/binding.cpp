@@ -10,13 +10,11 @@
 
 #include "history.h"
 #include "reader.h"
-#include "single_automaton.h"
 
 namespace py = pybind11;
 using paceline::DraftRule;
 using paceline::History;
 using paceline::Reader;
-using paceline::SingleAutomaton;
 using paceline::Token;
 using paceline::TokenView;
 
@@ -106,30 +104,6 @@ py::tuple propose(Reader& reader, const Array<std::int64_t>& requests, const Tok
 
 PYBIND11_MODULE(_native, module) {
   module.doc() = "Native drafters of paceline.spec.";
-
-  py::class_<SingleAutomaton>(module, "SuffixAutomaton")
-      .def(py::init<>())
-      .def(
-          "extend",
-          [](SingleAutomaton& self, const TokenArray& tokens) { self.extend(view(tokens)); },
-          py::arg("tokens").noconvert(), NoGil())
-      .def("end_sequence", &SingleAutomaton::end_sequence, NoGil())
-      .def(
-          "longest_match",
-          [](const SingleAutomaton& self, const TokenArray& context) {
-            return self.longest_match(view(context));
-          },
-          py::arg("context").noconvert(), NoGil())
-      .def(
-          "propose",
-          [](const SingleAutomaton& self, const TokenArray& context, std::size_t max_tokens) {
-            return self.propose(view(context), max_tokens);
-          },
-          py::arg("context").noconvert(), py::arg("max_tokens"), NoGil())
-      .def_property_readonly("num_tokens", py::cpp_function(&SingleAutomaton::num_tokens, NoGil()))
-      .def_property_readonly("num_states", py::cpp_function(&SingleAutomaton::num_states, NoGil()))
-      .def_property_readonly("memory_bytes",
-                             py::cpp_function(&SingleAutomaton::memory_bytes, NoGil()));
 
   py::class_<History, std::shared_ptr<History>>(module, "History")
       .def(py::init<std::size_t, std::size_t>(), py::arg("window"), py::arg("max_bytes"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -472,3 +473,48 @@ def test_one_reader_is_for_one_thread() -> None:
         thread.join()
     assert refused
     assert set(refused) == {"two threads use one reader: give each its own"}
+
+
+def test_every_int32_is_a_token() -> None:
+    low, high = -(2**31), 2**31 - 1
+    history = History()
+    history.add("red", 0, [low, -1, 0, high, low])
+    reader = history.reader()
+    drafts = reader.propose([reader.open("red")], [[low, -1]], 3)
+    assert drafts.of(0) == [0, high, low]
+    with pytest.raises(OverflowError):
+        history.add("red", 0, [high + 1])
+
+
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros(4, dtype=np.int64), np.zeros(8, dtype=np.int32)[::2]],
+    ids=["other dtype", "strided"],
+)
+def test_an_array_that_would_need_a_copy_is_refused(array: np.ndarray) -> None:
+    with pytest.raises(TypeError):
+        History().add("red", 0, array)
+
+
+def test_an_array_of_two_dimensions_is_refused() -> None:
+    with pytest.raises(ValueError, match="one-dimensional, got 2 dimensions"):
+        History().add("red", 0, np.zeros((2, 2), dtype=np.int32))
+
+
+def test_learning_releases_the_gil() -> None:
+    ticks: list[float] = []
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(0.005):
+            ticks.append(time.perf_counter())
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    start = time.perf_counter()
+    History().add("red", 0, np.zeros(200_000, dtype=np.int32))  # the slowest text there is
+    end = time.perf_counter()
+    done.set()
+    ticker.join()
+    inside = [moment for moment in ticks if start + 0.02 < moment < end - 0.02]
+    assert len(inside) >= 2, f"{len(inside)} ticks in {end - start:.2f} s"
