@@ -140,6 +140,7 @@ def test_the_result_is_judged_against_the_peer_round_by_round():
         "bytes/token, synthetic": True,
         "bytes/token over arctic's, synthetic": True,
         "arctic's propose p99 over ours, synthetic": False,
+        "arctic's propose p99 over ours, recorded": False,
         "accepted a round over arctic's, synthetic": True,
         "accepted a round over arctic's, recorded": True,
     }
