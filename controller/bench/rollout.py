@@ -65,7 +65,7 @@ QUICK = Plan(
     num_problems=4,
     num_samples=4,
     training=Training(num_steps=60, max_length=192, max_tokens=128, versions=2),
-    shape=Shape(256, 768, num_layers=6, num_heads=8, num_key_value_heads=2),
+    shape=Shape(256, 768, num_layers=6, num_heads=8, num_key_value_heads=4),
 )
 
 

@@ -39,7 +39,7 @@ PEER = Mode(
     "vLLM suffix",
     speculative={"method": "suffix"},
     needs="arctic_inference",
-    package="arctic-inference",
+    package="'paceline[bench]'",
 )
 OURS = Mode("ours", drafting={})
 UNBUDGETED = Mode("ours, no budgets", drafting={"budget": "none"})

@@ -46,9 +46,10 @@ def report(setting: Setting, rounds: Sequence[Round], load_before: float) -> Ben
         setting.model,
         setting.workload,
         "An epoch's ratio is seconds without drafting over a mode's, in the same round; median "
-        "(range) of rounds. accepted/step: drafted tokens that were right, for each sequence and "
-        "step; wasted: drafted tokens that were not, of all tokens computed; of oracle: seconds "
-        f"saved over those that {NUM_TOKENS} right tokens a draft would save. Of later epochs.",
+        "(range) of rounds. The other columns are of later epochs. accepted: drafted tokens that "
+        "were right, for each sequence and step; wasted: those that were not, of all tokens "
+        "computed; drafter: its share of the seconds; of oracle: seconds saved over those that "
+        f"drafts of {NUM_TOKENS} right tokens would save.",
         f"{same_samples(rounds):.1%} of the samples are those sampled without drafting, token for "
         "token.",
         *setting.missing,
@@ -185,7 +186,7 @@ def _table(rounds: Sequence[Round], temperature: float) -> BenchTable:
         f"{fmean(epoch.entropy for epoch in plain):.2f} nats a token; {len(rounds)} rounds"
     )
     columns = ["mode", *(f"epoch {index + 1}" for index in range(num_epochs))]
-    columns += ["tokens/s", "accepted/step", "wasted", "proposing", "of oracle"]
+    columns += ["tokens/s", "accepted", "wasted", "drafter", "of oracle"]
     rows = [
         (
             mode,
@@ -199,23 +200,22 @@ def _table(rounds: Sequence[Round], temperature: float) -> BenchTable:
 
 
 def _epoch_cell(rounds: Sequence[Round], temperature: float, epoch: int, mode: str) -> str:
-    seconds = median(each[temperature][mode][epoch].seconds for each in rounds)
     if mode == PLAIN.name:
-        return f"{seconds:.2f} s"
-    return f"{seconds:.2f} s, x{speed_up(rounds, temperature, epoch, mode, PLAIN.name)}"
+        return f"{median(each[temperature][mode][epoch].seconds for each in rounds):.2f} s"
+    return f"x {speed_up(rounds, temperature, epoch, mode, PLAIN.name)}"
 
 
 def _later_cells(rounds: Sequence[Sequence[Epoch]]) -> tuple[str, ...]:
     """Of the epochs after the first."""
     epochs = [epoch for a_round in rounds for epoch in a_round]
-    rate = Spread.of(_total(e.num_tokens for e in r) / _total(e.seconds for e in r) for r in rounds)
+    rate = median(_total(e.num_tokens for e in r) / _total(e.seconds for e in r) for r in rounds)
     if not any(epoch.num_drafted for epoch in epochs):
-        return (str(rate), "", "", "")
+        return (f"{rate:.0f}", "", "", "")
     sequences = sum(step.num_sequences for epoch in epochs for step in epoch.steps)
     drafted, accepted = (sum(e.num_drafted for e in epochs), sum(e.num_accepted for e in epochs))
     proposing = sum(e.seconds_proposing for e in epochs) / sum(e.seconds for e in epochs)
     return (
-        str(rate),
+        f"{rate:.0f}",
         f"{accepted / sequences:.2f}",
         f"{(drafted - accepted) / (sequences + drafted):.0%}",
         f"{proposing:.1%}",

@@ -78,6 +78,13 @@ def test_a_shape_that_would_change_the_function_is_refused(changes, complaint) -
         widened(perturbed(SMALL), replace(LARGE, **changes))
 
 
+@pytest.mark.parametrize("plan", [rollout.QUICK, rollout.FULL], ids=["quick", "full"])
+def test_the_models_of_the_plans_can_be_widened(plan) -> None:
+    small = build(plan.training.shape.config(128, plan.training.max_length, END_TOKEN), 0)
+    wide = widened(small, plan.shape)
+    assert (logits(small) - logits(wide)).abs().max() < 1e-5
+
+
 def test_answers_count_as_the_problem_says_in_words_of_their_own() -> None:
     random = np.random.default_rng(0)
     for problem in (draw_problem(random) for _ in range(50)):
