@@ -39,7 +39,7 @@ from paceline.configs.vocabulary import (
 )
 from paceline.rollout.coupled_sampling import sample_coupled
 from paceline.rollout.engine import RolloutResult
-from paceline.rollout.turns import SampleTask, ScoringTurn, Turn
+from paceline.rollout.turns import NOTHING_YET, SampleTask, ScoringTurn, Turn
 from paceline.rollout.vllm_patches import (
     abort_with_outputs,
     give_drafts_their_sampling_constraints,
@@ -238,8 +238,8 @@ class VLLMEngine:
         if sample.num_scored:
             new = replace(new, logprobs=scores(output, sample.num_scored))
         elif self._proposer is not None:
-            count, by_itself = len(new.token_ids), new.finish_reason == "stop"
-            sources = self._proposer.finish(sample.vllm_id, count, by_itself)
+            by_itself = new.finish_reason == "stop"
+            sources = self._proposer.finish(sample.vllm_id, new.token_ids, by_itself)
             new = replace(new, draft_sources=sources)
         sample.turn.close_sample(sample.index, new)
         if sample.turn.is_over:
@@ -273,7 +273,7 @@ class VLLMEngine:
         abort_with_outputs(self._engine, [sample.vllm_id for sample in waiting])
         for sample in waiting:
             if self._proposer is not None and isinstance(sample.turn, Turn):
-                self._proposer.finish(sample.vllm_id, 0, by_itself=False)
+                self._proposer.finish(sample.vllm_id, NOTHING_YET.token_ids, by_itself=False)
             self._enqueue(sample.turn, sample.index)
 
 
@@ -322,7 +322,7 @@ def draft_request(
     """What the proposer must know of one sample in one turn."""
     return DraftRequest(
         request.prompt_token_ids,
-        len(task.token_ids),
+        task.token_ids,
         task.max_tokens,
         frozenset(request.sampling.stop_token_ids),
         coupled_seed,

@@ -1,9 +1,9 @@
 """How much of its draft each running request has verified: estimates and budgets together (pure).
 
-An engine asks ``plan`` before each decoding step and tells ``observe`` what came of it. How likely
-each drafted token is to hold is estimated in every round; how likely it must be to be worth its
-cost is a matter of the objective. For the makespan that is solved when requests come and every
-``REPLAN_ROUNDS`` rounds; in between a round costs a few array operations.
+An engine asks ``wants_drafts`` and, if so, ``plan`` before each decoding step, and tells what came
+of it. How likely each drafted token is to hold is estimated in every round; how likely it must be
+to be worth its cost is a matter of the objective. For the makespan that is solved when requests
+come and every ``REPLAN_ROUNDS`` rounds; in between a round costs a few array operations.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from paceline.spec.confidence import DraftConfidence
 from paceline.spec.cost_model import CostModel, StepCosts
 from paceline.spec.history import Drafts
 from paceline.spec.lengths import LengthClass, LengthHistory
-from paceline.spec.switch import DraftSwitch
+from paceline.spec.switch import Decision, DraftSwitch, LookBudget
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -35,8 +35,7 @@ Objective = Literal["makespan", "throughput"]
 
 REPLAN_ROUNDS = 16
 GAIN_RATE = 0.25
-"""Share by which a round moves the gain that throughput promises: rounds that have nothing to draft
-do not say that drafting does not pay."""
+"""Share by which a round moves the gain that throughput promises, once drafting is on."""
 PROBE_DRAFT = 2
 """Tokens that a request drafts in a probe: the second shows how acceptance falls."""
 PROBE_SHARE = 8
@@ -60,13 +59,12 @@ class Running:
 
 @dataclass(frozen=True)
 class Verified:
-    """A decoding step: what the requests of it had drafted, and what came of that; arrays [m].
+    """What came of drafts in a step; arrays [m].
 
-    Their drafts are ``rows`` of the ``drafts`` that were planned with; the engine verified the
-    first ``drafted`` tokens of each, and ``accepted`` the first so many of those.
+    They are ``rows`` of the ``drafts`` that were planned with; the engine verified the first
+    ``drafted`` tokens of each, and ``accepted`` the first so many of those.
     """
 
-    running: Sequence[Running]
     drafts: Drafts
     rows: Integers
     drafted: Integers
@@ -87,10 +85,13 @@ class _MakespanPlan:
 class DraftPlanner:
     """Budgets for one engine; remaining lengths are taken at their expectation.
 
-    ``objective`` is ``makespan`` where training waits for the batch (``max_lag: 0``): the longest
-    requests get most. While requests wait for a place in the engine, and in asynchronous mode
-    always, it is ``throughput``: whatever ends is followed by something else, so that time is lost
-    by slow tokens only. A round drafts ``batch_limit`` tokens at most.
+    A token is drafted where it makes more tokens a second. Where training waits for the batch
+    (``max_lag: 0``) the ``objective`` is ``makespan``: besides, the longest requests draft whatever
+    ends the batch sooner. While requests wait for a place in the engine, and in asynchronous mode
+    always, it is ``throughput`` alone: whatever ends is followed by something else, so that time is
+    lost by slow tokens only. Lengths are not known, only expected: a request that should have been
+    short may be the last, and what it drafts by throughput costs next to nothing if it is not.
+    A round drafts ``batch_limit`` tokens at most.
     """
 
     max_draft: int
@@ -105,9 +106,26 @@ class DraftPlanner:
         self.acceptance = AcceptanceHistory()
         self.lengths = LengthHistory()
         self.predicted_gain = 0.0
+        self._throughput_gain = 0.0
+        self._decision = Decision(draft=False, probe=False)
+        self._looks = LookBudget()
         self._plan: _MakespanPlan | None = None
         self._rounds = 0
         self._num_probes = 0
+
+    def wants_drafts(self) -> bool:
+        """Begin a round: whether to ask the drafter at all, which costs time too.
+
+        Where drafting is off that is done for probes, and as often as ``LOOK_SHARE`` of the time
+        allows: to see whether it would pay by now.
+        """
+        self._decision = self.switch.decide(self.predicted_gain)
+        return self._decision.draft or self._looks.are_due
+
+    def took(self, step_seconds: float, look_seconds: float) -> None:
+        """The round's step is over; ``look_seconds`` of it went into asking the drafter, 0 if it
+        was not asked."""
+        self._looks.spend(step_seconds, 0.0 if self._decision.draft else look_seconds)
 
     def plan(self, running: Sequence[Running], drafts: Drafts, num_waiting: int = 0) -> Integers:
         """How many tokens of its draft each request is to have verified, [m].
@@ -118,35 +136,36 @@ class DraftPlanner:
         if not running:
             return np.zeros(0, dtype=np.int64)
         survival = self.confidence.survival(drafts)
+        wanted, gain = self._most_throughput(running, survival)
+        # Once on, rounds that have nothing to draft do not say that drafting does not pay.
+        rate = GAIN_RATE if self.switch.is_on else 1.0
+        self._throughput_gain += rate * (gain - self._throughput_gain)
+        self.predicted_gain = self._throughput_gain
         if self.objective == "makespan" and not num_waiting:
-            wanted, self.predicted_gain = self._least_makespan(running, survival)
-        else:
-            self._plan = None
-            wanted, gain = self._most_throughput(running, survival)
-            self.predicted_gain += GAIN_RATE * (gain - self.predicted_gain)
-        decision = self.switch.decide(self.predicted_gain)
-        if decision.probe and decision.draft:
+            longest, gain = self._least_makespan(running, survival)
+            wanted = np.maximum(wanted, longest)
+            self.predicted_gain = max(self.predicted_gain, gain)
+        if not self._decision.draft:
+            return np.zeros_like(wanted)
+        if self._decision.probe:
             wanted = self._probe(drafts.num_tokens)
-        return within_batch(wanted, self.batch_limit) if decision.draft else np.zeros_like(wanted)
+        return within_batch(wanted, self.batch_limit)
 
-    def observe(self, step: Verified, seconds: float | None) -> None:
-        """Take in a decoding step of requests planned for.
+    def observe(self, step: Verified) -> None:
+        """Take in what came of drafts."""
+        self.confidence.observe(step.drafts, step.rows, step.drafted, step.accepted)
 
-        ``seconds`` is the whole step, proposing included; None if it did more than decode these.
-        """
-        num_drafted = int(step.drafted.sum())
-        if num_drafted:
-            self.confidence.observe(step.drafts, step.rows, step.drafted, step.accepted)
-        if seconds is not None and step.running:
-            self.costs.observe(len(step.running) + num_drafted, len(step.running), seconds)
+    def observe_step(self, num_requests: int, num_drafted: int, seconds: float) -> None:
+        """Take in the seconds, proposing included, of a step that decoded ``num_requests`` requests
+        and nothing else, and verified ``num_drafted`` drafted tokens."""
+        self.costs.observe(num_requests + num_drafted, num_requests, seconds)
 
-    def seconds_without(self, step: Verified) -> float:
-        """What plain steps would have taken for the tokens of this one, by the fitted costs."""
-        num_requests = len(step.running)
-        costs = self.costs.costs(num_requests, drafted=False) if num_requests else None
+    def seconds_without(self, num_requests: int, num_accepted: int) -> float:
+        """What plain steps would have taken for the tokens of a step, by the fitted costs."""
+        costs = self.costs.costs(num_requests, drafted=False)
         if costs is None:
             return 0.0
-        return costs.seconds(num_requests) * (1 + float(step.accepted.sum()) / num_requests)
+        return costs.seconds(num_requests) * (1 + num_accepted / num_requests)
 
     def finish(self, problem: Hashable, num_tokens: int, finished: bool) -> None:
         """A request ended by itself, or (not ``finished``) was cut off."""
@@ -157,6 +176,7 @@ class DraftPlanner:
         """Let what was seen under older weights count ``keep`` as much."""
         for history in (self.lengths, self.acceptance, self.confidence):
             history.age(keep)
+        self.switch.weights_changed()
         self._plan = None
 
     def _probe(self, offered: NDArray[np.int32]) -> Integers:

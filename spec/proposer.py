@@ -32,7 +32,7 @@ MAX_MATCH = 32
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """A sample that begins or continues: ``num_context`` tokens of its row are there already.
+    """A sample that begins or continues: its row holds ``context``, the prompt's tokens first.
 
     ``max_tokens`` are the most tokens its row may get beyond them in this turn. ``coupled_seed`` is
     the seed of its noise under coupled sampling, and under the ratio rule None: a draft that knew
@@ -40,7 +40,7 @@ class DraftRequest:
     """
 
     prompt_token_ids: tuple[int, ...]
-    num_context: int
+    context: tuple[int, ...]
     max_tokens: int
     stop_token_ids: frozenset[int]
     coupled_seed: int | None = None
@@ -48,30 +48,45 @@ class DraftRequest:
 
 @dataclass(slots=True)
 class _Live:
-    """A sample the engine works on. ``num_read`` tokens of its row were read; the generation is
-    that of its open sequence in the history, None where none is open."""
+    """A sample the engine works on.
+
+    Of its row the reader knows the first ``num_read`` tokens and the history the first
+    ``num_learned``, as a sequence of ``generation``, None where none is open. ``drafted`` tokens of
+    row ``row`` of the last drafts are being verified.
+    """
 
     name: str
     problem: str
     request: DraftRequest
     reader_id: int
     num_read: int
+    num_learned: int
     generation: int | None = None
     is_decoding: bool = False
-    planned: Running | None = None
-    row: int = 0
+    row: int = -1
     num_drafted: int = 0
     from_siblings: bool = False
     accepted: list[tuple[int, int, int]] = field(default_factory=list)
 
     @property
-    def num_prompt(self) -> int:
-        return len(self.request.prompt_token_ids)
+    def num_context(self) -> int:
+        return len(self.request.context)
 
     @property
     def limit(self) -> int:
         """The most tokens its row may have."""
-        return self.request.num_context + self.request.max_tokens
+        return self.num_context + self.request.max_tokens
+
+
+@dataclass(slots=True)
+class _Step:
+    """One step of the engine: rows that got tokens, and the seconds spent on asking for drafts."""
+
+    num_rows: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+    only_decoded: bool = False
+    look_seconds: float = 0.0
 
 
 class SuffixProposer:
@@ -91,8 +106,7 @@ class SuffixProposer:
         self._live: dict[str, _Live] = {}
         self._generation = -1
         self._drafts: Drafts | None = None
-        self._verified: Verified | None = None
-        self._only_decoded = False
+        self._step = _Step()
         self._totals = DraftCounters()
 
     def load_model(self, target_model: Any) -> None:
@@ -111,23 +125,28 @@ class SuffixProposer:
     def begin(self, name: str, request: DraftRequest) -> None:
         """A sample was queued under this name."""
         problem = problem_name(request.prompt_token_ids)
-        num_read = max(0, request.num_context - MAX_MATCH)
+        num_read = max(0, len(request.context) - MAX_MATCH)
+        num_learned = max(0, len(request.context) - OVERLAP_TOKENS)
         reader_id = self._reader.open(problem, request.coupled_seed, num_read)
-        self._live[name] = _Live(name, problem, request, reader_id, num_read)
+        self._live[name] = _Live(name, problem, request, reader_id, num_read, num_learned)
 
-    def finish(self, name: str, num_tokens: int, by_itself: bool) -> NDArray[np.uint8]:
-        """A sample got ``num_tokens`` in its turn, which ended ``by_itself`` or was cut off.
+    def finish(self, name: str, token_ids: NDArray[np.int32], by_itself: bool) -> NDArray[np.uint8]:
+        """A sample got ``token_ids`` in its turn, which ended ``by_itself`` or was cut off.
 
         Returns:
-            Of each of them where it was drafted from, uint8 [num_tokens]: 0 for none.
+            Of each of them where it was drafted from, uint8 like ``token_ids``: 0 for none.
         """
         live = self._live.pop(name)
         self._reader.close(live.reader_id)
+        if len(token_ids):
+            before = np.array(live.request.context[live.num_learned :], dtype=np.int32)
+            rest = token_ids[max(0, live.num_learned - live.num_context) :]
+            self._learn(live, np.concatenate([before, rest]))
         self._close_sequence(live)
         if self._planner is not None:
-            length = live.request.num_context - live.num_prompt + num_tokens
+            length = live.num_context - len(live.request.prompt_token_ids) + len(token_ids)
             self._planner.finish(live.problem, length, by_itself)
-        sources = np.zeros(num_tokens, dtype=np.uint8)
+        sources = np.zeros(len(token_ids), dtype=np.uint8)
         for start, count, source in live.accepted:
             sources[start : start + count] = source
         return sources
@@ -137,7 +156,8 @@ class SuffixProposer:
         self._generation = version
         for live in self._live.values():
             self._close_sequence(live)
-            live.is_decoding, live.planned = False, None
+            live.num_learned = max(0, live.num_learned - OVERLAP_TOKENS)
+            live.is_decoding, live.row = False, -1
         if self._planner is not None:
             self._planner.weights_changed()
 
@@ -149,18 +169,21 @@ class SuffixProposer:
 
     def step_took(self, seconds: float) -> None:
         """The engine made a step, proposing included; its costs are learned from that."""
-        verified, self._verified = self._verified, None
-        if verified is None:
+        step, self._step = self._step, _Step()
+        if not step.num_rows:
             return
         self._totals.num_draft_steps += 1
-        drafting = bool(verified.drafted.any())
-        self._totals.num_drafting_steps += drafting
+        self._totals.num_drafting_steps += step.num_drafted > 0
         if self._planner is None:
             return
-        if drafting and self._only_decoded:
+        self._planner.took(seconds, step.look_seconds)
+        if not step.only_decoded:
+            return
+        if step.num_drafted:
             self._totals.seconds_drafting_steps += seconds
-            self._totals.seconds_without_drafts += self._planner.seconds_without(verified)
-        self._planner.observe(verified, seconds if self._only_decoded else None)
+            without = self._planner.seconds_without(step.num_rows, step.num_accepted)
+            self._totals.seconds_without_drafts += without
+        self._planner.observe_step(step.num_rows, step.num_drafted, seconds)
 
     @property
     def counters(self) -> DraftCounters:
@@ -188,42 +211,49 @@ class SuffixProposer:
             for row, name in enumerate(names)
             if sampled_token_ids[row] and (live := self._live.get(name)) is not None
         ]
-        self._only_decoded = len(rows) == len(names) and all(live.is_decoding for _, live in rows)
-        self._verified = self._verify(rows, sampled_token_ids)
-        growing, texts = self._read(rows, sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
+        self._verify(rows, sampled_token_ids, everybody=len(rows) == len(names))
         proposed: list[list[int]] = [[] for _ in names]
-        if growing:
-            lives = [live for _, live in growing]
-            drafts = self._reader.propose(
-                [live.reader_id for live in lives], texts, self._most(lives)
-            )
-            allowed = self._plan(lives, drafts, max(0, len(self._live) - len(names)))
-            for index in np.flatnonzero(allowed).tolist():
-                proposed[growing[index][0]] = drafts.tokens[index, : allowed[index]].tolist()
+        if rows and (self._planner is None or self._planner.wants_drafts()):
+            num_waiting = max(0, len(self._live) - len(names))
+            growing, texts = self._read(rows, sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
+            if growing:
+                lives = [live for _, live in growing]
+                drafts, allowed = self._draft(lives, texts, num_waiting)
+                for index in np.flatnonzero(allowed).tolist():
+                    proposed[growing[index][0]] = drafts.tokens[index, : allowed[index]].tolist()
+            self._step.look_seconds = time.perf_counter() - started
         self._totals.seconds_proposing += time.perf_counter() - started
         return proposed
 
     def _verify(
-        self, rows: Sequence[tuple[int, _Live]], sampled_token_ids: Sequence[Sequence[int]]
-    ) -> Verified | None:
-        """What became of the drafts: whatever a row got beyond one token it had accepted."""
-        checked = [(live, len(sampled_token_ids[row]) - 1) for row, live in rows if live.planned]
+        self,
+        rows: Sequence[tuple[int, _Live]],
+        sampled_token_ids: Sequence[Sequence[int]],
+        everybody: bool,
+    ) -> None:
+        """See what became of the drafts: what a row got beyond one token it had accepted."""
+        step = self._step
+        step.num_rows = len(rows)
+        step.only_decoded = everybody
+        checked: list[tuple[int, int, int]] = []
         for row, live in rows:
-            if live.num_drafted:
-                count = len(sampled_token_ids[row]) - 1
-                source = DRAFTED_FROM_SIBLINGS if live.from_siblings else DRAFTED_FROM_HISTORY
-                start = live.num_read - live.request.num_context
-                live.accepted.append((start, count, source))
-                self._totals.count_accepted(count, live.from_siblings)
-        if self._drafts is None or not checked:
-            return None
-        return Verified(
-            running=[live.planned for live, _ in checked if live.planned is not None],
-            drafts=self._drafts,
-            rows=np.array([live.row for live, _ in checked], dtype=np.int64),
-            drafted=np.array([live.num_drafted for live, _ in checked], dtype=np.int64),
-            accepted=np.array([count for _, count in checked], dtype=np.int64),
-        )
+            step.only_decoded &= live.is_decoding
+            live.is_decoding = True
+            if not live.num_drafted:
+                continue
+            count = len(sampled_token_ids[row]) - 1
+            source = DRAFTED_FROM_SIBLINGS if live.from_siblings else DRAFTED_FROM_HISTORY
+            live.accepted.append((live.num_read - live.num_context, count, source))
+            self._totals.count_accepted(count, live.from_siblings)
+            step.num_drafted += live.num_drafted
+            step.num_accepted += count
+            if live.row >= 0:
+                checked.append((live.row, live.num_drafted, count))
+            live.num_drafted = 0
+        if checked and self._planner is not None:
+            assert self._drafts is not None
+            columns = np.array(checked, dtype=np.int64).T
+            self._planner.observe(Verified(self._drafts, *columns))
 
     def _read(
         self,
@@ -232,7 +262,7 @@ class SuffixProposer:
         num_tokens: NDArray[np.int32],
         token_ids: NDArray[np.int32],
     ) -> tuple[list[tuple[int, _Live]], list[NDArray[np.int32]]]:
-        """Learn what each row got; those that go on, and their new text."""
+        """Learn what each row got since it was read last; those that go on, and their new text."""
         growing, texts = [], []
         for row, live in rows:
             sampled, end = sampled_token_ids[row], int(num_tokens[row])
@@ -241,51 +271,51 @@ class SuffixProposer:
             if stop is not None:  # what was accepted after it is not part of the sample
                 end -= len(sampled) - 1 - stop
             end = min(end, live.limit)
-            text = token_ids[row, live.num_read : end].copy()
-            self._extend(live, token_ids[row], end, len(sampled))
-            live.num_read, live.is_decoding, live.planned, live.num_drafted = end, True, None, 0
+            self._learn(live, token_ids[row, live.num_learned : end])
             if stop is None and end < live.limit:
                 growing.append((row, live))
-                texts.append(text)
+                texts.append(token_ids[row, live.num_read : end].copy())
+            live.num_read = end
         return growing, texts
 
-    def _extend(self, live: _Live, tokens: NDArray[np.int32], end: int, num_sampled: int) -> None:
-        begin = live.num_read
+    def _learn(self, live: _Live, tokens: NDArray[np.int32]) -> None:
+        """The next tokens of its row, as the weights now served have it."""
         if live.generation is None:
             live.generation = self._generation
-            begin = max(0, end - num_sampled - OVERLAP_TOKENS)
-        self.history.extend(live.problem, live.generation, live.name, tokens[begin:end])
+        self.history.extend(live.problem, live.generation, live.name, tokens)
+        live.num_learned += len(tokens)
 
     def _close_sequence(self, live: _Live) -> None:
         if live.generation is not None:
             self.history.end_sequence(live.problem, live.generation, live.name)
             live.generation = None
 
-    def _most(self, lives: Sequence[_Live]) -> NDArray[np.int32]:
-        """Tokens that would all be sampled if all were accepted, [m]; one comes without a draft."""
-        left = [live.limit - live.num_read - 1 for live in lives]
-        return np.minimum(np.array(left, dtype=np.int32), self._max_tokens)
-
-    def _plan(self, lives: Sequence[_Live], drafts: Drafts, num_waiting: int) -> Integers:
-        """How much of each draft is worth verifying, [m]."""
+    def _draft(
+        self, lives: Sequence[_Live], texts: Sequence[NDArray[np.int32]], num_waiting: int
+    ) -> tuple[Drafts, Integers]:
+        """Drafts, and how much of each is worth verifying, [m]."""
+        # All that would be sampled if all of it were accepted: one token comes without a draft.
+        most = [min(live.limit - live.num_read - 1, self._max_tokens) for live in lives]
+        drafts = self._reader.propose([live.reader_id for live in lives], texts, most)
+        if self._planner is None:
+            allowed = within_batch(drafts.num_tokens.astype(np.int64), self._batch_limit)
+        else:
+            allowed = self._planner.plan(self._running(lives), drafts, num_waiting)
         self._drafts = drafts
-        running = [
-            Running(
-                live.name,
-                live.problem,
-                live.num_read - live.num_prompt,
-                live.limit - live.num_prompt,
-            )
-            for live in lives
-        ]
-        allowed = within_batch(drafts.num_tokens.astype(np.int64), self._batch_limit)
-        if self._planner is not None:
-            allowed = self._planner.plan(running, drafts, num_waiting)
         self._totals.num_cold_rounds += int((drafts.num_tokens == 0).sum())
         siblings = drafts.generations == self._generation
-        for index, live in enumerate(lives):
-            live.planned, live.row, live.num_drafted = running[index], index, int(allowed[index])
+        for index in np.flatnonzero(allowed).tolist():
+            live = lives[index]
+            live.row, live.num_drafted = index, int(allowed[index])
             live.from_siblings = bool(siblings[index])
-            if live.num_drafted:
-                self._totals.count_draft(live.num_drafted, live.from_siblings)
-        return allowed
+            self._totals.count_draft(live.num_drafted, live.from_siblings)
+        return drafts, allowed
+
+    def _running(self, lives: Sequence[_Live]) -> list[Running]:
+        """The samples as the planner knows them: their completions' lengths."""
+        running = []
+        for live in lives:
+            num_prompt = len(live.request.prompt_token_ids)
+            num_tokens, limit = live.num_read - num_prompt, live.limit - num_prompt
+            running.append(Running(live.name, live.problem, num_tokens, limit))
+        return running

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 FIRST_INTERVAL = 8
 LONGEST_INTERVAL = 256
+INTERVAL_AFTER_UPDATE = 32
+LOOK_SHARE = 0.005
+FIRST_CREDIT = 0.02
+"""Seconds of looking that an engine begins with, and can save up."""
 
 
 @dataclass(frozen=True)
@@ -47,3 +51,24 @@ class DraftSwitch:
             return Decision(self.is_on, probe=False)
         self._interval, self._rounds = min(2 * self._interval, LONGEST_INTERVAL), 0
         return Decision(not self.is_on, probe=True)
+
+    def weights_changed(self) -> None:
+        """What was tried is out of date: probe soon, but not as if nothing were known."""
+        self._interval = min(self._interval, INTERVAL_AFTER_UPDATE)
+
+
+@dataclass
+class LookBudget:
+    """Asking the drafter although drafting is off may cost ``LOOK_SHARE`` of the time."""
+
+    _credit: float = FIRST_CREDIT
+
+    @property
+    def are_due(self) -> bool:
+        """Whether there is time for it."""
+        return self._credit >= 0
+
+    def spend(self, step_seconds: float, look_seconds: float) -> None:
+        """A step took so long, of which asking took ``look_seconds``, 0 if nobody asked."""
+        self._credit += LOOK_SHARE * step_seconds - look_seconds
+        self._credit = min(self._credit, FIRST_CREDIT)

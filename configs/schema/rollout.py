@@ -39,7 +39,7 @@ class DraftingConfig(Section):
     is drafted is decided step by step by what it costs and saves on this machine.
     """
 
-    max_tokens: int = Field(default=8, ge=1, le=32)
+    max_tokens: int = Field(default=16, ge=1, le=32)
     """Tokens drafted for a sequence in a step, at most."""
 
     budget: Literal["makespan", "throughput", "none"] | None = None

@@ -58,6 +58,7 @@ class SimulatedEngine:
         drafts = offered(np.array([self.rates[int(str(one.problem))] for one in running]))
         allowed = np.zeros(len(done), np.int64)
         if planner:
+            planner.wants_drafts()
             allowed = planner.plan(running, drafts, num_waiting)
         accepted = np.array(
             [self._accepted(one.problem, d) for one, d in zip(running, allowed, strict=True)]
@@ -65,8 +66,8 @@ class SimulatedEngine:
         seconds = 9e-3 + 0.55e-3 * (len(running) + allowed.sum()) + self.overhead * allowed.any()
         seconds *= 1 + 0.03 * self.random.standard_normal()
         if planner:
-            step = Verified(running, drafts, np.arange(len(running)), allowed, accepted)
-            planner.observe(step, float(seconds))
+            planner.observe(Verified(drafts, np.arange(len(running)), allowed, accepted))
+            planner.observe_step(len(running), int(allowed.sum()), float(seconds))
         for one, gained in zip(running, accepted, strict=True):
             i = int(str(one.request))
             done[i] += 1 + int(gained)
@@ -79,6 +80,17 @@ class SimulatedEngine:
     def _accepted(self, problem: object, drafted: int) -> int:
         held = self.random.random(drafted) < self.rates[int(str(problem))]
         return int(np.cumprod(held).sum())
+
+
+def planned(
+    planner: DraftPlanner, running: list[Running], drafts: Drafts, num_rounds: int
+) -> NDArray[np.int64]:
+    """Tokens drafted for each request in so many rounds."""
+    total = np.zeros(len(running), dtype=np.int64)
+    for _ in range(num_rounds):
+        planner.wants_drafts()
+        total += planner.plan(running, drafts)
+    return total
 
 
 def long_tailed(num_requests: int, seed: int = 0) -> NDArray[np.int64]:
@@ -124,7 +136,7 @@ def test_the_longest_requests_of_a_batch_draft_most_and_short_ones_nothing() -> 
     running = [Running(i, "short", 0, MAX_TOKENS) for i in range(60)]
     running += [Running(60 + i, "long", 0, MAX_TOKENS) for i in range(4)]
     offers = offered(np.full(len(running), 0.7))
-    drafts = np.sum([planner.plan(running, offers) for _ in range(32)], axis=0)
+    drafts = planned(planner, running, offers, 32)
     assert drafts[:60].max() <= 4  # probes alone
     assert drafts[60:].min() > 32
 
@@ -135,7 +147,7 @@ def test_problems_whose_drafts_hold_draft_more() -> None:
     SimulatedEngine(rates, np.full(64, 200), 4).run(planner)
     running = [Running("a", 0, 50, MAX_TOKENS), Running("b", 1, 50, MAX_TOKENS)]
     offers = offered(rates)
-    drafts = np.sum([planner.plan(running, offers) for _ in range(8)], axis=0)
+    drafts = planned(planner, running, offers, 8)
     assert drafts[0] > 3 * drafts[1]
 
 

@@ -32,8 +32,8 @@ class Batch:
 
     def begin(self, name, prompt, context=(), max_tokens=20, seed=None):
         self.texts[name] = [*prompt, *context]
-        num_context = len(self.texts[name])
-        request = DraftRequest(prompt, num_context, max_tokens, frozenset({STOP}), seed)
+        row = tuple(self.texts[name])
+        request = DraftRequest(prompt, row, max_tokens, frozenset({STOP}), seed)
         self.proposer.begin(name, request)
 
     def step(self, **sampled):
@@ -49,9 +49,10 @@ class Batch:
         self.proposer.step_took(0.01)
         return dict(zip(self.texts, drafts, strict=True))
 
-    def finish(self, name, num_tokens):
+    def finish(self, name, *tokens):
         del self.texts[name]
-        return self.proposer.finish(name, num_tokens, by_itself=True).tolist()
+        ids = np.array(tokens, dtype=np.int32)
+        return self.proposer.finish(name, ids, by_itself=True).tolist()
 
 
 def given(prompt, *tokens, version=-1):
@@ -105,7 +106,7 @@ def test_what_was_accepted_after_a_stop_token_is_not_learned_and_nothing_follows
     batch.begin("a", ONE)
     batch.step(a=[7])
     assert batch.step(a=[STOP, 8, 9]) == {"a": []}
-    batch.finish("a", 2)
+    batch.finish("a", 7, STOP)
     (tokens,) = batch.proposer.history.sequences(problem_name(ONE), 5)
     assert tokens.tolist() == [*ONE, 7, STOP]
 
@@ -133,8 +134,8 @@ def test_accepted_tokens_are_known_by_position_and_source(version, source, name)
     batch.begin("b", TWO)
     batch.step(a=[7], b=[7])
     batch.step(a=[8, 9, 4], b=[8])  # two of three were accepted
-    assert batch.finish("a", 4) == [0, source, source, 0]
-    assert batch.finish("b", 2) == [0, 0]
+    assert batch.finish("a", 7, 8, 9, 4) == [0, source, source, 0]
+    assert batch.finish("b", 7, 8) == [0, 0]
     counters = vars(batch.proposer.counters)
     assert (counters[f"num_drafted_{name}"], counters[f"num_accepted_{name}"]) == (3, 2)
     assert counters["num_rounds"] == 1
@@ -146,7 +147,7 @@ def test_accepted_tokens_beyond_the_end_of_a_sample_have_no_place_in_it():
     batch.begin("a", ONE)
     batch.step(a=[7])
     batch.step(a=[STOP, 9, 4])
-    assert batch.finish("a", 2) == [0, DRAFTED_FROM_SIBLINGS]
+    assert batch.finish("a", 7, STOP) == [0, DRAFTED_FROM_SIBLINGS]
 
 
 def test_a_budget_learns_from_steps_that_only_decoded():
@@ -159,7 +160,7 @@ def test_a_budget_learns_from_steps_that_only_decoded():
     costs = batch.proposer._planner.costs
     assert costs.is_started and costs.predict(1, 1).seconds == pytest.approx(0.01, rel=0.1)
     assert drafted > 0, "drafts are tried"
-    assert batch.proposer.counters.num_draft_steps == 32, "the first had no plan"
+    assert batch.proposer.counters.num_draft_steps == 33
 
 
 def test_memory_is_given_back_when_samples_end():
@@ -167,7 +168,7 @@ def test_memory_is_given_back_when_samples_end():
     for index in range(50):
         batch.begin(str(index), ONE)
         batch.step(**{str(index): [7]})
-        batch.finish(str(index), 1)
+        batch.finish(str(index), 7)
     assert batch.proposer._reader.num_requests == 0 and not batch.proposer._live
 
 
@@ -188,3 +189,21 @@ def test_under_coupled_sampling_drafts_are_guessed_with_the_noise_of_their_place
     places = position_streams(np.array(seeds), np.full(len(seeds), len(ONE) + 1))
     noise = gumbel(places[:, None], np.array([[8, 9]]))
     assert coupled == (8 + noise.argmax(axis=1)).tolist()
+
+
+def test_what_was_sampled_while_nobody_asked_is_learned_when_somebody_does_or_at_the_end():
+    batch = Batch(budget="throughput")
+    batch.proposer._planner.wants_drafts = lambda: False
+    batch.begin("a", ONE)
+    batch.begin("b", ONE)
+    for token in (7, 8, 9):
+        assert batch.step(a=[token], b=[token]) == {"a": [], "b": []}
+    assert batch.proposer.history.num_tokens == 0
+    batch.finish("a", 7, 8, 9)
+    (tokens,) = batch.proposer.history.sequences(problem_name(ONE), 5)
+    assert tokens.tolist() == [*ONE, 7, 8, 9]
+    batch.proposer.serve(6)
+    batch.proposer._planner.wants_drafts = lambda: True
+    batch.step(b=[4])
+    (tokens,) = batch.proposer.history.sequences(problem_name(ONE), 6)
+    assert tokens.tolist() == [*ONE, 7, 8, 9, 4]
