@@ -75,12 +75,16 @@ class StepAxis:
         return ticks
 
 
+NOTHING = 1e-300
+"""A range so narrow cannot be divided into steps that floats tell apart."""
+
+
 def value_range(values: Iterable[float], num_ticks: int) -> tuple[float, float]:
     """A range that holds 0 and the values and begins and ends on a tick; never of zero width."""
     low, high = 0.0, 0.0
     for value in values:
         low, high = min(low, value), max(high, value)
-    if high == low:
+    if high - low < NOTHING:
         return 0.0, 1.0
     step = 0.0
     while (wider := _round_step((high - low) / num_ticks)) > step:

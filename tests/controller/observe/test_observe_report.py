@@ -14,7 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -230,6 +230,7 @@ def test_markup_escapes_whatever_it_did_not_make() -> None:
     assert tag("p", inner, " & ", ["x", None]) == ('<p><b title="&quot;">1 &lt; 2</b> &amp; x</p>')
 
 
+@example([5e-324], 2)
 @given(st.lists(st.floats(-1e9, 1e9), min_size=1), st.integers(2, 6))
 def test_an_axis_holds_its_values_and_ends_on_ticks(values: list[float], num_ticks: int) -> None:
     low, high = value_range(values, num_ticks)
