@@ -18,28 +18,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import vllm
-from numpy.typing import NDArray
 from transformers import PretrainedConfig
 from vllm.inputs import TokensPrompt
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from paceline.configs.errors import DataError, ModelError
 from paceline.configs.schema.rollout import DraftingConfig, RolloutConfig
 from paceline.configs.vocabulary import (
-    Completion,
     RolloutRequest,
-    SamplingParameters,
     Trace,
-    VersionSpan,
     WeightVersion,
 )
 from paceline.rollout.coupled_sampling import sample_coupled
 from paceline.rollout.engine import RolloutResult
-from paceline.rollout.turns import NOTHING_YET, SampleTask, ScoringTurn, Turn
+from paceline.rollout.turns import NOTHING_YET, ScoringTurn, Turn
 from paceline.rollout.vllm_patches import (
     abort_with_outputs,
     give_drafts_their_sampling_constraints,
@@ -49,7 +43,8 @@ from paceline.rollout.vllm_patches import (
     model_runner,
     require_known_version,
 )
-from paceline.spec.proposer import DraftRequest, SuffixProposer
+from paceline.rollout.vllm_records import completion, draft_request, sampling_params, scores
+from paceline.spec.proposer import SuffixProposer
 from paceline.weights_sync.handle import WeightHandle
 
 MIN_BATCHED_TOKENS = 4096
@@ -316,19 +311,6 @@ def speculation(drafting: DraftingConfig | None) -> dict[str, Any] | None:
     }
 
 
-def draft_request(
-    request: RolloutRequest, task: SampleTask, coupled_seed: int | None
-) -> DraftRequest:
-    """What the proposer must know of one sample in one turn."""
-    return DraftRequest(
-        request.prompt_token_ids,
-        task.token_ids,
-        task.max_tokens,
-        frozenset(request.sampling.stop_token_ids),
-        coupled_seed,
-    )
-
-
 def start_engine(arguments: vllm.EngineArgs) -> vllm.LLMEngine:
     """Load the model into an engine in this process.
 
@@ -358,48 +340,3 @@ def require_cpu_head_size(head_size: int) -> None:
             f"the model's head_dim is {head_size}; vLLM's CPU attention has kernels for "
             f"{supported}: choose one of them"
         )
-
-
-def sampling_params(
-    sampling: SamplingParameters, task: SampleTask, seed: int
-) -> vllm.SamplingParams:
-    """Our sampling settings in vLLM's terms, for one sample in one turn."""
-    return vllm.SamplingParams(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k or -1,
-        max_tokens=task.max_tokens,
-        stop_token_ids=list(sampling.stop_token_ids),
-        ignore_eos=True,  # what ends a completion is said by the request alone
-        seed=seed,
-        logprobs=0,  # only the sampled token's
-        prompt_logprobs=0 if task.num_scored else None,
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        skip_clone=True,  # nobody else holds it
-    )
-
-
-def completion(output: vllm.CompletionOutput) -> Completion:
-    """What vLLM sampled in one turn as our record; `length` is the turn's budget."""
-    spans = tuple(
-        VersionSpan(WeightVersion(int(span.version)), span.start, span.end)
-        for span in output.weight_versions or ()
-    )
-    assert output.finish_reason in ("stop", "length", "abort"), output.finish_reason
-    return Completion(
-        token_ids=np.asarray(output.token_ids, dtype=np.int32),
-        logprobs=np.asarray(output.logprobs.logprobs, dtype=np.float32),
-        versions=spans,
-        finish_reason=output.finish_reason,
-    )
-
-
-def scores(output: vllm.RequestOutput, count: int) -> NDArray[np.float32]:
-    """Log-probabilities of the prompt's last ``count`` tokens; zeros where it was taken back."""
-    found = output.prompt_logprobs
-    if not found:
-        return np.zeros(count, dtype=np.float32)
-    # flat: one number a token, for no other tokens were asked for
-    return np.asarray(found.logprobs[-count:], dtype=np.float32)

@@ -28,12 +28,11 @@ more tokens than it has.
 waits for a batch of rollouts as a whole: as one request ends, another takes its place, and what
 counts is tokens a second. With S_ij the probability that the first j tokens of i's draft hold,
 
-    maximise   R(d) = Σ_i w_i (1 + Σ_{j <= d_i} S_ij) / (c_base + c_tok (m + Σ_i d_i))
+    maximise   R(d) = Σ_i (1 + Σ_{j <= d_i} S_ij) / (c_base + c_tok (m + Σ_i d_i))
 
-A token is worth drafting iff w_i S_ij > R* c_tok: more than the time it takes would earn elsewhere
-(Dinkelbach 1967, *On nonlinear fractional programming*). w_i is how much a token of request i is
-worth: 1, or more for the groups that the next training batch waits for. A request that must be done
-in N rounds, lest its group grow too old, drafts p_i*(N)/N a round (``Curves.drafts_needed``).
+A token is worth drafting iff S_ij > R* c_tok: more than the time it takes would earn elsewhere
+(Dinkelbach 1967, *On nonlinear fractional programming*). Freshness needs no objective of its own:
+the ledger bounds it whatever is drafted, and what is done sooner is trained younger.
 """
 
 from __future__ import annotations
@@ -144,23 +143,21 @@ def throughput_drafts(
     survival: Floats,
     costs: StepCosts,
     batch_limit: int | None = None,
-    worth: Floats | None = None,
 ) -> ThroughputBudget:
     """The drafts of one round that make the most tokens a second.
 
     ``survival`` [m, d] holds S_ij, not rising in j, 0 where the drafter has no token;
-    ``batch_limit`` is how many the round may draft together, ``worth`` [m] > 0 what a token of each
-    request counts.
+    ``batch_limit`` is how many the round may draft together.
     """
     num_requests, longest = survival.shape
     assert num_requests, "a round has requests"
-    worth = np.ones(num_requests) if worth is None else worth
-    gains = worth[:, None] * survival
-    # Any best drafts take the most valuable tokens first; the best number of them maximises R.
-    order = np.argsort(-gains, axis=None, kind="stable")
-    most = min(int(np.count_nonzero(gains > 0)), gains.size if batch_limit is None else batch_limit)
+    # Any best drafts take the likeliest tokens first; the best number of them maximises R.
+    order = np.argsort(-survival, axis=None, kind="stable")
+    most = min(
+        int(np.count_nonzero(survival > 0)), survival.size if batch_limit is None else batch_limit
+    )
     chosen = order[:most]
-    tokens = worth.sum() + np.concatenate([[0.0], np.cumsum(gains.ravel()[chosen])])
+    tokens = num_requests + np.concatenate([[0.0], np.cumsum(survival.ravel()[chosen])])
     rates = tokens / (costs.base + costs.token * (num_requests + np.arange(most + 1)))
     best = int(rates.argmax())
     drafts = np.bincount(chosen[:best] // longest, minlength=num_requests)

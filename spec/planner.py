@@ -45,16 +45,12 @@ cost more than the step does, and a probe of all would take as long as three pla
 
 @dataclass(frozen=True)
 class Running:
-    """A request as it stands: ``num_tokens`` of at most ``max_tokens`` are generated.
-
-    ``worth`` is what one of its tokens counts where throughput is the objective.
-    """
+    """A request as it stands: ``num_tokens`` of at most ``max_tokens`` are generated."""
 
     request: Hashable
     problem: Hashable
     num_tokens: int
     max_tokens: int
-    worth: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -233,9 +229,8 @@ class DraftPlanner:
         if costs is None:
             return np.zeros(len(running), dtype=np.int64), 0.0
         drafted, plain = costs
-        worth = np.array([one.worth for one in running])
-        budget = throughput_drafts(survival, drafted, batch_limit=self.batch_limit, worth=worth)
-        plain_rate = worth.sum() / plain.seconds(len(running))
+        budget = throughput_drafts(survival, drafted, self.batch_limit)
+        plain_rate = len(running) / plain.seconds(len(running))
         confidence = self._confidence(len(running), float(budget.drafts.sum()))
         return budget.drafts, confidence * float(budget.rate / plain_rate)
 

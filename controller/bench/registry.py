@@ -18,6 +18,8 @@ from paceline.controller.bench.result import BenchResult, show
 from paceline.controller.bench.rollout import bench_rollout
 from paceline.controller.bench.suffix import bench_suffix
 
+FILE_WIDTH = 160
+
 Bench = Callable[[bool, Path], BenchResult]
 """``(quick, output)``: measure (briefly where ``quick``), with files in the folder ``output``."""
 
@@ -47,7 +49,8 @@ def run_bench(name: str, quick: bool, output: Path) -> int:
         )
     output.mkdir(parents=True, exist_ok=True)
     result = BENCHES[name](quick, output)
-    show(result, Console())
+    # A file has no width: tables are not to be cut to that of a terminal from long ago.
+    show(result, Console(width=None if sys.stdout.isatty() else FILE_WIDTH))
     sys.stdout.write(result.as_json() + "\n")
     sys.stdout.flush()
     return 0 if result.all_met else 1

@@ -298,17 +298,16 @@ def test_no_drafts_make_more_tokens_a_second(
 ) -> None:
     m, longest = survival.shape
     offered = np.array(data.draw(st.lists(st.integers(0, longest), min_size=m, max_size=m)))
-    worth = np.array(data.draw(st.lists(st.floats(0.5, 4), min_size=m, max_size=m)))
     limit = data.draw(st.integers(0, m * longest))
 
     def rate(drafts: tuple[int, ...]) -> float:
         gained = [survival[i, :d].sum() for i, d in enumerate(drafts)]
-        return float(worth @ (1 + np.array(gained)) / (costs.seconds(m + sum(drafts))))
+        return float(sum(gained) + m) / costs.seconds(m + sum(drafts))
 
     every = itertools.product(*(range(int(most) + 1) for most in offered))
     best = max(rate(drafts) for drafts in every if sum(drafts) <= limit)
     is_offered = np.arange(longest) < offered[:, None]
-    budget = throughput_drafts(np.where(is_offered, survival, 0), costs, limit, worth)
+    budget = throughput_drafts(np.where(is_offered, survival, 0), costs, limit)
     assert budget.rate == pytest.approx(best)
     assert budget.rate == pytest.approx(rate(tuple(budget.drafts)))
     assert budget.plain_rate == pytest.approx(rate((0,) * m)) and budget.rate >= budget.plain_rate
