@@ -62,7 +62,6 @@ class _Live:
     num_read: int
     num_learned: int
     generation: int | None = None
-    is_decoding: bool = False
     row: int = -1
     num_drafted: int = 0
     from_siblings: bool = False
@@ -107,6 +106,8 @@ class SuffixProposer:
         self._generation = -1
         self._drafts: Drafts | None = None
         self._step = _Step()
+        self._num_drafted = 0
+        self._unseen: set[str] = set()  # samples whose next step reads what they have
         self._totals = DraftCounters()
 
     def load_model(self, target_model: Any) -> None:
@@ -129,6 +130,7 @@ class SuffixProposer:
         num_learned = max(0, len(request.context) - OVERLAP_TOKENS)
         reader_id = self._reader.open(problem, request.coupled_seed, num_read)
         self._live[name] = _Live(name, problem, request, reader_id, num_read, num_learned)
+        self._unseen.add(name)
 
     def finish(self, name: str, token_ids: NDArray[np.int32], by_itself: bool) -> NDArray[np.uint8]:
         """A sample got ``token_ids`` in its turn, which ended ``by_itself`` or was cut off.
@@ -137,6 +139,7 @@ class SuffixProposer:
             Of each of them where it was drafted from, uint8 like ``token_ids``: 0 for none.
         """
         live = self._live.pop(name)
+        self._unseen.discard(name)
         self._reader.close(live.reader_id)
         if len(token_ids):
             before = np.array(live.request.context[live.num_learned :], dtype=np.int32)
@@ -157,7 +160,8 @@ class SuffixProposer:
         for live in self._live.values():
             self._close_sequence(live)
             live.num_learned = max(0, live.num_learned - OVERLAP_TOKENS)
-            live.is_decoding, live.row = False, -1
+            live.row = -1
+        self._unseen.update(self._live)
         if self._planner is not None:
             self._planner.weights_changed()
 
@@ -198,7 +202,8 @@ class SuffixProposer:
         token_ids_cpu: NDArray[np.int32],
         slot_mappings: Any = None,
     ) -> list[list[int]]:
-        """A draft of at most ``num_speculative_tokens`` for every row; ``[]`` is none.
+        """A draft of at most ``num_speculative_tokens`` for every row; none at all where nobody has
+        one, which spares vLLM a look at every row.
 
         ``sampled_token_ids`` are what each row was just given (nothing while it reads its prompt),
         ``token_ids_cpu`` [rows, L] all tokens of each, the first ``num_tokens_no_spec`` of them.
@@ -206,19 +211,26 @@ class SuffixProposer:
         started = time.perf_counter()
         names = self._rows_of()
         assert len(names) == len(sampled_token_ids), "a row of the batch has no request"
+        asks = self._planner is None or self._planner.wants_drafts()
+        if not asks and not self._unseen and not self._num_drafted:
+            self._step.num_rows, self._step.only_decoded = len(names), True
+            return []
         rows = [
             (row, live)
             for row, name in enumerate(names)
             if sampled_token_ids[row] and (live := self._live.get(name)) is not None
         ]
-        self._verify(rows, sampled_token_ids, everybody=len(rows) == len(names))
-        proposed: list[list[int]] = [[] for _ in names]
-        if rows and (self._planner is None or self._planner.wants_drafts()):
+        self._verify(rows, sampled_token_ids)
+        self._step.only_decoded &= len(rows) == len(names)
+        proposed: list[list[int]] = []
+        if rows and asks:
             num_waiting = max(0, len(self._live) - len(names))
             growing, texts = self._read(rows, sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
             if growing:
                 lives = [live for _, live in growing]
                 drafts, allowed = self._draft(lives, texts, num_waiting)
+                if allowed.any():
+                    proposed = [[] for _ in names]
                 for index in np.flatnonzero(allowed).tolist():
                     proposed[growing[index][0]] = drafts.tokens[index, : allowed[index]].tolist()
             self._step.look_seconds = time.perf_counter() - started
@@ -226,19 +238,18 @@ class SuffixProposer:
         return proposed
 
     def _verify(
-        self,
-        rows: Sequence[tuple[int, _Live]],
-        sampled_token_ids: Sequence[Sequence[int]],
-        everybody: bool,
+        self, rows: Sequence[tuple[int, _Live]], sampled_token_ids: Sequence[Sequence[int]]
     ) -> None:
         """See what became of the drafts: what a row got beyond one token it had accepted."""
         step = self._step
         step.num_rows = len(rows)
-        step.only_decoded = everybody
+        step.only_decoded = True
+        self._num_drafted = 0
         checked: list[tuple[int, int, int]] = []
         for row, live in rows:
-            step.only_decoded &= live.is_decoding
-            live.is_decoding = True
+            if live.name in self._unseen:
+                self._unseen.remove(live.name)
+                step.only_decoded = False
             if not live.num_drafted:
                 continue
             count = len(sampled_token_ids[row]) - 1
@@ -308,6 +319,7 @@ class SuffixProposer:
             live = lives[index]
             live.row, live.num_drafted = index, int(allowed[index])
             live.from_siblings = bool(siblings[index])
+            self._num_drafted += live.num_drafted
             self._totals.count_draft(live.num_drafted, live.from_siblings)
         return drafts, allowed
 

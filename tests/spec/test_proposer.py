@@ -47,7 +47,7 @@ class Batch:
         new = [sampled.get(name, []) for name in self.texts]
         drafts = self.proposer.propose(new, lengths, table)
         self.proposer.step_took(0.01)
-        return dict(zip(self.texts, drafts, strict=True))
+        return dict(zip(self.texts, drafts or [[] for _ in self.texts], strict=True))
 
     def finish(self, name, *tokens):
         del self.texts[name]
