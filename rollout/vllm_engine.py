@@ -36,6 +36,7 @@ from paceline.rollout.engine import RolloutResult
 from paceline.rollout.turns import NOTHING_YET, ScoringTurn, Turn
 from paceline.rollout.vllm_patches import (
     abort_with_outputs,
+    ask_for_drafts_to_the_end,
     give_drafts_their_sampling_constraints,
     has_sampled,
     keep_cpu_linear_weights,
@@ -245,6 +246,7 @@ class VLLMEngine:
         runner = model_runner(self._engine)
         proposer = runner.drafter
         assert isinstance(proposer, SuffixProposer)
+        ask_for_drafts_to_the_end(runner)
         proposer.attach(drafting, lambda: runner.input_batch.req_ids)
         return proposer
 

@@ -23,7 +23,7 @@ PATCHED_VERSION = "0.32"
 
 _packed_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _original_dispatch: Any = None
-_original_sample: Any = None
+_original_prepare: Any = None
 
 
 def require_known_version() -> None:
@@ -84,24 +84,29 @@ def give_drafts_their_sampling_constraints() -> None:
 
 
 def let_everybody_draft_nothing() -> None:
-    """Sample a step in which no request drafted a token as if drafting were off.
+    """Make a step in which no request drafted a token as if drafting were off.
 
-    Defect (vLLM 0.32, ``v1/worker/gpu_model_runner.py::_sample``): where drafting is configured,
-    every step goes through the rejection sampler. Without a drafted token that is work for nothing,
-    and with top-k the engine ends: the largest top-k of no positions is asked for
-    (``v1/sample/ops/topk_topp_sampler.py::apply_top_k_only``).
+    Defect (vLLM 0.32, ``v1/worker/gpu_model_runner.py::_prepare_inputs``): where drafting is
+    configured, every step goes through the rejection sampler. Without a drafted token that is work
+    for nothing, and with top-k the engine ends: the largest top-k of no positions is asked for
+    (``v1/sample/ops/topk_topp_sampler.py::apply_top_k_only``). Models with recurrent layers need
+    the speculative path in every step; we serve none.
     """
-    global _original_sample
+    global _original_prepare
     require_known_version()
-    if _original_sample is None:
-        _original_sample = GPUModelRunner._sample
-        GPUModelRunner._sample = _sample_plainly_if_nobody_drafted
+    if _original_prepare is None:
+        _original_prepare = GPUModelRunner._prepare_inputs
+        GPUModelRunner._prepare_inputs = _prepare_plainly_if_nobody_drafted
 
 
-def _sample_plainly_if_nobody_drafted(runner: Any, logits: Tensor | None, drafts: Any) -> Any:
-    if drafts is not None and not any(drafts.num_draft_tokens):
-        drafts = None
-    return _original_sample(runner, logits, drafts)
+def _prepare_plainly_if_nobody_drafted(runner: Any, scheduler_output: Any, *rest: Any) -> Any:
+    if scheduler_output.scheduled_spec_decode_tokens:
+        return _original_prepare(runner, scheduler_output, *rest)
+    configured, runner.speculative_config = runner.speculative_config, None
+    try:
+        return _original_prepare(runner, scheduler_output, *rest)
+    finally:
+        runner.speculative_config = configured
 
 
 def expand_batch_to_tokens(
@@ -125,6 +130,16 @@ def model_runner(engine: vllm.LLMEngine) -> Any:
     is no way to reach it but this one.
     """
     return engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def ask_for_drafts_to_the_end(runner: Any) -> None:
+    """Have the proposer asked wherever a sequence is in its context.
+
+    Gap (vLLM 0.32, ``v1/worker/gpu_model_runner.py::_input_fits_in_drafter``): once the longest
+    sequence of a batch has less room than the longest draft, no proposer is asked, for any
+    sequence, nor told what became of its last drafts. Ours never drafts beyond a request's end.
+    """
+    runner.effective_drafter_max_model_len = runner.max_model_len + runner.num_spec_tokens
 
 
 def abort_with_outputs(engine: vllm.LLMEngine, vllm_ids: list[str]) -> list[vllm.RequestOutput]:

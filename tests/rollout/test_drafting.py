@@ -157,3 +157,16 @@ def test_every_token_says_whether_it_was_drafted_and_from_what(engines):
     assert all(len(each) == BUDGET for each in sources)
     assert sum(np.count_nonzero(each) for each in sources) == num_accepted(drafting) - before
     assert np.count_nonzero(again.draft_sources == DRAFTED_FROM_SIBLINGS) > BUDGET // 2
+
+
+def test_drafts_reach_to_the_end_of_the_context(engines):
+    """The longest draft that is configured does not fit any more, a shorter one does."""
+    drafting, _, _ = engines
+    publish(engines, 9)
+    prompt = (5, 9, 3)
+    whole = LONG - len(prompt)
+    settings = {"temperature": 0.0, "max_tokens": whole, "stop_token_ids": ()}
+    run_to_end(drafting, make_request("first", prompt, **settings))
+    (again,) = run_to_end(drafting, make_request("again", prompt, **settings))["again"]
+    assert len(again.token_ids) == whole
+    assert np.count_nonzero(again.draft_sources[-4:]) >= 3
