@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -22,6 +23,7 @@ from paceline.configs.errors import ClusterError
 from paceline.configs.schema.learner import LearnerConfig
 from paceline.configs.schema.model import Precision
 from paceline.learner.model import PolicyModel
+from paceline.weights_sync.layout import Layout, TensorSpec
 from paceline.weights_sync.shared_memory import Shard
 
 T = TypeVar("T")
@@ -78,13 +80,20 @@ def shard_policy(
         )
 
 
-def local_shards(policy: PolicyModel) -> Iterator[Shard]:
+def layout_of(model: nn.Module, dtype: str) -> Layout:
+    """Where a model's parameters lie when they are published as ``dtype``; tied weights once."""
+    return Layout(
+        tuple(TensorSpec(name, tuple(p.shape), dtype) for name, p in model.named_parameters())
+    )
+
+
+def local_shards(model: nn.Module) -> Iterator[Shard]:
     """This rank's piece of every parameter in global coordinates; tied weights once.
 
     Pieces of all ranks tile each tensor exactly once. A rank without a piece of a small tensor
     yields none for it.
     """
-    for name, parameter in policy.causal_lm.named_parameters():
+    for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
             yield Shard(name, (slice(None),) * parameter.ndim, parameter)
             continue

@@ -22,7 +22,7 @@ from paceline.configs.schema.model import ModelConfig
 from paceline.configs.vocabulary import StepReport, TrainBatch, TrainSample, WeightVersion
 from paceline.learner.checkpoint import export_model, load_checkpoint, save_checkpoint
 from paceline.learner.inspection import argmax_gaps, prompt_and_completion
-from paceline.learner.mesh import gather_objects, local_shards
+from paceline.learner.mesh import gather_objects, layout_of, local_shards
 from paceline.learner.microbatch import Microbatch
 from paceline.learner.model import Head
 from paceline.learner.objective import Algorithm
@@ -30,7 +30,6 @@ from paceline.learner.optimizer import has_gradients, reset_state, take_step
 from paceline.learner.rank import RankModels
 from paceline.learner.step import TrainingStep
 from paceline.weights_sync.handle import WeightHandle
-from paceline.weights_sync.layout import Layout, TensorSpec
 from paceline.weights_sync.shared_memory import SharedMemoryPublisher
 
 
@@ -68,7 +67,8 @@ class LearnerWorker:
         )
         self._num_ranks = config.num_ranks
         self._step: TrainingStep | None = None
-        self._publisher = SharedMemoryPublisher(weights_folder, self._layout())
+        layout = layout_of(self._models.policy.causal_lm, self._precision)
+        self._publisher = SharedMemoryPublisher(weights_folder, layout)
 
     def forward_backward(self, batch: TrainBatch, algorithm: Algorithm) -> StepReport:
         """Find what a batch's tokens are worth and add the gradient of its first update.
@@ -143,7 +143,7 @@ class LearnerWorker:
 
     def publish(self, version: int) -> WeightHandle | None:
         """Write this rank's shards where engines read them; rank 0 returns the handle."""
-        self._publisher.write(version, local_shards(self._models.policy))
+        self._publisher.write(version, local_shards(self._models.policy.causal_lm))
         if self._models.is_sharded:
             dist.barrier()
         return self._publisher.commit(version) if self._rank == 0 else None
@@ -214,11 +214,3 @@ class LearnerWorker:
     def _drop_gradients(self) -> None:
         for _, optimizer in self._models.trained().values():
             optimizer.zero_grad()
-
-    def _layout(self) -> Layout:
-        return Layout(
-            tuple(
-                TensorSpec(name, tuple(parameter.shape), self._precision)
-                for name, parameter in self._models.policy.causal_lm.named_parameters()
-            )
-        )

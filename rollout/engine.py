@@ -35,7 +35,7 @@ class Engine(Protocol):
         """Run one forward pass over the running batch; return the requests whose turn it ended."""
 
     @property
-    def draft_counters(self) -> Mapping[str, int]:
+    def draft_counters(self) -> Mapping[str, float]:
         """Running totals of drafting; empty where nothing is drafted."""
 
     def has_work(self) -> bool:

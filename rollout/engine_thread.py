@@ -139,7 +139,7 @@ class EngineThread:
         return future
 
     @property
-    def draft_counters(self) -> Mapping[str, int]:
+    def draft_counters(self) -> Mapping[str, float]:
         """Running totals of the engine's drafting."""
         return self._engine.draft_counters
 

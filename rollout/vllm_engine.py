@@ -167,7 +167,7 @@ class VLLMEngine:
         return self._take_over()
 
     @property
-    def draft_counters(self) -> Mapping[str, int]:
+    def draft_counters(self) -> Mapping[str, float]:
         """Running totals of drafting; empty where nothing is drafted."""
         return {} if self._proposer is None else asdict(self._proposer.counters)
 

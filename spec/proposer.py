@@ -51,8 +51,8 @@ class _Live:
     """A sample the engine works on.
 
     Of its row the reader knows the first ``num_read`` tokens and the history the first
-    ``num_learned``, as a sequence of ``generation``, None where none is open. ``drafted`` tokens of
-    row ``row`` of the last drafts are being verified.
+    ``num_learned``, as a sequence of ``generation``, None where none is open. ``num_drafted``
+    tokens of row ``row`` of the last drafts are being verified.
     """
 
     name: str

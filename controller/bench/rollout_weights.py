@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from paceline.controller.bench.rollout_training import Training, load, save, trained_versions
 from paceline.controller.bench.widened_model import Shape, widened
+from paceline.learner.mesh import layout_of, local_shards
 from paceline.weights_sync.handle import WeightHandle
-from paceline.weights_sync.layout import Layout, TensorSpec
-from paceline.weights_sync.shared_memory import Shard, SharedMemoryPublisher
+from paceline.weights_sync.shared_memory import SharedMemoryPublisher
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,6 @@ def publish_versions(training: Training, shape: Shape, cache: Path, folder: Path
 
 
 def _publish(model: PreTrainedModel, version: int, folder: Path) -> WeightHandle:
-    parameters = dict(model.named_parameters())
-    specs = [TensorSpec(name, tuple(p.shape), "float32") for name, p in parameters.items()]
-    publisher = SharedMemoryPublisher(str(folder), Layout(tuple(specs)))
-    whole = [
-        Shard(name, tuple(slice(0, size) for size in parameter.shape), parameter)
-        for name, parameter in parameters.items()
-    ]
-    publisher.write(version, whole)
+    publisher = SharedMemoryPublisher(str(folder), layout_of(model, "float32"))
+    publisher.write(version, local_shards(model))
     return publisher.commit(version)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from paceline.learner.mesh import layout_of, local_shards
 from paceline.weights_sync.handle import WeightHandle
-from paceline.weights_sync.layout import Layout, TensorSpec
-from paceline.weights_sync.shared_memory import Shard, SharedMemoryPublisher
+from paceline.weights_sync.shared_memory import SharedMemoryPublisher
 
 MOST_TOKENS = 4096
 """Tokens of one forward pass, padding included."""
@@ -33,18 +33,13 @@ class Reference:
         self._model = model.eval().to(device)
         self._initial = copy.deepcopy(self._model.state_dict())
         self._version = 0
-        specs = tuple(TensorSpec(n, tuple(p.shape), "float32") for n, p in self._parameters())
-        self._publisher = SharedMemoryPublisher(shared, Layout(specs))
+        self._publisher = SharedMemoryPublisher(shared, layout_of(self._model, "float32"))
         self.vocabulary: int = self._model.config.vocab_size
 
     def publish(self, version: int) -> WeightHandle:
         """Put a version where engines can load it from, until the next but one."""
         self.load(version)
-        whole = [
-            Shard(name, tuple(slice(0, size) for size in parameter.shape), parameter)
-            for name, parameter in self._parameters()
-        ]
-        self._publisher.write(version, whole)
+        self._publisher.write(version, local_shards(self._model))
         return self._publisher.commit(version)
 
     @torch.no_grad()
@@ -54,7 +49,7 @@ class Reference:
             return
         self._model.load_state_dict(self._initial)
         generator = torch.Generator().manual_seed(version)
-        for _, parameter in self._parameters() if version else ():
+        for parameter in self._model.parameters() if version else ():
             # a constant tensor, as norms begin, has none: then next to its size
             scale = parameter.std() if parameter.std() > 0 else parameter.abs().mean()
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.device)
@@ -90,9 +85,6 @@ class Reference:
         # attention looks back only, so padding after the end changes nothing before it
         padded = [[*context, *[0] * (longest - len(context))] for context in contexts]
         return self._model(torch.tensor(padded, device=self._model.device)).logits
-
-    def _parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        yield from self._model.named_parameters()
 
 
 def _batches(contexts: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:

@@ -49,8 +49,8 @@ class Drafter:
         own = self.engine.draft_counters
         if own:
             return (
-                own["num_drafted_siblings"] + own["num_drafted_history"],
-                own["num_accepted_siblings"] + own["num_accepted_history"],
+                int(own["num_drafted_siblings"] + own["num_drafted_history"]),
+                int(own["num_accepted_siblings"] + own["num_accepted_history"]),
             )
         return ScriptedDrafter.counters.num_drafted, ScriptedDrafter.counters.num_accepted
 

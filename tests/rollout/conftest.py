@@ -14,9 +14,9 @@ import torch
 from paceline.configs.schema.model import ModelConfig
 from paceline.configs.schema.rollout import RolloutConfig
 from paceline.configs.vocabulary import Completion, RolloutRequest, SamplingParameters
+from paceline.learner.mesh import layout_of, local_shards
 from paceline.learner.model import write_initial_model
-from paceline.weights_sync.layout import Layout, TensorSpec
-from paceline.weights_sync.shared_memory import Shard, SharedMemoryPublisher
+from paceline.weights_sync.shared_memory import SharedMemoryPublisher
 
 MAX_LENGTH = 64
 STOP = 1
@@ -44,11 +44,7 @@ class Reference:
     publisher: SharedMemoryPublisher
 
     def publish(self, version: int):
-        shards = [
-            Shard(name, tuple(slice(0, size) for size in parameter.shape), parameter)
-            for name, parameter in self.model.named_parameters()
-        ]
-        self.publisher.write(version, shards)
+        self.publisher.write(version, local_shards(self.model))
         return self.publisher.commit(version)
 
     def perturb(self, seed: int) -> None:
@@ -69,8 +65,7 @@ def build_reference(folder: str, shared: Path) -> Reference:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    specs = tuple(TensorSpec(n, tuple(p.shape), "float32") for n, p in model.named_parameters())
-    return Reference(model, SharedMemoryPublisher(str(shared), Layout(specs)))
+    return Reference(model, SharedMemoryPublisher(str(shared), layout_of(model, "float32")))
 
 
 def build_engine(
