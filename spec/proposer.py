@@ -106,7 +106,7 @@ class SuffixProposer:
         self._generation = -1
         self._drafts: Drafts | None = None
         self._step = _Step()
-        self._num_drafted = 0
+        self._drafting: list[_Live] = []  # samples with drafts in this step
         self._unseen: set[str] = set()  # samples whose next step reads what they have
         self._totals = DraftCounters()
 
@@ -212,7 +212,7 @@ class SuffixProposer:
         names = self._rows_of()
         assert len(names) == len(sampled_token_ids), "a row of the batch has no request"
         asks = self._planner is None or self._planner.wants_drafts()
-        if not asks and not self._unseen and not self._num_drafted:
+        if not asks and not self._unseen and not self._drafting:
             self._step.num_rows, self._step.only_decoded = len(names), True
             return []
         rows = [
@@ -244,15 +244,15 @@ class SuffixProposer:
         step = self._step
         step.num_rows = len(rows)
         step.only_decoded = True
-        self._num_drafted = 0
         checked: list[tuple[int, int, int]] = []
         for row, live in rows:
             if live.name in self._unseen:
                 self._unseen.remove(live.name)
                 step.only_decoded = False
-            if not live.num_drafted:
-                continue
             count = len(sampled_token_ids[row]) - 1
+            if not live.num_drafted or (live.row < 0 and not count):
+                live.num_drafted = 0
+                continue
             source = DRAFTED_FROM_SIBLINGS if live.from_siblings else DRAFTED_FROM_HISTORY
             live.accepted.append((live.num_read - live.num_context, count, source))
             self._totals.count_accepted(count, live.from_siblings)
@@ -261,10 +261,20 @@ class SuffixProposer:
             if live.row >= 0:
                 checked.append((live.row, live.num_drafted, count))
             live.num_drafted = 0
+        self._pass_over()
         if checked and self._planner is not None:
             assert self._drafts is not None
             columns = np.array(checked, dtype=np.int64).T
             self._planner.observe(Verified(self._drafts, *columns))
+
+    def _pass_over(self) -> None:
+        """Samples whose drafts had no step: preempted ones lost them and will read their text
+        again, others have them verified later."""
+        for live in self._drafting:
+            if live.num_drafted and self._live.get(live.name) is live:
+                live.row = -1
+                self._unseen.add(live.name)
+        self._drafting.clear()
 
     def _read(
         self,
@@ -319,7 +329,7 @@ class SuffixProposer:
             live = lives[index]
             live.row, live.num_drafted = index, int(allowed[index])
             live.from_siblings = bool(siblings[index])
-            self._num_drafted += live.num_drafted
+            self._drafting.append(live)
             self._totals.count_draft(live.num_drafted, live.from_siblings)
         return drafts, allowed
 

@@ -9,6 +9,7 @@ import pytest
 
 from paceline.configs.schema.rollout import DraftingConfig
 from paceline.configs.vocabulary import DRAFTED_FROM_HISTORY, DRAFTED_FROM_SIBLINGS, Trace
+from paceline.spec.cost_model import Prediction, StepCosts
 from paceline.spec.noise import gumbel, position_streams
 from paceline.spec.proposer import DraftRequest, SuffixProposer
 from paceline.spec.traces import problem_name
@@ -207,3 +208,42 @@ def test_what_was_sampled_while_nobody_asked_is_learned_when_somebody_does_or_at
     batch.step(b=[4])
     (tokens,) = batch.proposer.history.sequences(problem_name(ONE), 6)
     assert tokens.tolist() == [*ONE, 7, 8, 9, 4]
+
+
+@pytest.mark.parametrize("budget", ["none", "throughput"])
+def test_drafts_of_a_sample_that_was_preempted_count_for_nothing(budget):
+    batch = Batch(budget=budget)
+    prompts = [(20 + row,) for row in range(6)]
+    planner = batch.proposer._planner
+    if planner is not None:  # as if it were known to pay
+        planner.costs.costs = lambda num_requests, drafted: StepCosts(1.0, 0.001)
+        planner.costs.predict = lambda num_tokens, num_requests: Prediction(1.0, 0.0)
+    for prompt in prompts:
+        batch.proposer.learn([given(prompt, *range(7, 40))])
+        batch.begin(f"of {prompt[0]}", prompt)
+    names = list(batch.texts)
+    for token in (7, 8, 9):
+        drafts = batch.step(**{name: [token] for name in names})
+    assert drafts[names[5]], "the sixth row is drafted for"
+    gone = batch.texts.pop(names[5])
+    del batch.texts[names[4]], batch.texts[names[3]]
+    batch.step(**{name: [10] for name in names[:3]})
+    batch.texts[names[5]] = gone
+    counted = batch.proposer.counters.num_accepted_history
+    batch.step(**{name: [11] for name in (*names[:3], names[5])})
+    assert batch.proposer.counters.num_accepted_history == counted
+    assert batch.finish(names[5], 7, 8, 9, 11) == [0, 0, 0, 0]
+
+
+def test_drafts_of_a_sample_that_waited_a_step_count_when_they_hold():
+    batch = Batch()
+    batch.proposer.learn([given(ONE, *range(7, 40))])
+    batch.begin("a", ONE)
+    batch.begin("b", ONE)
+    assert batch.step(a=[7], b=[7])["b"] == [8, 9, 10]
+    waiting = batch.texts.pop("b")
+    batch.step(a=[8, 9, 10, 11])
+    batch.texts["b"] = waiting
+    batch.step(a=[12], b=[8, 9, 10, 11])
+    source = DRAFTED_FROM_HISTORY
+    assert batch.finish("b", 7, 8, 9, 10, 11) == [0, source, source, source, 0]
