@@ -1,32 +1,96 @@
-"""Process group and FSDP2 sharding of the learner's ranks."""
+"""The learner's ranks by what they divide, and who of them says what is known.
+
+Ranks lie in one `DeviceMesh` (pipeline, replicate, shard, sequence, tensor), in this order from the
+farthest neighbours to the nearest: tensor ranks talk in every layer, pipeline stages once a
+microbatch. Ranks that differ in ``replicate`` or ``shard`` train different samples; the others work
+on the same ones.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-)
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from paceline.configs.errors import ClusterError
 from paceline.configs.schema.learner import LearnerConfig
-from paceline.configs.schema.model import Precision
-from paceline.learner.model import PolicyModel
-from paceline.weights_sync.layout import Layout, TensorSpec
-from paceline.weights_sync.shared_memory import Shard
 
 T = TypeVar("T")
+
+DIMENSIONS = ("pipeline", "replicate", "shard", "sequence", "tensor")
+
+
+class RankMesh:
+    """Where one rank stands.
+
+    ``devices`` is None for a rank that is alone without a process group; ``rank`` counts all ranks,
+    ``data_rank`` of
+    ``num_data_ranks`` says which share of the samples it trains.
+    """
+
+    def __init__(
+        self, config: LearnerConfig, device: torch.device, *, is_distributed: bool
+    ) -> None:
+        parallel = config.parallel
+        self.device = device
+        self.rank = dist.get_rank() if is_distributed else 0
+        self.num_data_ranks = config.num_data_ranks
+        self.sizes = {
+            "pipeline": parallel.pipeline,
+            "replicate": parallel.replicate,
+            "shard": config.num_data_ranks // parallel.replicate,
+            "sequence": parallel.sequence,
+            "tensor": parallel.tensor,
+        }
+        self.devices: DeviceMesh | None = None
+        if is_distributed:
+            sizes = tuple(self.sizes[name] for name in DIMENSIONS)
+            self.devices = init_device_mesh(device.type, sizes, mesh_dim_names=DIMENSIONS)
+        self.data_rank = self.rank_in("replicate") * self.sizes["shard"] + self.rank_in("shard")
+
+    def rank_in(self, name: str) -> int:
+        """Place among the ranks that differ from this one in dimension ``name`` only."""
+        return 0 if self.devices is None else self.devices.get_local_rank(name)
+
+    @property
+    def num_averaged(self) -> int:
+        """Ranks over which FSDP takes the mean of gradients, which are parts of one sum."""
+        return self.num_data_ranks * self.sizes["sequence"]
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank is the first of those with its stage of the pipeline."""
+        return all(self.rank_in(name) == 0 for name in DIMENSIONS if name != "pipeline")
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank speaks for those that work on the same samples: what the last stage of
+        a pipeline knows, one rank of the sequence and tensor ranks says."""
+        return (
+            self.rank_in("pipeline") == self.sizes["pipeline"] - 1
+            and self.rank_in("sequence") == 0
+            and self.rank_in("tensor") == 0
+        )
+
+    def gather(self, mine: T) -> list[T]:
+        """On every rank, the ``mine`` of those that report, in order of their samples' share."""
+        return [found for found, reports in self.gather_all((mine, self.reports)) if reports]
+
+    def gather_all(self, mine: T) -> list[T]:
+        """On every rank, everybody's ``mine``, in order of ranks."""
+        if self.devices is None:
+            return [mine]
+        gathered = [mine] * dist.get_world_size()
+        dist.all_gather_object(gathered, mine)
+        return gathered
+
+    def wait_for_all(self) -> None:
+        """Return once every rank came here."""
+        if self.devices is not None:
+            dist.barrier()
 
 
 def join_process_group(
@@ -52,63 +116,3 @@ def join_process_group(
             f"learner rank {rank} of {config.num_ranks} did not meet the others at {rendezvous} "
             f"within {config.collective_timeout_seconds:g} s: look at the other ranks' logs"
         ) from error
-
-
-def shard_policy(
-    policy: PolicyModel,
-    device: torch.device,
-    num_ranks: int,
-    precision: Precision,
-    *,
-    offload: bool = False,
-) -> None:
-    """Shard every decoder layer, then the rest, over all ranks, in place.
-
-    Master weights and gradient reductions stay float32; forward and backward run in ``precision``.
-    The rest is gathered again in the backward pass too: kept whole after a forward pass without a
-    backward, it would be served stale after the next optimiser step. With ``offload`` the shards
-    lie in host memory.
-    """
-    mesh = init_device_mesh(device.type, (num_ranks,))
-    mixed = MixedPrecisionPolicy(
-        param_dtype=getattr(torch, precision), reduce_dtype=torch.float32, output_dtype=None
-    )
-    place = CPUOffloadPolicy() if offload and device.type == "cuda" else OffloadPolicy()
-    for module in (*policy.decoder_layers, policy):
-        fully_shard(
-            module, mesh=mesh, mp_policy=mixed, offload_policy=place, reshard_after_forward=True
-        )
-
-
-def layout_of(model: nn.Module, dtype: str) -> Layout:
-    """Where a model's parameters lie when they are published as ``dtype``; tied weights once."""
-    return Layout(
-        tuple(TensorSpec(name, tuple(p.shape), dtype) for name, p in model.named_parameters())
-    )
-
-
-def local_shards(model: nn.Module) -> Iterator[Shard]:
-    """This rank's piece of every parameter in global coordinates; tied weights once.
-
-    Pieces of all ranks tile each tensor exactly once. A rank without a piece of a small tensor
-    yields none for it.
-    """
-    for name, parameter in model.named_parameters():
-        if not isinstance(parameter, DTensor):
-            yield Shard(name, (slice(None),) * parameter.ndim, parameter)
-            continue
-        shape, offset = compute_local_shape_and_global_offset(
-            parameter.shape, parameter.device_mesh, parameter.placements
-        )
-        if 0 not in shape:
-            index = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
-            yield Shard(name, index, parameter.to_local())
-
-
-def gather_objects(mine: T) -> list[T]:
-    """Everybody's ``mine``, in order of ranks; alone, just one's own."""
-    if not dist.is_initialized():
-        return [mine]
-    gathered = [mine] * dist.get_world_size()
-    dist.all_gather_object(gathered, mine)
-    return gathered

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from paceline.learner.losses.inputs import LossOutputs
-from paceline.learner.mesh import gather_objects
+from paceline.learner.mesh import RankMesh
 
 
 class StepMetrics:
@@ -18,24 +17,23 @@ class StepMetrics:
         self._sums: dict[str, Tensor] = {}
         self._maxima: dict[str, Tensor] = {}
 
-    def add(self, outputs: LossOutputs) -> None:
-        """Take in what the loss reported of a microbatch."""
-        sums = {"loss": outputs.loss, **outputs.metrics}
+    def add(self, sums: Mapping[str, Tensor], maxima: Mapping[str, Tensor] | None = None) -> None:
+        """Take in what a loss reported of a microbatch: sums over its tokens, and maxima."""
         for name, value in sums.items():
             # double: a float32 sum would depend on the order of microbatches in its last digits
             previous = self._sums.get(name, 0.0)
             self._sums[name] = previous + value.detach().double()
-        for name, value in outputs.maxima.items():
+        for name, value in (maxima or {}).items():
             previous = self._maxima.get(name, value)
             self._maxima[name] = torch.maximum(previous, value.detach())
 
-    def reduced(self, num_tokens: int) -> dict[str, float]:
+    def reduced(self, num_tokens: int, mesh: RankMesh) -> dict[str, float]:
         """Means over ``num_tokens`` and maxima, over all ranks; the same on every rank.
 
         The loss is a sum: its tokens carry their weights.
         """
         # objects, not tensors: a rank whose microbatches were all empty knows no metric's name
-        gathered = gather_objects((_to_floats(self._sums), _to_floats(self._maxima)))
+        gathered = mesh.gather((_to_floats(self._sums), _to_floats(self._maxima)))
         means: dict[str, float] = {}
         maxima: dict[str, float] = {}
         for sums_of_rank, maxima_of_rank in gathered:

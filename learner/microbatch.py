@@ -15,21 +15,23 @@ from paceline.learner.attention import PackedSegments, Segment
 from paceline.learner.bundles import Bundle
 from paceline.learner.model import PackedRow
 
+NO_MASK = np.zeros(0, dtype=np.bool_)
+NO_TOKENS = np.zeros(0, dtype=np.int64)
+
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One packed row and its T trained tokens.
+    """One packed row, whose trained tokens come sample by sample in the order of ``samples``
+    (indices into what it was built from), ``lengths`` int64 [S] of each.
 
-    Trained tokens come sample by sample in the order of ``samples`` (indices into what it was built
-    from), of ``lengths`` int64 [S]; ``targets`` int64 [T] are the tokens themselves. Without
-    samples it is a single padding token and T = 0: a pass that costs nothing but keeps ranks in
-    step.
+    Without samples it is nothing but padding and trains no token: a pass that costs little but
+    keeps ranks in step.
     """
 
     samples: tuple[int, ...]
     row: PackedRow
-    targets: Tensor
     lengths: Tensor
+    num_padding_tokens: int
 
 
 @dataclass(frozen=True)
@@ -49,18 +51,27 @@ class Placement:
 
 
 def build_microbatch(
-    bundles: Sequence[Bundle], samples: Sequence[TrainSample], device: torch.device
+    bundles: Sequence[Bundle],
+    samples: Sequence[TrainSample],
+    device: torch.device,
+    num_tokens: int = 1,
 ) -> Microbatch:
-    """Lay bundles of ``samples`` into one row, and find the tokens they train."""
-    if not bundles:
-        return _padding(device)
+    """Lay bundles of ``samples`` into one row, and find the tokens they train.
+
+    The row is padded to ``num_tokens`` by a sequence of its own, which trains nothing.
+    """
     segments, tokens, placements = _lay_out(bundles, samples)
+    num_padding = max(0, num_tokens - sum(bundle.num_tokens for bundle in bundles))
+    if num_padding:
+        segments.append(Segment(num_tokens - num_padding, num_padding))
+        tokens.append(np.zeros(num_padding, dtype=np.int32))
     packed = PackedSegments.from_segments(segments, device)
     chosen = tuple(placement.sample for placement in placements)
-    trained = np.concatenate([samples[index].loss_mask for index in chosen])
+    trained = np.concatenate([NO_MASK, *(samples[index].loss_mask for index in chosen)])
 
     def of_trained(arrays: Iterable[NDArray]) -> Tensor:
-        return torch.from_numpy(np.concatenate(list(arrays))[trained]).to(device, torch.int64)
+        found = np.concatenate([NO_TOKENS, *arrays])[trained]
+        return torch.from_numpy(found).to(device, torch.int64)
 
     predictors = (p.predictors(len(samples[p.sample].token_ids)) for p in placements)
     row = PackedRow(
@@ -68,9 +79,12 @@ def build_microbatch(
         positions=packed.positions().to(device)[None],
         segments=packed,
         predictors=of_trained(predictors),
+        targets=of_trained(samples[i].token_ids for i in chosen),
     )
-    lengths = torch.tensor([int(samples[i].loss_mask.sum()) for i in chosen], device=device)
-    return Microbatch(chosen, row, of_trained(samples[i].token_ids for i in chosen), lengths)
+    lengths = torch.tensor(
+        [int(samples[i].loss_mask.sum()) for i in chosen], dtype=torch.int64, device=device
+    )
+    return Microbatch(chosen, row, lengths, num_padding)
 
 
 def _lay_out(
@@ -105,10 +119,3 @@ def _lay_out(
             tokens.append(samples[sample].token_ids[prefix : prefix + length])
             end += length
     return segments, tokens, placements
-
-
-def _padding(device: torch.device) -> Microbatch:
-    nothing = torch.zeros(0, dtype=torch.int64, device=device)
-    zero = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    packed = PackedSegments.from_segments([Segment(0, 1)], device)
-    return Microbatch((), PackedRow(zero, zero, packed, nothing), nothing, nothing)

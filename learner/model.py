@@ -27,8 +27,9 @@ from paceline.learner.attention import (
     register_packed_attention,
 )
 
-Head = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-"""From hidden states [N, H] and output embedding [V, H] to what is wanted of each position."""
+Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+"""From hidden states [N, H], output embedding [V, H] and targets int64 [N] to what is wanted of
+each of them: tensors [N]."""
 
 PACKING_TOLERANCE = 1e-3
 """Largest relative error of logits that is taken for float32 rounding, over many layers."""
@@ -39,13 +40,14 @@ class PackedRow:
     """A microbatch for the model: T tokens of S segments, N of whose places are looked at.
 
     ``token_ids`` and ``positions`` int64 [1, T]; ``predictors`` int64 [N], the places in the row
-    whose hidden states predict a trained token.
+    whose hidden states predict a trained token, and ``targets`` int64 [N], those tokens.
     """
 
     token_ids: Tensor
     positions: Tensor
     segments: PackedSegments
     predictors: Tensor
+    targets: Tensor
 
 
 class PolicyModel(nn.Module):
@@ -77,7 +79,7 @@ class PolicyModel(nn.Module):
             use_cache=False,
         )
         hidden = output.last_hidden_state[0].index_select(0, row.predictors)
-        outputs = head(hidden, self.causal_lm.get_output_embeddings().weight)
+        outputs = head(hidden, self.causal_lm.get_output_embeddings().weight, row.targets)
         if self.value_head is None:
             return outputs
         return (*outputs, self.value_head(hidden)[:, 0].float())
@@ -168,7 +170,7 @@ def require_same_vocabulary(teacher: str, model_folder: str) -> None:
         )
 
 
-def no_head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+def no_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     """The head that wants nothing of the vocabulary: a critic's."""
     return ()
 
@@ -210,8 +212,8 @@ def _check_packing(policy: PolicyModel) -> None:
     tokens = torch.arange(7)[None] % policy.causal_lm.config.vocab_size
     segments = [Segment(0, 3), Segment(3, 2), Segment(5, 2, prefix_start=0, prefix=3)]
     packed = PackedSegments.from_segments(segments, tokens.device)
-    row = PackedRow(tokens, packed.positions()[None], packed, torch.arange(7))
-    found = policy(row, lambda hidden, weight: (hidden @ weight.T,))[0]
+    row = PackedRow(tokens, packed.positions()[None], packed, torch.arange(7), tokens[0])
+    found = policy(row, lambda hidden, weight, targets: (hidden @ weight.T,))[0]
     causal_lm = policy.causal_lm
     causal_lm.set_attn_implementation("eager")
     first = causal_lm(tokens[:, [0, 1, 2, 5, 6]], use_cache=False).logits[0]

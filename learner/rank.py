@@ -6,13 +6,13 @@ policy's, and a frozen reference policy. All of them are sharded alike and see t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.optim import AdamW
+from torch import Tensor
 
 from paceline.configs.errors import ClusterError
 from paceline.configs.schema.algorithm_parts import CriticConfig
@@ -21,17 +21,16 @@ from paceline.configs.schema.model import ModelConfig
 from paceline.configs.vocabulary import TrainSample
 from paceline.kernels.token_logprobs import token_logprobs
 from paceline.learner.bundles import bundle_samples
-from paceline.learner.mesh import gather_objects, join_process_group, shard_policy
+from paceline.learner.mesh import RankMesh, join_process_group
 from paceline.learner.microbatch import Microbatch, build_microbatch
-from paceline.learner.model import Head, PolicyModel, load_policy, no_head
-from paceline.learner.optimizer import build_optimizer
+from paceline.learner.model import Head, load_policy, no_head
 from paceline.learner.packing import plan_packing
-
-HeadOf = Callable[[Microbatch], Head]
+from paceline.learner.sharded import ShardedEngine, shard
+from paceline.learner.training_engine import TrainingEngine
 
 
 class RankModels:
-    """A rank's shards of every model, with the optimisers of those that are trained.
+    """A rank's shards of every model.
 
     ``value_model`` predicts values where there is a critic: the policy itself where it shares its
     backbone, else ``critic``.
@@ -53,33 +52,27 @@ class RankModels:
     ) -> None:
         self._config = config
         self._precision = model.precision
-        self._rank = rank
-        self.device = _device(config)
+        device = _device(config)
         # One rank in bfloat16 is sharded over itself: FSDP's mixed precision is then the same
         # arithmetic on any number of ranks.
-        self.is_sharded = config.num_ranks > 1 or model.precision != "float32"
-        if self.is_sharded:
-            join_process_group(config, rank, rendezvous, self.device)
+        is_distributed = config.num_ranks > 1 or model.precision != "float32"
+        if is_distributed:
+            join_process_group(config, rank, rendezvous, device)
+        self.mesh = RankMesh(config, device, is_distributed=is_distributed)
         is_shared = critic is not None and critic.backbone == "shared"
-        self.policy = self._load(model_folder, has_values=is_shared)
-        self.critic: PolicyModel | None = None
+        self.policy = self._train(model_folder, has_values=is_shared)
+        self.critic: TrainingEngine | None = None
         if critic is not None and not is_shared:
-            self.critic = self._load(model_folder, has_values=True)
+            self.critic = self._train(model_folder, has_values=True)
         self.value_model = self.policy if is_shared else self.critic
-        self.reference: PolicyModel | None = None
+        self.reference: ShardedEngine | None = None
         self._moves_reference = False
-        self._quadratic_cost = self.policy.quadratic_cost()
-        self.policy_optimizer = build_optimizer(list(self.policy.parameters()))
-        self.critic_optimizer: AdamW | None = None
-        if self.critic is not None:
-            self.critic_optimizer = build_optimizer(list(self.critic.parameters()))
 
-    def trained(self) -> dict[str, tuple[PolicyModel, AdamW]]:
-        """Every model that is trained, with its optimiser, by its role's name."""
-        roles = {"policy": (self.policy, self.policy_optimizer)}
+    def trained(self) -> dict[str, TrainingEngine]:
+        """Every model that is trained, by its role's name."""
+        roles = {"policy": self.policy}
         if self.critic is not None:
-            assert self.critic_optimizer is not None
-            roles["critic"] = (self.critic, self.critic_optimizer)
+            roles["critic"] = self.critic
         return roles
 
     def load_reference(self, folder: str, offload: bool) -> None:
@@ -88,27 +81,27 @@ class RankModels:
         Raises:
             ModelError: it cannot be read.
         """
-        self.reference = self._load(folder, offload=offload).requires_grad_(False)
-        self._moves_reference = offload and not self.is_sharded
+        policy = load_policy(folder)
+        self.reference = shard(policy, self.mesh, self._precision, trains=False, offload=offload)
+        self._moves_reference = offload and self.mesh.devices is None
 
-    def microbatches(self, samples: Sequence[TrainSample]) -> Iterator[Microbatch]:
+    def microbatches(self, samples: Sequence[TrainSample]) -> list[Microbatch]:
         """This rank's share of the samples that train anything."""
-        capacity, num_ranks = self._config.tokens_per_microbatch, self._config.num_ranks
+        capacity, num_ranks = self._config.tokens_per_microbatch, self.mesh.num_data_ranks
         bundles = bundle_samples(samples, capacity, num_ranks)
         sizes = [bundle.size for bundle in bundles]
-        costs = [bundle.cost(self._quadratic_cost) for bundle in bundles]
-        for chosen in plan_packing(sizes, costs, num_ranks, capacity)[self._rank]:
-            yield build_microbatch([bundles[i] for i in chosen], samples, self.device)
+        costs = [bundle.cost(self.policy.quadratic_cost) for bundle in bundles]
+        plan = plan_packing(sizes, costs, num_ranks, capacity)[self.mesh.data_rank]
+        return [
+            build_microbatch([bundles[i] for i in chosen], samples, self.mesh.device)
+            for chosen in plan
+        ]
 
     def logprobs(
-        self, model: PolicyModel, samples: Sequence[TrainSample], temperature: float
+        self, model: TrainingEngine, samples: Sequence[TrainSample], temperature: float
     ) -> list[NDArray[np.float32]]:
         """Log-probabilities under a model of each sample's trained tokens; on every rank."""
-
-        def head(microbatch: Microbatch) -> Head:
-            return partial(token_logprobs, targets=microbatch.targets, temperature=temperature)
-
-        return self.everywhere(samples, self.evaluate(model, samples, head))
+        return self.evaluate(model, samples, partial(token_logprobs, temperature=temperature))
 
     def reference_logprobs(
         self, samples: Sequence[TrainSample], temperature: float
@@ -117,51 +110,45 @@ class RankModels:
         assert self.reference is not None, "load_reference() comes first"
         if not self._moves_reference:
             return self.logprobs(self.reference, samples, temperature)
+        self.reference.to(self.mesh.device)
         try:
-            return self.logprobs(self.reference.to(self.device), samples, temperature)
+            return self.logprobs(self.reference, samples, temperature)
         finally:
             self.reference.to("cpu")
 
     def values(self, samples: Sequence[TrainSample]) -> list[NDArray[np.float32]]:
         """Values of the states before each sample's trained tokens; on every rank."""
         assert self.value_model is not None, "there is no critic"
-        return self.everywhere(
-            samples, self.evaluate(self.value_model, samples, lambda microbatch: no_head)
-        )
+        return self.evaluate(self.value_model, samples, no_head)
 
-    @torch.no_grad()
     def evaluate(
-        self, model: PolicyModel, samples: Sequence[TrainSample], head_of: HeadOf
-    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """This rank's share: sample, and the first output for its trained tokens."""
-        for microbatch in self.microbatches(samples):
-            values = model(microbatch.row, head_of(microbatch))[0].float().cpu().numpy()
-            pieces = np.split(values, np.cumsum(microbatch.lengths.cpu().numpy())[:-1])
-            yield from zip(microbatch.samples, pieces, strict=False)
-
-    def everywhere(
-        self,
-        samples: Sequence[TrainSample],
-        found_here: Iterator[tuple[int, NDArray[np.float32]]],
+        self, model: TrainingEngine, samples: Sequence[TrainSample], head: Head
     ) -> list[NDArray[np.float32]]:
-        """What all ranks found, in the order of the samples; empty where one trains nothing."""
+        """The first output for each sample's trained tokens, on every rank; empty where one trains
+        nothing."""
+        here = self._pieces(model.evaluate(self.microbatches(samples), head))
         result = [np.zeros(0, dtype=np.float32)] * len(samples)
-        for found in gather_objects(list(found_here)):
+        for found in self.mesh.gather(list(here)):
             for index, values in found:
                 result[index] = values
         return result
 
-    def _load(self, folder: str, *, has_values: bool = False, offload: bool = False) -> PolicyModel:
-        model = load_policy(
+    def _pieces(
+        self, found: Iterable[tuple[Microbatch, Tensor]]
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """By sample: its index and what was found for its tokens."""
+        for microbatch, output in found:
+            values = output.float().cpu().numpy()
+            pieces = np.split(values, np.cumsum(microbatch.lengths.cpu().numpy())[:-1])
+            yield from zip(microbatch.samples, pieces, strict=False)
+
+    def _train(self, folder: str, *, has_values: bool) -> TrainingEngine:
+        policy = load_policy(
             folder,
             activation_checkpointing=self._config.activation_checkpointing,
             has_values=has_values,
         )
-        if self.is_sharded:
-            shard_policy(
-                model, self.device, self._config.num_ranks, self._precision, offload=offload
-            )
-        return model if offload else model.to(self.device)
+        return shard(policy, self.mesh, self._precision)
 
 
 def _device(config: LearnerConfig) -> torch.device:

@@ -16,7 +16,7 @@ from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.vocabulary import TrainBatch
 from paceline.kernels.token_logprobs import token_logprobs
 from paceline.learner.advantages import Pass
-from paceline.learner.losses.inputs import LossInputs, LossOutputs, Sequences
+from paceline.learner.losses.inputs import LossInputs, Sequences
 from paceline.learner.losses.value import value_loss
 from paceline.learner.metrics import StepMetrics
 from paceline.learner.microbatch import Microbatch
@@ -27,6 +27,7 @@ from paceline.learner.tokens import BatchTokens, batch_tokens
 
 Columns = dict[str, NDArray[np.float32]]
 Arrays = list[NDArray[np.float32]]
+CRITIC_COLUMNS = ("returns", "old_values")
 WHERE_FROM: dict[Pass, str] = {
     "teacher": "a `teacher`",
     "reference": "`algorithm.reference`",
@@ -48,13 +49,11 @@ class TrainingStep:
         algorithm: Algorithm,
         models: RankModels,
         critic: CriticConfig | None,
-        num_ranks: int,
     ) -> None:
         self._batch = batch
         self._algorithm = algorithm
         self._models = models
         self._critic = critic
-        self._num_ranks = num_ranks
         self._tokens = self._with_passes(batch_tokens(batch), algorithm.passes)
         prepared = algorithm.prepare(self._tokens)
         check_advantages(self._tokens, prepared.columns["advantages"])
@@ -82,16 +81,16 @@ class TrainingStep:
         chosen = self._updates[self._next_update]
         samples = [self._batch.samples[index] for index in chosen]
         metrics = StepMetrics()
-        for microbatch in self._models.microbatches(samples):
-            outputs, loss = self._losses(microbatch, chosen)
-            # FSDP averages gradients over ranks; the weights already count all ranks' tokens
-            (loss * self._num_ranks).backward()
-            if outputs is not None:
-                metrics.add(outputs)
-            else:
-                self.num_padding_tokens += microbatch.row.token_ids.numel()
+        models = self._models
+        microbatches = models.microbatches(samples)
+        self.num_padding_tokens += sum(m.num_padding_tokens for m in microbatches)
+        head = partial(token_logprobs, temperature=self._batch.temperature)
+        models.policy.add_gradients(microbatches, head, partial(self._loss, chosen, metrics))
+        if "returns" in self._columns and models.critic is not None:
+            value_loss_of = partial(self._value_loss, chosen, metrics)
+            models.critic.add_gradients(microbatches, no_head, value_loss_of)
         num_trained = int(self._tokens.lengths[chosen].sum())
-        means = metrics.reduced(num_trained)
+        means = metrics.reduced(num_trained, models.mesh)
         if not np.isfinite(means["loss"]):
             raise NonFiniteError(
                 f"the loss of step {self._batch.step} is {means['loss']}: no weight was changed; "
@@ -114,36 +113,49 @@ class TrainingStep:
         }
         return derived_metrics(means) | self._batch_metrics
 
-    def _losses(
-        self, microbatch: Microbatch, chosen: NDArray[np.int64]
-    ) -> tuple[LossOutputs | None, Tensor]:
-        """What a microbatch reports, and what is differentiated; of padding, None and nothing."""
-        head = partial(
-            token_logprobs, targets=microbatch.targets, temperature=self._batch.temperature
-        )
-        logprobs, entropy, *values = self._models.policy(microbatch.row, head)
-        wants_values = "returns" in self._columns
-        if wants_values and self._models.critic is not None:
-            values = self._models.critic(microbatch.row, no_head)
+    def _loss(
+        self,
+        chosen: NDArray[np.int64],
+        metrics: StepMetrics,
+        microbatch: Microbatch,
+        outputs: tuple[Tensor, ...],
+    ) -> Tensor:
+        """What is differentiated of the policy's outputs; a shared backbone's values among them."""
+        logprobs, entropy, *values = outputs
         if not microbatch.samples:
-            return None, sum((v.sum() for v in values), logprobs.sum())
+            return sum((v.sum() for v in values), logprobs.sum())
         columns = self._columns_of(chosen[list(microbatch.samples)])
-        returns, old_values = columns.pop("returns", None), columns.pop("old_values", None)
+        for name in CRITIC_COLUMNS:
+            columns.pop(name, None)
         sequences = Sequences.of_lengths(microbatch.lengths)
-        outputs = self._algorithm.loss(LossInputs(logprobs, entropy, sequences, **columns))
-        if not wants_values:
-            return outputs, outputs.loss
-        assert self._critic is not None and returns is not None and old_values is not None
-        errors_T = value_loss(values[0], old_values, returns, self._critic.clip)
-        metrics = {**outputs.metrics, "value_loss": errors_T.detach().sum()}
-        loss = outputs.loss + self._critic.coefficient * (columns["weights"] * errors_T).sum()
-        return replace(outputs, metrics=metrics), loss
+        found = self._algorithm.loss(LossInputs(logprobs, entropy, sequences, **columns))
+        metrics.add({"loss": found.loss, **found.metrics}, found.maxima)
+        if "returns" not in self._columns or not values:
+            return found.loss
+        return found.loss + self._value_loss(chosen, metrics, microbatch, tuple(values))
+
+    def _value_loss(
+        self,
+        chosen: NDArray[np.int64],
+        metrics: StepMetrics,
+        microbatch: Microbatch,
+        outputs: tuple[Tensor, ...],
+    ) -> Tensor:
+        """What is differentiated of the values."""
+        (values,) = outputs
+        if not microbatch.samples:
+            return values.sum()
+        assert self._critic is not None
+        columns = self._columns_of(chosen[list(microbatch.samples)])
+        errors_T = value_loss(values, columns["old_values"], columns["returns"], self._critic.clip)
+        metrics.add({"value_loss": errors_T.detach().sum()})
+        return self._critic.coefficient * (columns["weights"] * errors_T).sum()
 
     def _columns_of(self, samples: NDArray[np.int64]) -> dict[str, Tensor]:
         """The columns of some samples' tokens, in their order, float32 [T]."""
         starts, lengths = self._tokens.starts[samples], self._tokens.lengths[samples]
         rows = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
-        device = self._models.device
+        device = self._models.mesh.device
         return {
             name: torch.from_numpy(column[rows]).to(device)
             for name, column in self._columns.items()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -22,11 +21,7 @@ from paceline.configs.schema.model import ModelConfig
 from paceline.configs.vocabulary import StepReport, TrainBatch, TrainSample, WeightVersion
 from paceline.learner.checkpoint import export_model, load_checkpoint, save_checkpoint
 from paceline.learner.inspection import argmax_gaps, prompt_and_completion
-from paceline.learner.mesh import gather_objects, layout_of, local_shards
-from paceline.learner.microbatch import Microbatch
-from paceline.learner.model import Head
 from paceline.learner.objective import Algorithm
-from paceline.learner.optimizer import has_gradients, reset_state, take_step
 from paceline.learner.rank import RankModels
 from paceline.learner.step import TrainingStep
 from paceline.weights_sync.handle import WeightHandle
@@ -65,10 +60,10 @@ class LearnerWorker:
         self._models = RankModels(
             model_folder, model, config, critic, rank=rank, rendezvous=rendezvous
         )
-        self._num_ranks = config.num_ranks
         self._step: TrainingStep | None = None
-        layout = layout_of(self._models.policy.causal_lm, self._precision)
-        self._publisher = SharedMemoryPublisher(weights_folder, layout)
+        self._publisher = SharedMemoryPublisher(
+            weights_folder, self._models.policy.layout(self._precision)
+        )
 
     def forward_backward(self, batch: TrainBatch, algorithm: Algorithm) -> StepReport:
         """Find what a batch's tokens are worth and add the gradient of its first update.
@@ -82,7 +77,7 @@ class LearnerWorker:
                 gradients are dropped.
         """
         started = time.perf_counter()
-        step = TrainingStep(batch, algorithm, self._models, self._critic, self._num_ranks)
+        step = TrainingStep(batch, algorithm, self._models, self._critic)
         try:
             step.add_gradients()
         except Exception:
@@ -93,7 +88,7 @@ class LearnerWorker:
             version=self.version,
             num_tokens=sum(len(sample.token_ids) for sample in batch.samples),
             num_trained_tokens=batch.num_trained_tokens,
-            num_padding_tokens=sum(gather_objects(step.num_padding_tokens)),
+            num_padding_tokens=sum(self._models.mesh.gather(step.num_padding_tokens)),
             seconds=time.perf_counter() - started,
             metrics=step.metrics(),
         )
@@ -128,8 +123,8 @@ class LearnerWorker:
 
     def reset_optimizer(self) -> None:
         """Forget the optimisers' moments and step counts: another objective begins."""
-        for _, optimizer in self._models.trained().values():
-            reset_state(optimizer)
+        for engine in self._models.trained().values():
+            engine.reset_optimizer()
 
     def load_reference(self, folder: str, offload: bool = False) -> None:
         """Hold the policy of a Hugging Face folder as the frozen reference.
@@ -143,14 +138,13 @@ class LearnerWorker:
 
     def publish(self, version: int) -> WeightHandle | None:
         """Write this rank's shards where engines read them; rank 0 returns the handle."""
-        self._publisher.write(version, local_shards(self._models.policy.causal_lm))
-        if self._models.is_sharded:
-            dist.barrier()
+        self._publisher.write(version, self._models.policy.shards())
+        self._models.mesh.wait_for_all()
         return self._publisher.commit(version) if self._rank == 0 else None
 
     def save(self, folder: str) -> None:
         """Write a sharded checkpoint of weights, optimiser state and version."""
-        save_checkpoint(folder, self._models.trained(), self.version)
+        save_checkpoint(folder, self._models.trained(), self.version, self._models.mesh)
 
     def load(self, folder: str) -> None:
         """Restore a checkpoint of any number of ranks.
@@ -158,11 +152,13 @@ class LearnerWorker:
         Raises:
             CheckpointError: it is missing, incomplete or of another model.
         """
-        self.version = WeightVersion(load_checkpoint(folder, self._models.trained()))
+        self.version = WeightVersion(
+            load_checkpoint(folder, self._models.trained(), self._models.mesh)
+        )
 
     def export(self, folder: str) -> None:
         """Write the current weights as a Hugging Face folder in the model's precision."""
-        export_model(folder, self._models.policy, self._precision)
+        export_model(folder, self._models.policy, self._precision, self._models.mesh)
 
     def logprobs(
         self, samples: Sequence[TrainSample], temperature: float = 1.0
@@ -187,30 +183,27 @@ class LearnerWorker:
             tolerance: a token whose logit is this close to the highest counts as the highest.
         """
 
-        def head(microbatch: Microbatch) -> Head:
-            return partial(argmax_gaps, targets=microbatch.targets)
-
         samples = [prompt_and_completion(tokens, length) for tokens, length in sequences]
-        found = self._models.evaluate(self._models.policy, samples, head)
-        return sum(gather_objects(sum(int((gaps > tolerance).sum()) for _, gaps in found)))
+        found = self._models.evaluate(self._models.policy, samples, argmax_gaps)
+        return sum(int((gaps > tolerance).sum()) for gaps in found)
 
     def close(self) -> None:
         """Leave the process group."""
-        if self._models.is_sharded and dist.is_initialized():
+        if self._models.mesh.devices is not None and dist.is_initialized():
             dist.destroy_process_group()
 
     def _apply(self, optimizer: OptimizerConfig, step: int, num_steps: int) -> dict[str, float]:
         """One update of the policy and, where it has optimiser of its own, of the critic."""
         models = self._models
-        found = take_step(models.policy_optimizer, optimizer, step, num_steps)
+        found = models.policy.take_step(optimizer, step, num_steps)
         # a warm start trains no critic
-        if models.critic_optimizer is not None and has_gradients(models.critic_optimizer):
+        if models.critic is not None and models.critic.has_gradients():
             assert self._critic is not None
             settings = self._critic.optimizer or optimizer
-            critic = take_step(models.critic_optimizer, settings, step, num_steps)
+            critic = models.critic.take_step(settings, step, num_steps)
             found["critic_grad_norm"] = critic["grad_norm"]
         return found
 
     def _drop_gradients(self) -> None:
-        for _, optimizer in self._models.trained().values():
-            optimizer.zero_grad()
+        for engine in self._models.trained().values():
+            engine.drop_gradients()

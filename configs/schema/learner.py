@@ -43,11 +43,68 @@ class OptimizerConfig(Section):
         return self
 
 
+class ParallelConfig(Section):
+    """How ``num_ranks`` ranks divide the work. What is left of them shards the weights: ``shard`` =
+    ``num_ranks`` / (``replicate`` * ``tensor`` * ``pipeline`` * ``sequence``)."""
+
+    replicate: int = Field(default=1, ge=1)
+    """Groups of ranks that each hold all weights, sharded among themselves (HSDP)."""
+
+    tensor: int = Field(default=1, ge=1)
+    """Ranks that divide every matrix: heads, intermediate features and vocabulary."""
+
+    pipeline: int = Field(default=1, ge=1)
+    """Ranks that divide the layers, one after the other."""
+
+    sequence: int = Field(default=1, ge=1)
+    """Ranks that divide every row of tokens, and its heads inside attention (Ulysses)."""
+
+    schedule: Literal["1f1b", "interleaved"] = "1f1b"
+    """Order of forward and backward passes in a pipeline; ``interleaved`` gives each rank
+    ``stages_per_rank`` runs of layers, which shortens the wait at both ends."""
+
+    stages_per_rank: int = Field(default=1, ge=1)
+    """Stages of the pipeline that a rank holds: 1 with ``1f1b``, 2 or more with ``interleaved``."""
+
+    @model_validator(mode="after")
+    def _stages_fit_the_schedule(self) -> Self:
+        if (self.schedule == "interleaved") != (self.stages_per_rank > 1):
+            raise ValueError(
+                f"parallel.schedule {self.schedule} with parallel.stages_per_rank "
+                f"{self.stages_per_rank}: 1f1b has one stage a rank, interleaved two or more"
+            )
+        return self
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that work on the same samples."""
+        return self.tensor * self.pipeline * self.sequence
+
+
+class DeepSpeedConfig(Section):
+    """What ``engine: deepspeed`` divides over the ranks."""
+
+    stage: Literal[1, 2, 3] = 2
+    """ZeRO stage: 1 shards the optimiser state, 2 the gradients too, 3 the weights too."""
+
+    offload_optimizer: bool = False
+    """Keep optimiser state, and take its steps, in host memory."""
+
+
 class LearnerConfig(Section):
-    """FSDP2 ranks that share one model."""
+    """Ranks that train one model together."""
 
     num_ranks: int = Field(default=1, ge=1)
-    """Data-parallel ranks; parameters, gradients and optimiser state are sharded over them."""
+    """Processes of the learner; ``parallel`` says what they divide."""
+
+    engine: Literal["fsdp", "deepspeed"] = "fsdp"
+    """What shards and trains the models: torch's FSDP2 with ``parallel``, or DeepSpeed's ZeRO."""
+
+    parallel: ParallelConfig = ParallelConfig()
+    """What ranks divide besides weights and samples."""
+
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    """Settings of ``engine: deepspeed``."""
 
     gpus_per_rank: float = Field(default=0, ge=0)
     """GPUs Ray reserves for a rank; 0 runs it on the CPU with gloo."""
@@ -66,3 +123,24 @@ class LearnerConfig(Section):
 
     collective_timeout_seconds: float = Field(default=120.0, gt=0)
     """A collective that takes longer ends the run instead of hanging it."""
+
+    @model_validator(mode="after")
+    def _ranks_divide(self) -> Self:
+        parallel = self.parallel
+        product = parallel.replicate * parallel.model_ranks
+        if self.num_ranks % product:
+            raise ValueError(
+                f"learner.num_ranks ({self.num_ranks}) must be a multiple of replicate * tensor * "
+                f"pipeline * sequence ({product})"
+            )
+        if self.engine == "deepspeed" and product > 1:
+            raise ValueError(
+                "learner.engine deepspeed divides weights and samples only: leave learner.parallel "
+                "at its defaults, or use engine: fsdp"
+            )
+        return self
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Shares that the samples of a batch are divided into."""
+        return self.num_ranks // self.parallel.model_ranks

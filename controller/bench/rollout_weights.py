@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from paceline.controller.bench.rollout_training import Training, load, save, trained_versions
 from paceline.controller.bench.widened_model import Shape, widened
-from paceline.learner.mesh import layout_of, local_shards
+from paceline.learner.shards import layout_of, local_shards
 from paceline.weights_sync.handle import WeightHandle
 from paceline.weights_sync.shared_memory import SharedMemoryPublisher
 

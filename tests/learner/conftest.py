@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from paceline.learner.model import write_initial_model
 settings.register_profile("paceline", deadline=None)
 settings.load_profile("paceline")
 
+REPOSITORY = str(Path(__file__).parents[2])
 VOCAB_SIZE = 40
 
 SIZES = {
@@ -76,3 +81,58 @@ def model_folder(tmp_path_factory):
     """A tied Qwen3 of 2 layers."""
     folder = str(tmp_path_factory.mktemp("model"))
     return write_initial_model(model_config(), VOCAB_SIZE, 1, seed=0, folder=folder)
+
+
+@pytest.fixture(scope="package")
+def rank_processes():
+    """``rank_processes(n)``: n processes, started when first needed, for all learner tests:
+    importing takes seconds.
+
+    A process keeps its rank, as in a run: torch caches shard offsets by mesh and forgets to key
+    them by rank.
+    """
+    with ExitStack() as stack:
+        running = []
+
+        def at_least(number):
+            while len(running) < number:
+                running.append(stack.enter_context(rank_process()))
+            return running[:number]
+
+        yield at_least
+
+
+@contextmanager
+def rank_process():
+    """A process that can import what the tests can."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REPOSITORY)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            yield process
+
+
+@pytest.fixture
+def on_ranks(rank_processes, model_folder, tmp_path):
+    """``on_ranks(2, program, *arguments)``: every rank's result of a program in ``ranks.py``.
+
+    Keyword arguments are the learner's settings, or another ``model_folder``.
+    """
+
+    from tests.learner import ranks  # which imports this file
+
+    def run(num_ranks, program, *arguments, **settings):
+        shared = {
+            "model_folder": model_folder,
+            "weights_folder": tmp_path / "weights",
+            "num_ranks": num_ranks,
+            "port": ranks.free_port() if num_ranks > 1 else None,
+            **settings,
+        }
+        submitted = [
+            process.submit(ranks.run_rank, program, arguments, shared | {"rank": rank})
+            for rank, process in enumerate(rank_processes(num_ranks))
+        ]
+        return [future.result(timeout=120) for future in submitted]
+
+    return run

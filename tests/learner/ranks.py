@@ -1,4 +1,4 @@
-"""Learner workers for tests: one in this process, or two in processes of their own."""
+"""Learner workers for tests: one in this process, or several in processes of their own."""
 
 from __future__ import annotations
 
@@ -69,14 +69,19 @@ def whole(tensor):
 def gradients(worker, batch, loss=LOSS):
     """The report and every parameter's gradient."""
     report = worker.forward_backward(batch, loss)
-    named = worker._models.policy.causal_lm.named_parameters()
-    found = {name: whole(parameter.grad) for name, parameter in named}
+    found = {name: whole(parameter.grad) for name, parameter in parameters(worker)}
     worker._drop_gradients()
     return report, found
 
 
+def parameters(worker):
+    """The policy's, as far as this rank has pieces of them."""
+    for part in worker._models.policy.parts:
+        yield from part.causal_lm.named_parameters()
+
+
 def weights(worker):
-    return {name: whole(p) for name, p in worker._models.policy.causal_lm.named_parameters()}
+    return {name: whole(parameter) for name, parameter in parameters(worker)}
 
 
 def train(worker, batches, start=0):
@@ -96,7 +101,7 @@ def train_roles(worker, batches, algorithm, reference_folder):
         report = worker.forward_backward(batch, algorithm)
         applied = worker.optimizer_step(step + 1, OPTIMIZER, step, 100)
         reports.append({**report.metrics, **applied})
-    critic = {name: whole(p) for name, p in worker._models.critic.trained_parameters()}
+    critic = {name: whole(p) for name, p in worker._models.critic.parts[0].trained_parameters()}
     return reports, weights(worker), critic
 
 

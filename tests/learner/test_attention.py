@@ -34,10 +34,11 @@ def packed_row(sequences, prefixes=()):
         segments.append(Segment(end, len(sequence), root.start, root.length))
     packed = PackedSegments.from_segments(segments, CPU)
     tokens = torch.from_numpy(np.concatenate(sequences))[None]
-    return PackedRow(tokens, packed.positions()[None], packed, torch.arange(tokens.numel()))
+    every = torch.arange(tokens.numel())
+    return PackedRow(tokens, packed.positions()[None], packed, every, tokens[0])
 
 
-def logits(hidden, weight):
+def logits(hidden, weight, targets):
     return (hidden @ weight.T,)
 
 

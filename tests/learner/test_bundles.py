@@ -71,7 +71,7 @@ def test_each_trained_token_is_predicted_from_exactly_its_own_past(samples, capa
             assert all(past == before for past in seen[place])
             assert microbatch.row.positions[0, place] == position - 1
     targets = [samples[i].token_ids[samples[i].loss_mask] for i in microbatch.samples]
-    assert microbatch.targets.tolist() == np.concatenate(targets).tolist()
+    assert microbatch.row.targets.tolist() == np.concatenate(targets).tolist()
 
 
 def test_a_group_is_laid_out_with_its_prompt_once():
@@ -81,7 +81,7 @@ def test_a_group_is_laid_out_with_its_prompt_once():
     assert (bundle.num_tokens, bundle.num_keys) == (16, 46)
     microbatch = build_microbatch([bundle], samples, CPU)
     assert microbatch.row.token_ids.numel() == 16
-    assert len(microbatch.targets) == 9
+    assert len(microbatch.row.targets) == 9
 
 
 def test_a_sample_alone_shares_nothing():

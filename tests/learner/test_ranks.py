@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import re
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,54 +17,10 @@ from paceline.learner.losses.policy import Clip
 from paceline.learner.objective import Objective, ReferencePenalty
 from paceline.weights_sync.shared_memory import read_weights
 from tests.learner import ranks
-from tests.learner.conftest import random_batch, random_sample
+from tests.learner.conftest import random_batch, random_sample, rank_process
 from tests.learner.test_worker import assert_same, spoil
 
-REPOSITORY = str(Path(__file__).parents[2])
-
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """A process for each rank, for all tests of this file: importing takes seconds.
-
-    A process keeps its rank, as in a run: torch caches shard offsets by mesh and forgets to key
-    them by rank.
-    """
-    with rank_process() as first, rank_process() as second:
-        yield first, second
-
-
-@contextmanager
-def rank_process():
-    """A process that can import what the tests can."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(REPOSITORY)
-        patch.setenv("OMP_NUM_THREADS", "1")
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            yield process
-
-
-@pytest.fixture
-def on_ranks(processes, model_folder, tmp_path):
-    """``on_ranks(2, program, *arguments)``: every rank's result of a program in ``ranks.py``."""
-
-    def run(num_ranks, program, *arguments, **settings):
-        shared = {
-            "model_folder": model_folder,
-            "weights_folder": tmp_path / "weights",
-            "num_ranks": num_ranks,
-            "port": ranks.free_port() if num_ranks > 1 else None,
-            **settings,
-        }
-        submitted = [
-            process.submit(ranks.run_rank, program, arguments, shared | {"rank": rank})
-            for rank, process in zip(range(num_ranks), processes, strict=False)
-        ]
-        return [future.result(timeout=120) for future in submitted]
-
-    return run
 
 
 def test_every_parameters_gradient_on_two_ranks_equals_that_of_one_process(on_ranks):

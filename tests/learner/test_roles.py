@@ -40,7 +40,7 @@ def steps(worker, batches, algorithm):
 
 
 def critic_weights(worker):
-    model = worker._models.value_model
+    model = worker._models.value_model.parts[0]
     return {n: p.detach().clone().numpy() for n, p in model.trained_parameters()}
 
 
@@ -80,7 +80,7 @@ def test_a_shared_backbone_feels_the_value_loss_and_a_separate_one_does_not(new_
     _, plain = gradients(new_worker(), batch)
     worker = new_worker(critic=SHARED)
     # a head of zeros passes nothing on
-    torch.nn.init.ones_(worker._models.policy.value_head.weight)
+    torch.nn.init.ones_(worker._models.policy.parts[0].value_head.weight)
     no_advantage = replace(PPO, policy_loss=Clip(0.2, 0.28))
     _, shared = gradients(worker, batch, no_advantage)
     assert any(np.abs(shared[name] - plain[name]).max() > 1e-3 for name in plain)

@@ -1,0 +1,47 @@
+"""FSDP2: weights, gradients and optimiser state in shards, gathered a layer at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+
+from paceline.configs.schema.model import Precision
+from paceline.learner.mesh import RankMesh
+from paceline.learner.model import PolicyModel
+
+
+def shard_policy(
+    policy: PolicyModel, mesh: RankMesh, precision: Precision, *, offload: bool = False
+) -> None:
+    """Shard every decoder layer, then the rest, over the data and sequence ranks, in place.
+
+    With ``replicate`` ranks each such group holds all shards (HSDP). Master weights and gradient
+    reductions stay float32; forward and backward run in ``precision``. The rest is gathered again
+    in the backward pass too: kept whole after a forward pass without a backward, it would be served
+    stale after the next optimiser step. With ``offload`` the shards lie in host memory.
+    """
+    mixed = MixedPrecisionPolicy(
+        param_dtype=getattr(torch, precision), reduce_dtype=torch.float32, output_dtype=None
+    )
+    place = CPUOffloadPolicy() if offload and mesh.device.type == "cuda" else OffloadPolicy()
+    for module in (*policy.decoder_layers, policy):
+        fully_shard(
+            module,
+            mesh=_shard_mesh(mesh),
+            mp_policy=mixed,
+            offload_policy=place,
+            reshard_after_forward=True,
+        )
+
+
+def _shard_mesh(mesh: RankMesh) -> DeviceMesh:
+    """One dimension to shard over; before it, where there are any, the replicas."""
+    assert mesh.devices is not None, "sharding needs a process group"
+    shards = mesh.devices["shard", "sequence"]._flatten("shards")
+    return shards if mesh.sizes["replicate"] == 1 else mesh.devices["replicate", "shards"]

@@ -1,0 +1,162 @@
+"""The engine of torch's own parallelism: FSDP2, and whatever else the mesh divides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig
+
+from paceline.configs.schema.learner import OptimizerConfig
+from paceline.configs.schema.model import Precision
+from paceline.learner.mesh import RankMesh
+from paceline.learner.microbatch import Microbatch
+from paceline.learner.model import Head, PolicyModel
+from paceline.learner.optimizer import build_optimizer, has_gradients, reset_state, take_step
+from paceline.learner.parallel.data import shard_policy
+from paceline.learner.parallel.passes import Passes, WholePasses
+from paceline.learner.shards import local_shards
+from paceline.learner.training_engine import LossOf, State
+from paceline.weights_sync.layout import Layout, TensorSpec
+from paceline.weights_sync.shared_memory import Shard
+
+
+@dataclass(frozen=True)
+class WholeModel:
+    """What is known of a model before it is divided; ``shapes`` of the causal language model's
+    parameters, tied weights once."""
+
+    config: PreTrainedConfig
+    quadratic_cost: float
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, policy: PolicyModel) -> WholeModel:
+        """Look at a model as it was loaded."""
+        named = policy.causal_lm.named_parameters()
+        shapes = {name: tuple(parameter.shape) for name, parameter in named}
+        return cls(policy.causal_lm.config, policy.quadratic_cost(), shapes)
+
+
+class ShardedEngine:
+    """A model in parts (one, or a rank's stages of a pipeline), each sharded by the mesh.
+
+    ``is_first`` among the ranks that hold pieces of the same parts.
+    """
+
+    def __init__(
+        self,
+        whole: WholeModel,
+        parts: Sequence[PolicyModel],
+        passes: Passes,
+        *,
+        trains: bool,
+        is_first: bool,
+    ) -> None:
+        self.parts = parts
+        self.model_config = whole.config
+        self.quadratic_cost = whole.quadratic_cost
+        self._shapes = whole.shapes
+        self._passes = passes
+        self._is_first = is_first
+        parameters = [parameter for part in parts for parameter in part.parameters()]
+        self._optimizer = build_optimizer(parameters) if trains else None
+
+    def layout(self, dtype: str) -> Layout:
+        """See `TrainingEngine`."""
+        return Layout(tuple(TensorSpec(name, shape, dtype) for name, shape in self._shapes.items()))
+
+    def add_gradients(
+        self, microbatches: Sequence[Microbatch], head: Head, loss_of: LossOf
+    ) -> None:
+        """See `TrainingEngine`."""
+        self._passes.add_gradients(microbatches, head, loss_of)
+
+    def evaluate(
+        self, microbatches: Sequence[Microbatch], head: Head
+    ) -> Iterator[tuple[Microbatch, Tensor]]:
+        """See `TrainingEngine`."""
+        return self._passes.evaluate(microbatches, head)
+
+    def has_gradients(self) -> bool:
+        """See `TrainingEngine`."""
+        return has_gradients(self.optimizer)
+
+    def drop_gradients(self) -> None:
+        """See `TrainingEngine`."""
+        self.optimizer.zero_grad()
+
+    def take_step(self, config: OptimizerConfig, step: int, num_steps: int) -> dict[str, float]:
+        """See `TrainingEngine`."""
+        return take_step(self.optimizer, config, step, num_steps)
+
+    def reset_optimizer(self) -> None:
+        """See `TrainingEngine`."""
+        reset_state(self.optimizer)
+
+    def shards(self) -> Iterator[Shard]:
+        """See `TrainingEngine`."""
+        for part in self.parts:
+            yield from local_shards(part.causal_lm)
+
+    def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `TrainingEngine`."""
+        for part in self.parts:
+            for name, parameter in part.causal_lm.named_parameters():
+                tensor = parameter.detach()
+                if isinstance(tensor, DTensor):
+                    tensor = tensor.full_tensor()
+                if self._is_first:
+                    yield name, tensor.cpu()
+
+    def state(self) -> State:
+        """Live tensors: what is loaded into them is the engine's state at once."""
+        named = dict(self._named_parameters())
+        return {
+            "model": {name: parameter.detach() for name, parameter in named.items()},
+            "optimizer": {name: self.optimizer.state[p] for name, p in named.items()},
+        }
+
+    def restore(self, state: State) -> None:
+        """See `TrainingEngine`."""
+
+    def to(self, device: torch.device | str) -> None:
+        """Move a model that is not sharded."""
+        for part in self.parts:
+            part.to(device)
+
+    @property
+    def optimizer(self) -> torch.optim.AdamW:
+        """That of a model that is trained."""
+        assert self._optimizer is not None, "a frozen model has no optimiser"
+        return self._optimizer
+
+    def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for part in self.parts:
+            yield from part.trained_parameters()
+
+
+def shard(
+    policy: PolicyModel,
+    mesh: RankMesh,
+    precision: Precision,
+    *,
+    trains: bool = True,
+    offload: bool = False,
+) -> ShardedEngine:
+    """Divide a whole model, as it was loaded, over the mesh.
+
+    A frozen model (not ``trains``) may be ``offload``ed to host memory.
+    """
+    whole = WholeModel.of(policy)
+    if mesh.devices is not None:
+        shard_policy(policy, mesh, precision, offload=offload)
+    if not offload:
+        policy.to(mesh.device)
+    if not trains:
+        policy.requires_grad_(False)
+    passes = WholePasses(policy, mesh.num_averaged)
+    return ShardedEngine(whole, [policy], passes, trains=trains, is_first=mesh.is_first)

@@ -1,0 +1,37 @@
+"""A model's parameters in global coordinates: what is published to engines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from paceline.weights_sync.layout import Layout, TensorSpec
+from paceline.weights_sync.shared_memory import Shard
+
+
+def layout_of(model: nn.Module, dtype: str) -> Layout:
+    """Where a model's parameters lie when they are published as ``dtype``; tied weights once."""
+    return Layout(
+        tuple(TensorSpec(name, tuple(p.shape), dtype) for name, p in model.named_parameters())
+    )
+
+
+def local_shards(model: nn.Module) -> Iterator[Shard]:
+    """This rank's piece of every parameter in global coordinates; tied weights once.
+
+    Pieces of all ranks tile each tensor exactly once. A rank without a piece of a small tensor
+    yields none for it.
+    """
+    for name, parameter in model.named_parameters():
+        if not isinstance(parameter, DTensor):
+            yield Shard(name, (slice(None),) * parameter.ndim, parameter)
+            continue
+        shape, offset = compute_local_shape_and_global_offset(
+            parameter.shape, parameter.device_mesh, parameter.placements
+        )
+        if 0 not in shape:
+            index = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+            yield Shard(name, index, parameter.to_local())
