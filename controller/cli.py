@@ -83,9 +83,12 @@ def check(
     Example: paceline check quickstart loop.max_lag=2
     """
     from paceline.configs.load import load_config
+    from paceline.configs.parallel_limits import require_divisible
     from paceline.controller.plan import print_plan
 
-    print_plan(load_config(recipe, overrides or ()))
+    config = load_config(recipe, overrides or ())
+    require_divisible(config)
+    print_plan(config)
 
 
 @app.command("eval")

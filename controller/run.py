@@ -13,6 +13,7 @@ from typing import Any
 
 from paceline.configs.errors import ConfigError, RunInterrupted, UserError
 from paceline.configs.load import dump_config, load_config
+from paceline.configs.parallel_limits import require_divisible
 from paceline.configs.schema import RunConfig
 from paceline.controller.checkpoints import CheckpointFolder, RunState
 from paceline.controller.cluster import ray_cluster, require_resources
@@ -55,6 +56,7 @@ def run_training(config: RunConfig, *, resume: bool) -> RunOutcome:
     Raises:
         UserError: the folder cannot be used; nothing was written then.
     """
+    require_divisible(config)
     root = Path(config.output_dir) / config.name
     folder = RunFolder.open(root) if resume else RunFolder.create(root)
     checkpoint = CheckpointFolder(folder.checkpoints, config.checkpoint.keep).latest()

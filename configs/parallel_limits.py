@@ -1,0 +1,68 @@
+"""Whether a model can be divided as ``learner.parallel`` asks, before anything is started."""
+
+from __future__ import annotations
+
+from paceline.configs.errors import ConfigError
+from paceline.configs.model_shape import ModelShape, model_shape
+from paceline.configs.schema.learner import ParallelConfig
+from paceline.configs.schema.run import RunConfig
+
+
+def require_divisible(config: RunConfig) -> None:
+    """Refuse a mesh that does not divide the model; of a model whose sizes are not known (a hub
+    name, another architecture) the learner decides when it loads it.
+
+    Raises:
+        ConfigError: heads, layers or the vocabulary cannot be divided by the mesh.
+    """
+    parallel = config.learner.parallel
+    shape = model_shape(config.model)
+    if shape is None:
+        return
+    for problem in (_heads(shape, parallel), _features(shape, parallel), _layers(shape, parallel)):
+        if problem is not None:
+            raise ConfigError(problem)
+
+
+def _heads(shape: ModelShape, parallel: ParallelConfig) -> str | None:
+    for name, count in (
+        ("attention heads", shape.query_heads),
+        ("key-value heads", shape.key_value_heads),
+    ):
+        if count % parallel.tensor:
+            return (
+                f"learner.parallel.tensor ({parallel.tensor}) does not divide the model's {count} "
+                f"{name}: choose a divisor"
+            )
+    of_a_rank = shape.query_heads // parallel.tensor
+    if of_a_rank % parallel.sequence:
+        return (
+            f"learner.parallel.sequence ({parallel.sequence}) does not divide the {of_a_rank} "
+            f"attention heads of a tensor rank ({shape.query_heads} / {parallel.tensor}): inside "
+            "attention sequence ranks divide heads; choose a divisor"
+        )
+    return None
+
+
+def _features(shape: ModelShape, parallel: ParallelConfig) -> str | None:
+    for name, count in (
+        ("intermediate features", shape.intermediate),
+        ("vocabulary entries", shape.vocabulary),
+    ):
+        if count % parallel.tensor:
+            return (
+                f"learner.parallel.tensor ({parallel.tensor}) does not divide the model's {count} "
+                f"{name}: choose a divisor"
+            )
+    return None
+
+
+def _layers(shape: ModelShape, parallel: ParallelConfig) -> str | None:
+    num_stages = parallel.pipeline * parallel.stages_per_rank
+    if num_stages > shape.layers:
+        return (
+            f"learner.parallel has {num_stages} pipeline stages ({parallel.pipeline} ranks with "
+            f"{parallel.stages_per_rank} each) for a model of {shape.layers} layers: a stage needs "
+            "a layer; lower pipeline or stages_per_rank"
+        )
+    return None
