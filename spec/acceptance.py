@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from paceline.spec.curves import ExponentialCurves, RoundCurves, fit_curves
+from paceline.spec.curves import RoundCurves
 
 Floats = NDArray[np.float64]
 
@@ -108,17 +108,6 @@ class AcceptanceHistory:
         points = np.stack([known[request] for request in requests]).cumsum(axis=2)
         points = np.concatenate([np.zeros((len(requests), 2, 1)), points], axis=2)
         return RoundCurves(spent=points[:, 0], gained=points[:, 1])
-
-    def exponential_curves(
-        self, requests: Sequence[tuple[Hashable, Hashable]]
-    ) -> ExponentialCurves:
-        """DAS's A(p) of each (problem, length class), fitted to what rounds that draft more or
-        less would draft and gain for each token they put out."""
-        curves = self.curves(requests)
-        put_out = 1 + curves.gained
-        return fit_curves(
-            curves.spent / put_out, curves.gained / put_out, np.ones_like(curves.gained)
-        )
 
     def _a_round(self, problem: Hashable, length_class: Hashable) -> Floats:
         """Tokens offered a round and their probabilities by threshold, [2, 12]."""

@@ -1,8 +1,8 @@
 """How much to draft for each request: two objectives, both solved exactly (pure).
 
 A step of n tokens takes c_base + c_tok·n seconds (``cost_model.py``); n is one token for each live
-request, and the drafts. To take N rounds, a request of l_i tokens must draft p_i*(N) in total, by
-DAS's exponential or by its rounds (``curves.py``, which also says what is wrong in the paper).
+request, and the drafts. To take N rounds, a request of l_i tokens must draft p_i*(N) in total
+(``curves.py``, which also says what is wrong in the paper).
 
 **Makespan**, for a batch that is waited for as a whole (``makespan_budget``). DAS states::
 
@@ -132,11 +132,10 @@ def _within(limits: RoundLimits, per_round: Floats) -> bool:
 
 @dataclass(frozen=True)
 class ThroughputBudget:
-    """``drafts`` [m] for this round; expected tokens a second with and without them."""
+    """``drafts`` [m] for this round, and the tokens a second that are expected of it."""
 
     drafts: Integers
     rate: float
-    plain_rate: float
 
 
 def throughput_drafts(
@@ -161,7 +160,7 @@ def throughput_drafts(
     rates = tokens / (costs.base + costs.token * (num_requests + np.arange(most + 1)))
     best = int(rates.argmax())
     drafts = np.bincount(chosen[:best] // longest, minlength=num_requests)
-    return ThroughputBudget(drafts.astype(np.int64), float(rates[best]), float(rates[0]))
+    return ThroughputBudget(drafts.astype(np.int64), float(rates[best]))
 
 
 def within_batch(drafts: Integers, limit: int) -> Integers:

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from paceline.spec.acceptance import AcceptanceHistory, AcceptancePrior
-from paceline.spec.curves import fit_curves
 
 Floats = NDArray[np.float64]
 MAX_DRAFT = 8
@@ -70,42 +69,6 @@ def test_gains_fall_and_are_worth_a_token_at_most(
         some = spent[row] > 1e-12
         slopes = gained[row][some] / spent[row][some]
         assert (np.diff(slopes) <= 1e-9).all()
-    history.exponential_curves([("problem", "short")])  # asserts its own range
-
-
-@settings(deadline=None)
-@given(st.floats(0.1, 0.95), st.floats(0.1, 1), st.integers(0, 5))
-def test_a_curve_is_recovered_from_noisy_points(k: float, first: float, seed: int) -> None:
-    alpha = first / k
-    drafted = np.linspace(0.05, 3 / alpha, 40)[None, :]
-    accepted = k * (1 - np.exp(-alpha * drafted))
-    noise = 0.01 * k * np.random.default_rng(seed).standard_normal(drafted.shape)
-    curves = fit_curves(drafted, accepted + noise, np.ones_like(drafted))
-    assert curves.k[0] == pytest.approx(k, rel=0.05)
-    assert curves.alpha[0] == pytest.approx(alpha, rel=0.1)
-
-
-def test_every_row_is_fitted_by_itself_and_weights_count() -> None:
-    drafted = np.tile(np.linspace(0.1, 3, 20), (3, 1))
-    accepted = np.array([[0.3], [0.6], [0.6]]) * (1 - np.exp(-drafted))
-    weights = np.ones_like(drafted)
-    accepted[2, 5], weights[2, 5] = 0.0, 0.0
-    curves = fit_curves(drafted, accepted, weights)
-    assert curves.k == pytest.approx([0.3, 0.6, 0.6], rel=0.01)
-    assert curves.alpha == pytest.approx([1, 1, 1], rel=0.01)
-
-
-@pytest.mark.parametrize("rate", [0.2, 0.4, 0.6, 0.8])
-def test_the_exponential_of_das_comes_within_an_eighth_of_what_whole_drafts_gain(
-    rate: float,
-) -> None:
-    history = AcceptanceHistory()
-    offer(history, rate, 4000)
-    fitted = history.exponential_curves([("problem", "long")])
-    spent = np.arange(1, MAX_DRAFT + 1)
-    gained = survival_of(rate).cumsum()
-    share = fitted.accepted(spent / (1 + gained), np.ones(MAX_DRAFT))
-    assert share == pytest.approx(gained / (1 + gained), rel=0.125)
 
 
 def test_an_unknown_problem_is_its_class_and_an_unknown_class_is_the_prior() -> None:
