@@ -170,3 +170,46 @@ def test_drafts_reach_to_the_end_of_the_context(engines):
     (again,) = run_to_end(drafting, make_request("again", prompt, **settings))["again"]
     assert len(again.token_ids) == whole
     assert np.count_nonzero(again.draft_sources[-4:]) >= 3
+
+
+def test_samples_that_lost_their_place_in_the_cache_are_drafted_for_again(tmp_path, monkeypatch):
+    """With too little cache vLLM preempts: a sample's drafts are dropped and it starts again."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from paceline.rollout.vllm_engine import VLLMEngine
+
+    folder = str(tmp_path / "model")
+    wide = {"num_hidden_layers": 4, "num_key_value_heads": 4, "head_dim": 64}
+    config = tiny_model_config(LONG, initializer_range=0.3, **wide)
+    write_initial_model(config, 128, STOP, 0, folder)
+    plain = build_engine(folder, max_num_seqs=8, max_length=LONG)
+    settings = RolloutConfig(
+        max_num_seqs=8, kv_cache_mb=8, drafting=DraftingConfig(max_tokens=4, budget="none")
+    )
+    drafting = VLLMEngine(folder, settings, max_length=LONG, dtype="float32", seed=0)
+    reference = VersionedReference(build_reference(folder, tmp_path / "published"))
+    for engine in (plain, drafting):
+        reference.serve(engine, 1)
+    preempted = []
+    preempt = Scheduler._preempt_request
+    monkeypatch.setattr(
+        Scheduler,
+        "_preempt_request",
+        lambda self, request, *rest, **named: (
+            preempted.append(bool(request.spec_token_ids)),
+            preempt(self, request, *rest, **named),
+        )[1],
+    )
+    requests = [
+        make_request(f"{index}", (5 + index, 9), temperature=0.0, max_tokens=200, stop_token_ids=())
+        for index in range(8)
+    ]
+    expected = run_to_end(plain, *requests)
+    preempted.clear()
+    for round_name in ("cold", "warm"):
+        found = run_to_end(drafting, *requests)
+        for name, (completion,) in found.items():
+            assert completion.token_ids.tolist() == expected[name][0].token_ids.tolist(), round_name
+            assert len(completion.draft_sources) == len(completion.token_ids)
+    assert any(preempted), "nobody lost drafts: nothing was tested"
+    assert num_accepted(drafting) > 0
