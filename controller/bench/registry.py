@@ -14,6 +14,7 @@ from paceline.controller.bench.algorithms import bench_algorithms
 from paceline.controller.bench.asynchrony import bench_async
 from paceline.controller.bench.buffer import bench_buffer
 from paceline.controller.bench.e2e import bench_e2e
+from paceline.controller.bench.learner import bench_learner
 from paceline.controller.bench.result import BenchResult, show
 from paceline.controller.bench.rollout import bench_rollout
 from paceline.controller.bench.suffix import bench_suffix
@@ -30,6 +31,7 @@ BENCHES: Mapping[str, Bench] = {
     "algorithms": bench_algorithms,
     "rollout": bench_rollout,
     "suffix": bench_suffix,
+    "learner": bench_learner,
 }
 
 

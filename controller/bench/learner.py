@@ -1,0 +1,128 @@
+"""``paceline bench learner``: the learner's step beside TRL's and a plain one, on the same batch.
+
+Each side trains the same model on the same long-tailed groups with the same loss, precision and
+optimiser, one torch thread, in a process of its own; rounds of all sides are interleaved. The peers
+get the micro-batch size that is fastest for them. What a step is useful for is counted the same for
+all: trained tokens, and the floating-point operations that they need at least.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+from paceline.controller.bench.learner_batch import BRIEF, LONG_TAILED, LearnerWorkload
+from paceline.controller.bench.learner_steps import matmul_flops, paceline_steps, plain_steps
+from paceline.controller.bench.result import BenchResult, BenchTable, Spread, Target
+from paceline.controller.bench.subprocesses import in_own_process
+from paceline.controller.bench.trl_runs import require_trl
+from paceline.controller.observe.versions import collect_versions
+
+OURS, PLAIN, PEER = "paceline", "plain HF step", "TRL's step"
+SPEEDUP_TARGET = 2.5
+
+Side = Callable[[LearnerWorkload, Path, int], list[float]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured; micro-batch sizes are the fastest of 8, 16, 32 and 64 samples."""
+
+    workload: LearnerWorkload
+    num_rounds: int
+    num_steps: int
+    plain_microbatch: int = 8
+    peer_microbatch: int = 8
+
+
+QUICK = Plan(BRIEF, num_rounds=1, num_steps=2)
+FULL = Plan(LONG_TAILED, num_rounds=3, num_steps=2)
+
+
+def bench_learner(quick: bool, output: Path) -> BenchResult:
+    """Measure throughput and memory, briefly where ``quick``.
+
+    Raises:
+        BenchError: TRL is not installed.
+    """
+    require_trl()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    plan = QUICK if quick else FULL
+    model = plan.workload.write_model(output / ("learner-quick" if quick else "learner") / "model")
+    sides = sides_of(plan)
+    rounds = [one_round(plan, model, sides) for _ in range(plan.num_rounds)]
+    return report(plan, rounds)
+
+
+def sides_of(plan: Plan) -> Mapping[str, Side]:
+    """Who takes the step."""
+    from paceline.controller.bench.learner_peer import trl_steps
+
+    return {
+        OURS: paceline_steps,
+        PLAIN: partial(plain_steps, microbatch_size=plan.plain_microbatch),
+        PEER: partial(trl_steps, microbatch_size=plan.peer_microbatch),
+    }
+
+
+@dataclass(frozen=True)
+class Round:
+    """Seconds of a step by side, medians; ``matmul`` in floating-point operations a second."""
+
+    seconds: Mapping[str, float]
+    matmul: float
+
+
+def one_round(plan: Plan, model: Path, sides: Mapping[str, Side]) -> Round:
+    """Every side once."""
+    seconds = {
+        name: statistics.median(in_own_process(side, plan.workload, model, plan.num_steps))
+        for name, side in sides.items()
+    }
+    return Round(seconds, in_own_process(matmul_flops))
+
+
+def report(plan: Plan, rounds: Sequence[Round]) -> BenchResult:
+    """Tables and targets."""
+    workload = plan.workload
+    num_trained = workload.batch().num_trained_tokens
+    flops = workload.required_flops()
+    sides = list(rounds[0].seconds)
+    speed = {name: Spread.of(num_trained / r.seconds[name] for r in rounds) for name in sides}
+    over_peer = {
+        name: Spread.of(r.seconds[PEER] / r.seconds[name] for r in rounds) for name in sides
+    }
+    used = {name: Spread.of(flops / r.seconds[name] / r.matmul for r in rounds) for name in sides}
+    table = BenchTable(
+        f"one step on {workload.num_samples} completions of {num_trained:,} tokens",
+        ("side", "trained tokens/s", "times TRL", "use of the matmul rate"),
+        [
+            (name, str(speed[name]), str(over_peer[name]), f"{used[name].median:.0%}")
+            for name in sides
+        ],
+    )
+    return BenchResult(
+        bench="learner",
+        targets={
+            "trained tokens/s over TRL, long-tailed": Target(over_peer[OURS], ">=", SPEEDUP_TARGET)
+        },
+        figures={
+            "workload": asdict(workload),
+            "seconds": [dict(r.seconds) for r in rounds],
+            "matmul_flops": [r.matmul for r in rounds],
+            "required_flops": flops,
+        },
+        seeds={"workload": workload.seed},
+        versions={**collect_versions(workload.seed), "trl": metadata.version("trl")},
+        tables=[table],
+        notes=[
+            "What a step is useful for: every prompt once, every completion once, the vocabulary "
+            "for trained tokens only; the ceiling is a float32 product of one thread, measured in "
+            "each round."
+        ],
+    )

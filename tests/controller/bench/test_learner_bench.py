@@ -1,0 +1,69 @@
+"""All sides of the learner's benchmark take the same step, and the table says what they took."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from paceline.controller.bench import learner
+from paceline.controller.bench.learner_batch import BRIEF, LONG_TAILED
+from paceline.controller.bench.learner_steps import (
+    algorithm,
+    learner_worker,
+    paceline_steps,
+    plain_gradients,
+    plain_steps,
+)
+
+TINY = replace(BRIEF, layers=1, vocabulary=160, num_groups=2, num_prompt=8, longest=24)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return TINY.write_model(tmp_path / "model")
+
+
+def test_the_batch_is_long_tailed_and_the_same_every_time() -> None:
+    lengths = sorted(int(s.loss_mask.sum()) for s in LONG_TAILED.batch().samples)
+    assert lengths[-1] > 8 * lengths[len(lengths) // 2]
+    one, other = ([s.token_ids.tolist() for s in LONG_TAILED.batch().samples] for _ in range(2))
+    assert one == other
+
+
+def test_the_plain_steps_gradient_is_the_learners(model: Path, tmp_path: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    plain_gradients(plain, TINY, microbatch_size=4)
+    worker = learner_worker(TINY, model, str(tmp_path / "weights"))
+    worker.forward_backward(TINY.batch(), algorithm(TINY))
+    found = dict(worker._models.policy.parts[0].causal_lm.named_parameters())
+    for name, parameter in plain.named_parameters():
+        scale = parameter.grad.abs().max().item()
+        torch.testing.assert_close(found[name].grad, parameter.grad, atol=1e-4 * scale, rtol=1e-4)
+
+
+def test_every_side_takes_as_many_steps_as_it_is_asked_to(model: Path) -> None:
+    assert len(paceline_steps(TINY, model, 2)) == 2
+    assert len(plain_steps(TINY, model, 2, microbatch_size=4)) == 2
+
+
+@pytest.mark.slow
+def test_the_peer_trains_on_what_it_is_handed(model: Path) -> None:
+    pytest.importorskip("trl")
+    from paceline.controller.bench.learner_peer import trl_steps
+
+    assert len(trl_steps(TINY, model, 2, microbatch_size=8)) == 2
+
+
+def test_figures_are_ratios_of_medians_in_each_round() -> None:
+    plan = learner.Plan(TINY, num_rounds=2, num_steps=1)
+    rounds = [
+        learner.Round({learner.OURS: 1.0, learner.PLAIN: 2.0, learner.PEER: 3.0}, 1e9),
+        learner.Round({learner.OURS: 2.0, learner.PLAIN: 2.0, learner.PEER: 4.0}, 1e9),
+    ]
+    (target,) = learner.report(plan, rounds).targets.values()
+    assert (target.measured.low, target.measured.median, target.measured.high) == (2.0, 2.5, 3.0)
+    assert target.met
