@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from paceline.configs.errors import ClusterError
@@ -27,8 +28,8 @@ class RankMesh:
     """Where one rank stands.
 
     ``devices`` is None for a rank that is alone without a process group; ``rank`` counts all ranks,
-    ``data_rank`` of
-    ``num_data_ranks`` says which share of the samples it trains.
+    ``data_rank`` of ``num_data_ranks`` says which share of the samples it trains. A pipeline has
+    ``stages_per_rank`` times as many stages as ranks.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class RankMesh:
         self.device = device
         self.rank = dist.get_rank() if is_distributed else 0
         self.num_data_ranks = config.num_data_ranks
+        self.stages_per_rank = parallel.stages_per_rank
         self.sizes = {
             "pipeline": parallel.pipeline,
             "replicate": parallel.replicate,
@@ -86,6 +88,14 @@ class RankMesh:
         gathered = [mine] * dist.get_world_size()
         dist.all_gather_object(gathered, mine)
         return gathered
+
+    def sum_over_stages(self, value: Tensor) -> Tensor:
+        """The sum over the ranks of a pipeline, in float64, the same on all of them."""
+        total = value.to(self.device, torch.float64)
+        if self.sizes["pipeline"] > 1:
+            assert self.devices is not None
+            dist.all_reduce(total, group=self.devices.get_group("pipeline"))
+        return total
 
     def wait_for_all(self) -> None:
         """Return once every rank came here."""

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from paceline.configs.errors import ModelError
+from paceline.configs.schema.learner import Checkpointing
 from paceline.configs.schema.model import ModelConfig
 from paceline.learner.attention import (
     ATTENTION_NAME,
@@ -26,6 +27,7 @@ from paceline.learner.attention import (
     Segment,
     register_packed_attention,
 )
+from paceline.learner.chunked_layers import chunk_layers
 
 Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 """From hidden states [N, H], output embedding [V, H] and targets int64 [N] to what is wanted of
@@ -72,13 +74,20 @@ class PolicyModel(nn.Module):
 
         With a value head, values float32 [N] come last.
         """
+        return self.outputs(self.hidden_states(row), row, head)
+
+    def hidden_states(self, row: PackedRow, before: Tensor | None = None) -> Tensor:
+        """What the layers make of a row, or of what earlier ones made of it: [1, T, H]."""
+        source = {"input_ids": row.token_ids} if before is None else {"inputs_embeds": before}
         output = self.causal_lm.base_model(
-            input_ids=row.token_ids,
-            position_ids=row.positions,
-            packed_segments=row.segments,
-            use_cache=False,
+            **source, position_ids=row.positions, packed_segments=row.segments, use_cache=False
         )
-        hidden = output.last_hidden_state[0].index_select(0, row.predictors)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def outputs(self, hidden: Tensor, row: PackedRow, head: Head) -> tuple[Tensor, ...]:
+        """What ``forward`` returns, from the last hidden states [1, T, H]."""
+        hidden = hidden[0].index_select(0, row.predictors)
         outputs = head(hidden, self.causal_lm.get_output_embeddings().weight, row.targets)
         if self.value_head is None:
             return outputs
@@ -176,9 +185,15 @@ def no_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ..
 
 
 def load_policy(
-    folder: str, *, activation_checkpointing: bool = False, has_values: bool = False
+    folder: str,
+    *,
+    checkpointing: Checkpointing = "none",
+    tokens_per_chunk: int = 1024,
+    has_values: bool = False,
 ) -> PolicyModel:
     """Load a folder in Hugging Face format as float32 master weights on the CPU.
+
+    ``tokens_per_chunk`` is for ``checkpointing`` of chunks.
 
     Raises:
         ModelError: it cannot be read, or computes something else in packed rows than alone.
@@ -195,7 +210,9 @@ def load_policy(
     # Never in training mode: dropout would train on other log-probabilities than were sampled.
     policy = PolicyModel(causal_lm, has_values=has_values).eval()
     _check_packing(policy)
-    if activation_checkpointing:
+    if checkpointing == "chunks":
+        chunk_layers(causal_lm, tokens_per_chunk)
+    if checkpointing == "layers":
         causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
         for layer in policy.decoder_layers:
             layer.training = True  # the layer itself, not its dropout: else it is not recomputed

@@ -3,11 +3,12 @@
 Bundles go to ranks by cost (longest processing time first), and on a rank into microbatches by
 first fit decreasing. Every rank runs the same number of microbatches, because each is a collective
 operation: a rank with fewer splits its own, and only a rank with fewer bundles than microbatches is
-left with empty ones.
+left with empty ones. A pipeline wants some more, to have work for all of its stages.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +21,13 @@ Microbatch = tuple[int, ...]
 
 
 def plan_packing(
-    sizes: Sequence[int], costs: Sequence[float], num_ranks: int, capacity: int
+    sizes: Sequence[int],
+    costs: Sequence[float],
+    num_ranks: int,
+    capacity: int,
+    *,
+    fewest: int = 1,
+    multiple_of: int = 1,
 ) -> list[list[Microbatch]]:
     """Divide bundles over ranks and microbatches.
 
@@ -29,6 +36,7 @@ def plan_packing(
         costs: how long each takes to train, in any unit.
         num_ranks: data-parallel ranks.
         capacity: room of a microbatch (``learner.tokens_per_microbatch``).
+        fewest, multiple_of: how many microbatches a rank needs at least, and in what steps.
 
     Returns:
         For every rank its microbatches, as many on every rank; together they hold each bundle once.
@@ -43,7 +51,8 @@ def plan_packing(
         )
     shares = _balance(np.asarray(costs, dtype=np.float64), num_ranks)
     ranks = [_first_fit(share, np.asarray(sizes), capacity) for share in shares]
-    num_microbatches = max(1, *(len(microbatches) for microbatches in ranks))
+    num_microbatches = max(fewest, *(len(microbatches) for microbatches in ranks))
+    num_microbatches = math.ceil(num_microbatches / multiple_of) * multiple_of
     return [_split_up_to(microbatches, num_microbatches) for microbatches in ranks]
 
 

@@ -88,10 +88,16 @@ class RankModels:
     def microbatches(self, samples: Sequence[TrainSample]) -> list[Microbatch]:
         """This rank's share of the samples that train anything."""
         capacity, num_ranks = self._config.tokens_per_microbatch, self.mesh.num_data_ranks
-        bundles = bundle_samples(samples, capacity, num_ranks)
-        sizes = [bundle.size for bundle in bundles]
-        costs = [bundle.cost(self.policy.quadratic_cost) for bundle in bundles]
-        plan = plan_packing(sizes, costs, num_ranks, capacity)[self.mesh.data_rank]
+        num_stages = self.mesh.sizes["pipeline"]
+        bundles = bundle_samples(samples, capacity, num_ranks * num_stages)
+        plan = plan_packing(
+            [bundle.size for bundle in bundles],
+            [bundle.cost(self.policy.quadratic_cost) for bundle in bundles],
+            num_ranks,
+            capacity,
+            fewest=num_stages,
+            multiple_of=num_stages if self.mesh.stages_per_rank > 1 else 1,
+        )[self.mesh.data_rank]
         return [
             build_microbatch([bundles[i] for i in chosen], samples, self.mesh.device)
             for chosen in plan
@@ -145,7 +151,8 @@ class RankModels:
     def _train(self, folder: str, *, has_values: bool) -> TrainingEngine:
         policy = load_policy(
             folder,
-            activation_checkpointing=self._config.activation_checkpointing,
+            checkpointing=self._config.activation_checkpointing,
+            tokens_per_chunk=self._config.tokens_per_chunk,
             has_values=has_values,
         )
         return shard(policy, self.mesh, self._precision)

@@ -32,6 +32,16 @@ def test_all_ranks_run_equally_many_microbatches(sizes, num_ranks, capacity):
     assert plan[0]
 
 
+@given(sizes_strategy, ranks_strategy, st.integers(1, 6), st.integers(1, 6))
+def test_a_pipeline_gets_as_many_microbatches_as_it_needs(sizes, num_ranks, fewest, multiple_of):
+    plan = plan_packing(sizes, sizes, num_ranks, 64, fewest=fewest, multiple_of=multiple_of)
+    plain = plan_packing(sizes, sizes, num_ranks, 64)
+    [number] = {len(rank) for rank in plan}
+    assert number % multiple_of == 0
+    assert 0 <= number - max(fewest, len(plain[0])) < multiple_of
+    assert sorted(i for rank in plan for m in rank for i in m) == list(range(len(sizes)))
+
+
 @given(sizes_strategy, ranks_strategy, capacity_strategy)
 def test_microbatches_are_empty_only_on_ranks_with_less_than_one_thing_for_each(
     sizes, num_ranks, capacity
