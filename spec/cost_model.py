@@ -15,8 +15,10 @@ is twice as noisy) with exponential forgetting:
 
 w_s is Huber's weight, 1 within 1.5 standard deviations and falling as 1/|residual| beyond: a
 compilation or a weight update that hit a step hardly moves the line. All steps together make a
-pooled line, which counts as one observation more in each bucket: a bucket that saw one n only
-(plain steps do) takes its slope from there.
+pooled line, which counts as one observation more in each bucket: a bucket that saw one n only takes
+its slope from there. Plain steps are pooled by themselves: a sequence's own token may cost three
+times what a drafted one does (where Python is the cost), and what plain steps would take is asked
+most where hardly any are made.
 """
 
 from __future__ import annotations
@@ -179,7 +181,8 @@ def batch_bucket(num_requests: int) -> int:
 class CostModel:
     """Seconds of engine steps by bucket of the batch, drafted and plain; observed step by step."""
 
-    _pool: _Line = field(default_factory=_Line)
+    _all: _Line = field(default_factory=_Line)
+    _plain: _Line = field(default_factory=_Line)
     _lines: dict[tuple[int, bool], _Line] = field(default_factory=dict)
 
     def observe(self, num_tokens: int, num_requests: int, seconds: float) -> None:
@@ -188,14 +191,17 @@ class CostModel:
         ``num_tokens`` are all tokens it forwarded, ``num_requests`` and the drafts.
         """
         assert num_tokens >= num_requests > 0 and seconds > 0, (num_tokens, num_requests, seconds)
-        key = (batch_bucket(num_requests), num_tokens > num_requests)
+        drafted = num_tokens > num_requests
+        key = (batch_bucket(num_requests), drafted)
         self._lines.setdefault(key, _Line()).observe(num_tokens, seconds)
-        self._pool.observe(num_tokens, seconds)
+        self._all.observe(num_tokens, seconds)
+        if not drafted:
+            self._plain.observe(num_tokens, seconds)
 
     @property
     def is_started(self) -> bool:
         """Whether enough steps were seen for any prediction."""
-        return self._pool.is_started
+        return self._all.is_started
 
     def costs(self, num_requests: int, drafted: bool) -> StepCosts | None:
         """The line for steps of ``num_requests`` requests; None before the first steps."""
@@ -207,14 +213,19 @@ class CostModel:
             return None
         drafted = num_tokens > num_requests
         moments = self._moments(num_requests, drafted)
-        line = self._lines.get((batch_bucket(num_requests), drafted), self._pool)
-        scale = line.scale if line.is_started else self._pool.scale
+        pool = self._pool(drafted)
+        line = self._lines.get((batch_bucket(num_requests), drafted), pool)
+        scale = line.scale if line.is_started else pool.scale
         error = scale * math.sqrt(moments.variance(num_tokens))
         return Prediction(moments.solve().seconds(num_tokens), error)
 
     def _moments(self, num_requests: int, drafted: bool) -> _Moments:
         """Of a bucket's line together with the pooled one; of the pool where it has none."""
+        pool = self._pool(drafted)
         line = self._lines.get((batch_bucket(num_requests), drafted))
         if line is None or not line.is_started:
-            return self._pool.moments
-        return line.moments.add(self._pool.moments, POOL_WEIGHT / self._pool.num_steps)
+            return pool.moments
+        return line.moments.add(pool.moments, POOL_WEIGHT / pool.num_steps)
+
+    def _pool(self, drafted: bool) -> _Line:
+        return self._all if drafted or not self._plain.is_started else self._plain

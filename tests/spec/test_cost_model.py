@@ -145,3 +145,19 @@ def test_a_machine_that_became_slower_is_followed() -> None:
 
 def test_buckets_are_octaves() -> None:
     assert [batch_bucket(n) for n in (1, 2, 3, 4, 5, 8, 9)] == [0, 1, 2, 2, 3, 3, 4]
+
+
+def test_plain_steps_are_foretold_from_plain_steps_where_drafted_tokens_are_cheaper() -> None:
+    """Seconds 1 + m + d / 3: 60 plain steps of large batches, then drafted ones of small."""
+    model = CostModel()
+    for num_requests in range(64, 34, -1):
+        for _ in range(2):
+            model.observe(num_requests, num_requests, 1.0 + num_requests)
+    for step in range(400):
+        num_requests, num_drafted = 8 + step % 24, 1 + 7 * step % 40
+        seconds = 1 + num_requests + num_drafted / 3
+        model.observe(num_requests + num_drafted, num_requests, seconds)
+    for num_requests in (2, 10, 20, 30):
+        prediction = model.predict(num_requests, num_requests)
+        assert prediction is not None
+        assert prediction.seconds == pytest.approx(1 + num_requests, rel=0.03)
