@@ -125,7 +125,7 @@ def _activations(config: RunConfig, shape: ModelShape) -> int:
     # gate, up, activated gate and their product.
     per_layer = 4 * shape.hidden + 3 * query_width + 4 * kv_width + 4 * shape.intermediate
     kept = shape.layers * per_layer
-    if config.learner.activation_checkpointing:
+    if config.learner.activation_checkpointing != "none":
         kept = shape.layers * shape.hidden + per_layer
     per_token = _BYTES[config.model.precision] * kept + 2 * 4 * shape.vocabulary
     return config.learner.tokens_per_microbatch * per_token

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from paceline.configs.schema.base import Section
+
+Checkpointing = Literal["none", "layers", "chunks"]
 
 
 class OptimizerConfig(Section):
@@ -115,14 +117,23 @@ class LearnerConfig(Section):
     tokens_per_microbatch: int = Field(default=4096, ge=1)
     """Upper bound of packed tokens in one forward and backward pass on a rank."""
 
-    activation_checkpointing: bool = False
-    """Recompute layer activations in the backward pass."""
+    activation_checkpointing: Checkpointing = "none"
+    """What the backward pass computes again instead of keeping it: nothing, ``layers`` (true) one
+    after the other, or ``chunks`` of their tokens, for rows as long as memory allows."""
+
+    tokens_per_chunk: int = Field(default=1024, ge=1)
+    """Tokens that a layer works on at a time with ``activation_checkpointing: chunks``."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimiser."""
 
     collective_timeout_seconds: float = Field(default=120.0, gt=0)
     """A collective that takes longer ends the run instead of hanging it."""
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _yes_is_layers(cls, value: object) -> object:
+        return {False: "none", True: "layers"}[value] if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _ranks_divide(self) -> Self:
@@ -137,6 +148,24 @@ class LearnerConfig(Section):
             raise ValueError(
                 "learner.engine deepspeed divides weights and samples only: leave learner.parallel "
                 "at its defaults, or use engine: fsdp"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _chunks_compose(self) -> Self:
+        if self.activation_checkpointing != "chunks":
+            return self
+        if self.engine == "deepspeed" and self.deepspeed.stage == 3:
+            raise ValueError(
+                "learner.activation_checkpointing chunks needs a layer's weights whole from its "
+                "first chunk to its last, ZeRO stage 3 gathers them a matrix at a time: use stage "
+                "2, or engine: fsdp"
+            )
+        if self.parallel.sequence > 1:
+            raise ValueError(
+                "learner.activation_checkpointing chunks goes through whole rows, "
+                f"learner.parallel.sequence ({self.parallel.sequence}) divides them over ranks: "
+                "use one of them"
             )
         return self
 

@@ -96,15 +96,15 @@ def test_what_a_sequence_computes_depends_neither_on_its_place_nor_on_its_neighb
 
 def test_activation_checkpointing_recomputes_layers_and_changes_no_gradient(model_folder):
     found = []
-    for activation_checkpointing in (False, True):
-        policy = load_policy(model_folder, activation_checkpointing=activation_checkpointing)
+    for checkpointing in ("none", "layers"):
+        policy = load_policy(model_folder, checkpointing=checkpointing)
         calls = []
         mlp = policy.decoder_layers[0].mlp
         mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         (values,) = policy(packed_row(random_sequences([7, 4])), logits)
         values.square().sum().backward()
         found.append(gradients(policy))
-        assert len(calls) == 1 + activation_checkpointing
+        assert len(calls) == 1 + (checkpointing == "layers")
     for name, gradient in found[0].items():
         torch.testing.assert_close(gradient, found[1][name], atol=1e-6, rtol=1e-6)
 
@@ -112,7 +112,7 @@ def test_activation_checkpointing_recomputes_layers_and_changes_no_gradient(mode
 def test_dropout_of_a_models_configuration_is_never_applied(tmp_path):
     config = model_config(attention_dropout=0.5)
     write_initial_model(config, VOCAB_SIZE, 1, seed=0, folder=str(tmp_path))
-    policy = load_policy(str(tmp_path), activation_checkpointing=True)
+    policy = load_policy(str(tmp_path), checkpointing="layers")
     row = packed_row(random_sequences([9]))
     assert torch.equal(policy(row, logits)[0], policy(row, logits)[0])
 
