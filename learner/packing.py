@@ -1,9 +1,11 @@
 """Which rank trains which bundles of samples, and in which microbatches (pure, numpy only).
 
-Bundles go to ranks by cost (longest processing time first), and on a rank into microbatches by
-first fit decreasing. Every rank runs the same number of microbatches, because each is a collective
-operation: a rank with fewer splits its own, and only a rank with fewer bundles than microbatches is
-left with empty ones. A pipeline wants some more, to have work for all of its stages.
+Bundles go to ranks by cost (longest processing time first; attention is quadratic in length, the
+rest linear). First fit decreasing says how many microbatches the fullest rank needs; every rank
+runs as many, because each is a collective operation, and a pipeline wants some more, to have work
+for all of its stages. On a rank bundles are then balanced over its microbatches by cost, the
+costliest microbatch first: ranks that run their i-th one together wait little for each other. A
+microbatch is empty only on a rank with fewer bundles than microbatches.
 """
 
 from __future__ import annotations
@@ -49,11 +51,26 @@ def plan_packing(
             f"a sample of {max(sizes)} tokens does not fit learner.tokens_per_microbatch "
             f"({capacity}): raise it to model.max_length"
         )
-    shares = _balance(np.asarray(costs, dtype=np.float64), num_ranks)
-    ranks = [_first_fit(share, np.asarray(sizes), capacity) for share in shares]
+    by_cost, by_size = np.asarray(costs, dtype=np.float64), np.asarray(sizes)
+    shares = _balance(by_cost, num_ranks)
+    ranks = [_first_fit(share, by_size, capacity) for share in shares]
     num_microbatches = max(fewest, *(len(microbatches) for microbatches in ranks))
     num_microbatches = math.ceil(num_microbatches / multiple_of) * multiple_of
-    return [_split_up_to(microbatches, num_microbatches) for microbatches in ranks]
+    return [
+        _balanced_fit(share, by_cost, by_size, capacity, num_microbatches)
+        or _costliest_first(_split_up_to(microbatches, num_microbatches), by_cost)
+        for share, microbatches in zip(shares, ranks, strict=True)
+    ]
+
+
+def imbalance(plan: Sequence[Sequence[Microbatch]], costs: Sequence[float]) -> float:
+    """Share of the ranks' time that is spent waiting for the slowest in each microbatch, by cost.
+
+    ``1 - mean over ranks of all costs / sum over microbatches of the largest``; 0 is perfect.
+    """
+    table = np.array([[sum(costs[i] for i in some) for some in rank] for rank in plan])
+    slowest = float(table.max(axis=0).sum())
+    return 1 - float(table.sum(axis=1).mean()) / slowest if slowest else 0.0
 
 
 def _balance(costs: NDArray[np.float64], num_ranks: int) -> list[list[int]]:
@@ -80,6 +97,36 @@ def _first_fit(indices: Sequence[int], sizes: NDArray[np.int64], capacity: int) 
         microbatches[place].append(index)
         room[place] -= sizes[index]
     return [tuple(microbatch) for microbatch in microbatches]
+
+
+def _balanced_fit(
+    indices: Sequence[int],
+    costs: NDArray[np.float64],
+    sizes: NDArray[np.int64],
+    capacity: int,
+    number: int,
+) -> list[Microbatch] | None:
+    """Costliest first into the microbatch with the least cost that has room; None if one finds
+    none, though there might be another way."""
+    microbatches: list[list[int]] = [[] for _ in range(number)]
+    totals, room = np.zeros(number), np.full(number, capacity)
+    for index in sorted(indices, key=lambda i: (-costs[i], -sizes[i], i)):
+        fits = room >= sizes[index]
+        if not fits.any():
+            return None
+        # an empty one first, even where costs are nothing
+        places = np.lexsort((room < capacity, np.where(fits, totals, np.inf)))
+        place = int(places[0])
+        microbatches[place].append(index)
+        totals[place] += costs[index]
+        room[place] -= sizes[index]
+    return _costliest_first([tuple(microbatch) for microbatch in microbatches], costs)
+
+
+def _costliest_first(
+    microbatches: Sequence[Microbatch], costs: NDArray[np.float64]
+) -> list[Microbatch]:
+    return sorted(microbatches, key=lambda some: (-sum(costs[i] for i in some), not some))
 
 
 def _split_up_to(microbatches: list[Microbatch], number: int) -> list[Microbatch]:
