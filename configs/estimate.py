@@ -123,7 +123,8 @@ def _activations(config: RunConfig, shape: ModelShape) -> int:
     kv_width = shape.key_value_heads * shape.head_dim
     # Two norms' inputs and outputs; q, k, v before and after rotation, attention's output;
     # gate, up, activated gate and their product.
-    per_layer = 4 * shape.hidden + 3 * query_width + 4 * kv_width + 4 * shape.intermediate
+    mlp = 4 * shape.intermediate_per_token
+    per_layer = 4 * shape.hidden + 3 * query_width + 4 * kv_width + mlp
     kept = shape.layers * per_layer
     if config.learner.activation_checkpointing != "none":
         kept = shape.layers * shape.hidden + per_layer

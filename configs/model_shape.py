@@ -18,6 +18,18 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 11008, "num_key_value_heads": None, "head_dim": None},
     "qwen2": {"intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": None},
     "qwen3": {"intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128},
+    "qwen3_moe": {
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "intermediate_size": 6144,
+        "num_key_value_heads": 4,
+        "head_dim": None,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": (),
+    },
 }
 _COMMON = {
     "hidden_size": 4096,
@@ -27,6 +39,17 @@ _COMMON = {
     "attention_bias": False,
     "mlp_bias": False,
 }
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """In ``layers`` of the layers a router chooses ``per_token`` of ``count`` gated MLPs of
+    ``intermediate`` features for each token."""
+
+    layers: int
+    count: int
+    per_token: int
+    intermediate: int
 
 
 @dataclass(frozen=True)
@@ -43,19 +66,47 @@ class ModelShape:
     tied_embeddings: bool
     biases_per_layer: int
     norms_per_layer: int
+    experts: ExpertShape | None = None
 
     @property
     def num_parameters(self) -> int:
         """All parameters; tied embeddings count once."""
         embeddings = self.vocabulary * self.hidden * (1 if self.tied_embeddings else 2)
-        return embeddings + self.layers * self.parameters_per_layer + self.hidden
+        sparse = 0 if self.experts is None else self.experts.layers
+        layers = (self.layers - sparse) * self._dense_layer + sparse * self._sparse_layer
+        return embeddings + layers + self.hidden
 
     @property
     def parameters_per_layer(self) -> int:
-        """Attention, gated MLP, norms and biases of one layer."""
+        """Attention, gated MLP or experts, norms and biases of one layer; of the largest."""
+        return max(self._dense_layer, self._sparse_layer)
+
+    @property
+    def intermediate_per_token(self) -> int:
+        """Intermediate features that a layer computes of a token, in the layer with the most."""
+        if self.experts is None:
+            return self.intermediate
+        of_experts = self.experts.per_token * self.experts.intermediate
+        is_mixed = self.experts.layers < self.layers
+        return max(of_experts, self.intermediate if is_mixed else 0)
+
+    @property
+    def _beside_mlp(self) -> int:
         attention = 2 * self.hidden * (self.query_heads + self.key_value_heads) * self.head_dim
-        mlp = 3 * self.hidden * self.intermediate
-        return attention + mlp + self.norms_per_layer + self.biases_per_layer
+        return attention + self.norms_per_layer + self.biases_per_layer
+
+    @property
+    def _dense_layer(self) -> int:
+        if self.experts is not None and self.experts.layers == self.layers:
+            return 0
+        return self._beside_mlp + 3 * self.hidden * self.intermediate
+
+    @property
+    def _sparse_layer(self) -> int:
+        if self.experts is None or not self.experts.layers:
+            return 0
+        router, expert = self.hidden, 3 * self.hidden * self.experts.intermediate
+        return self._beside_mlp + self.experts.count * (router + expert)
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
         """Bytes of keys and values that one token leaves in the cache, over all layers."""
@@ -66,7 +117,7 @@ def model_shape(model: ModelConfig) -> ModelShape | None:
     """The shape that ``model`` will have; None where it cannot be known without loading it.
 
     Known are `architecture` with the `characters` tokenizer or a `vocab_size`, and a `path` whose
-    local folder holds a `config.json`, of the model types llama, qwen2 and qwen3.
+    local folder holds a `config.json`, of the model types llama, qwen2, qwen3 and qwen3_moe.
     """
     if model.architecture is not None:
         keys = dict(model.architecture)
@@ -113,5 +164,19 @@ def _shape(keys: Mapping[str, Any]) -> ModelShape:
         intermediate=intermediate,
         tied_embeddings=bool(full["tie_word_embeddings"]),
         biases_per_layer=biases,
-        norms_per_layer=2 * hidden + (2 * head_dim if family == "qwen3" else 0),
+        norms_per_layer=2 * hidden + (2 * head_dim if family.startswith("qwen3") else 0),
+        experts=_experts(full) if family == "qwen3_moe" else None,
+    )
+
+
+def _experts(full: Mapping[str, Any]) -> ExpertShape:
+    """Every ``decoder_sparse_step``-th layer has experts, but those that are named."""
+    dense, step = set(full["mlp_only_layers"]), int(full["decoder_sparse_step"])
+    layers = range(int(full["num_hidden_layers"]))
+    count = int(full.get("num_local_experts", full["num_experts"]))
+    return ExpertShape(
+        layers=sum(i not in dense and not (i + 1) % step for i in layers) if count else 0,
+        count=count,
+        per_token=int(full["num_experts_per_tok"]),
+        intermediate=int(full["moe_intermediate_size"]),
     )

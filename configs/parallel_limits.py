@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from paceline.configs.errors import ConfigError
 from paceline.configs.model_shape import ModelShape, model_shape
-from paceline.configs.schema.learner import ParallelConfig
+from paceline.configs.schema.learner import LearnerConfig, ParallelConfig
 from paceline.configs.schema.run import RunConfig
 
 
@@ -19,9 +19,24 @@ def require_divisible(config: RunConfig) -> None:
     shape = model_shape(config.model)
     if shape is None:
         return
-    for problem in (_heads(shape, parallel), _features(shape, parallel), _layers(shape, parallel)):
+    for problem in (
+        _experts(shape, config.learner),
+        _heads(shape, parallel),
+        _features(shape, parallel),
+        _layers(shape, parallel),
+    ):
         if problem is not None:
             raise ConfigError(problem)
+
+
+def _experts(shape: ModelShape, learner: LearnerConfig) -> str | None:
+    if shape.experts is None or (learner.engine == "fsdp" and learner.parallel.model_ranks == 1):
+        return None
+    return (
+        "the model has experts, which tensor, pipeline and sequence ranks and DeepSpeed do not "
+        "divide: set learner.engine fsdp and leave learner.parallel at its defaults but for "
+        "replicate"
+    )
 
 
 def _heads(shape: ModelShape, parallel: ParallelConfig) -> str | None:

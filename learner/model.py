@@ -28,10 +28,14 @@ from paceline.learner.attention import (
     register_packed_attention,
 )
 from paceline.learner.chunked_layers import chunk_layers
+from paceline.learner.experts import parameters_per_token
 
 Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 """From hidden states [N, H], output embedding [V, H] and targets int64 [N] to what is wanted of
 each of them: tensors [N]."""
+
+UNDECLARED = {"qwen3_moe": {"head_dim"}}
+"""Keys that a model reads and its configuration class does not declare, by architecture."""
 
 PACKING_TOLERANCE = 1e-3
 """Largest relative error of logits that is taken for float32 rounding, over many layers."""
@@ -110,15 +114,14 @@ class PolicyModel(nn.Module):
         """Cost of attention next to the rest: ``length + c * length ** 2`` for a sequence.
 
         Causal attention spends ``2 * query_width`` operations a layer and a pair of tokens (half of
-        all pairs), everything else 2 a parameter and a token.
+        all pairs), everything else 2 a token and a parameter that it meets.
         """
         config = self.causal_lm.config
         head_dim = getattr(config, "head_dim", None)
         width = config.num_attention_heads * (
             head_dim or config.hidden_size // config.num_attention_heads
         )
-        num_parameters = sum(parameter.numel() for parameter in self.causal_lm.parameters())
-        return config.num_hidden_layers * width / num_parameters
+        return config.num_hidden_layers * width / parameters_per_token(self.causal_lm)
 
 
 def write_initial_model(
@@ -281,7 +284,8 @@ def _check_architecture_keys(architecture: Mapping[str, Any]) -> None:
             f"model.architecture.model_type {model_type!r} is not a transformers architecture: "
             "use for example qwen3 or llama"
         ) from error
-    if unknown := sorted(key for key in architecture if not hasattr(known, key)):
+    undeclared = UNDECLARED.get(model_type, ())
+    if unknown := sorted(k for k in architecture if not hasattr(known, k) and k not in undeclared):
         raise ModelError(
             f"model.architecture has keys that {model_type} does not know: {', '.join(unknown)}"
         )

@@ -21,6 +21,7 @@ from paceline.configs.schema.model import ModelConfig
 from paceline.configs.vocabulary import TrainSample
 from paceline.kernels.token_logprobs import token_logprobs
 from paceline.learner.bundles import bundle_samples
+from paceline.learner.experts import require_whole_experts
 from paceline.learner.mesh import RankMesh, join_process_group
 from paceline.learner.microbatch import Microbatch, build_microbatch
 from paceline.learner.model import Head, load_policy, no_head
@@ -155,6 +156,7 @@ class RankModels:
             tokens_per_chunk=self._config.tokens_per_chunk,
             has_values=has_values,
         )
+        require_whole_experts(policy.causal_lm.config, self._config)
         return shard(policy, self.mesh, self._precision)
 
 

@@ -28,6 +28,11 @@ ARCHITECTURES: list[dict[str, Any]] = [
     {"model_type": "llama"},
     {"model_type": "qwen2"},
     {"model_type": "qwen3"},
+    {"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 40} | SMALL,
+    {"model_type": "qwen3_moe", "num_experts": 3, "decoder_sparse_step": 2, "head_dim": 8} | SMALL,
+    {"model_type": "qwen3_moe", "num_experts": 3, "mlp_only_layers": [0, 2]} | SMALL,
+    {"model_type": "qwen3_moe", "num_experts": 3, "mlp_only_layers": [0, 1, 2]} | SMALL,
+    {"model_type": "qwen3_moe"},
 ]
 
 

@@ -1,0 +1,142 @@
+"""Mixtures of experts: trained on packed rows and FSDP ranks as transformers computes them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from paceline.configs.errors import ConfigError, ModelError
+from paceline.configs.load import load_config
+from paceline.configs.parallel_limits import require_divisible
+from paceline.configs.schema import RunConfig
+from paceline.configs.schema.learner import LearnerConfig
+from paceline.controller.algorithms import imitation
+from paceline.learner.experts import parameters_per_token, require_whole_experts
+from paceline.learner.model import load_policy, write_initial_model
+from tests.learner import ranks
+from tests.learner.conftest import VOCAB_SIZE, model_config, random_batch
+from tests.learner.test_worker import assert_same
+
+EXPERTS = {
+    "head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+}
+
+
+@pytest.fixture(scope="module")
+def moe_folder(tmp_path_factory):
+    """A Qwen3-MoE of 2 layers, both of experts."""
+    folder = str(tmp_path_factory.mktemp("moe"))
+    return write_initial_model(moe_config(), VOCAB_SIZE, 1, seed=0, folder=folder)
+
+
+def moe_config(**settings):
+    return model_config("qwen3_moe", **EXPERTS | settings)
+
+
+@pytest.fixture
+def moe_on_ranks(on_ranks, moe_folder):
+    def run(*arguments, **settings):
+        return on_ranks(*arguments, **{"model_folder": moe_folder, **settings})
+
+    return run
+
+
+def transformers_gradients(folder, batch):
+    """Those of the mean log-probability loss, a sample at a time, by an expert at a time."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", experts_implementation="eager"
+    )
+    total = torch.zeros(())
+    for sample in batch.samples:
+        tokens = torch.from_numpy(sample.token_ids).long()
+        logprobs = (model(tokens[None]).logits[0, :-1] / batch.temperature).log_softmax(-1)
+        chosen = logprobs.gather(1, tokens[1:, None])[:, 0]
+        total = total - chosen[torch.from_numpy(sample.loss_mask[1:])].sum()
+    (total / batch.num_trained_tokens).backward()
+    return {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"norm_topk_prob": False, "num_experts_per_tok": 1}, {"decoder_sparse_step": 2}],
+    ids=str,
+)
+def test_every_parameters_gradient_is_that_of_transformers_own_experts(
+    on_ranks, tmp_path, settings
+):
+    folder = str(tmp_path / "model")
+    write_initial_model(moe_config(**settings), VOCAB_SIZE, 1, seed=0, folder=folder)
+    batch = random_batch(num_samples=6, temperature=0.8)
+    [(_, found)] = on_ranks(1, ranks.gradients, batch, imitation()[1], model_folder=folder)
+    assert_same(found, transformers_gradients(folder, batch), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"activation_checkpointing": "layers"}], ids=str)
+def test_every_parameters_gradient_on_two_ranks_equals_that_of_one_process(moe_on_ranks, settings):
+    batch = random_batch(num_samples=15, temperature=0.9)
+    [(report, expected)] = moe_on_ranks(1, ranks.gradients, batch)
+    for sharded_report, found in moe_on_ranks(2, ranks.gradients, batch, **settings):
+        assert sharded_report.metrics == pytest.approx(report.metrics, rel=1e-5, abs=1e-6)
+        assert_same(found, expected, 1e-5)
+
+
+@pytest.mark.slow
+def test_experts_that_no_token_chose_have_gradients_of_zero_and_hang_nobody(moe_on_ranks):
+    """One trained token on two ranks: most experts, and all of one rank, are idle."""
+    batch = random_batch(num_samples=1, longest=2)
+    [(_, expected)] = moe_on_ranks(1, ranks.gradients, batch)
+    assert any((g == 0).all(axis=(1, 2)).any() for n, g in expected.items() if "experts" in n)
+    for _, found in moe_on_ranks(2, ranks.gradients, batch):
+        assert_same(found, expected, 1e-5)
+
+
+@pytest.mark.slow
+def test_bfloat16_is_near_float32_and_the_same_on_two_ranks(moe_on_ranks):
+    batch = random_batch()
+    [(exact, _)] = moe_on_ranks(1, ranks.gradients, batch)
+    [(one, found)] = moe_on_ranks(1, ranks.gradients, batch, precision="bfloat16")
+    [(two, found_on_two), _] = moe_on_ranks(2, ranks.gradients, batch, precision="bfloat16")
+    assert one.metrics["loss"] == pytest.approx(exact.metrics["loss"], rel=0.05)
+    assert two.metrics["entropy"] == pytest.approx(one.metrics["entropy"], rel=1e-2)
+    for name, gradient in found.items():
+        assert gradient.dtype == np.float32
+        error = np.linalg.norm(found_on_two[name] - gradient) / np.linalg.norm(gradient)
+        assert error < 0.05, name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_ranks": 2, "parallel": {"tensor": 2}},
+        {"num_ranks": 2, "parallel": {"pipeline": 2}},
+        {"num_ranks": 2, "parallel": {"sequence": 2}},
+        {"engine": "deepspeed"},
+    ],
+    ids=str,
+)
+def test_experts_are_refused_where_nobody_divides_them(settings):
+    learner = LearnerConfig.model_validate(settings)
+    with pytest.raises(ModelError, match="qwen3_moe has experts"):
+        require_whole_experts(AutoConfig.for_model("qwen3_moe"), learner)
+    require_whole_experts(AutoConfig.for_model("qwen3"), learner)
+    values = load_config("quickstart").model_dump()
+    values["model"]["architecture"] = {"model_type": "qwen3_moe", "num_experts": 4}
+    values["learner"] |= settings
+    with pytest.raises(ConfigError, match="has experts"):
+        require_divisible(RunConfig.model_validate(values))
+
+
+def test_a_token_costs_the_parameters_of_the_experts_it_is_sent_to(moe_folder):
+    policy = load_policy(moe_folder)
+    parameters = dict(policy.causal_lm.named_parameters())
+    of_experts = sum(p.numel() for name, p in parameters.items() if "experts" in name)
+    idle = of_experts // 2  # two of four
+    total = sum(p.numel() for p in parameters.values())
+    assert parameters_per_token(policy.causal_lm) == total - idle
