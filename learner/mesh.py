@@ -114,7 +114,8 @@ def join_process_group(
     store = dist.HashStore() if config.num_ranks == 1 else None
     try:
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
+            # what was off-loaded, and what is saved, is on the CPU
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             init_method=None if store is not None else rendezvous,
             store=store,
             rank=rank,

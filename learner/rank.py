@@ -55,8 +55,10 @@ class RankModels:
         self._precision = model.precision
         device = _device(config)
         # One rank in bfloat16 is sharded over itself: FSDP's mixed precision is then the same
-        # arithmetic on any number of ranks.
-        is_distributed = config.num_ranks > 1 or model.precision != "float32"
+        # arithmetic on any number of ranks. FSDP off-loads, too.
+        is_distributed = (
+            config.num_ranks > 1 or model.precision != "float32" or config.offload_optimizer
+        )
         if is_distributed:
             join_process_group(config, rank, rendezvous, device)
         self.mesh = RankMesh(config, device, is_distributed=is_distributed)
@@ -157,7 +159,8 @@ class RankModels:
             has_values=has_values,
         )
         require_whole_experts(policy.causal_lm.config, self._config)
-        return shard(policy, self.mesh, self._precision)
+        offload = self._config.offload_optimizer
+        return shard(policy, self.mesh, self._precision, offload=offload)
 
 
 def _device(config: LearnerConfig) -> torch.device:

@@ -149,7 +149,7 @@ def shard(
 ) -> ShardedEngine:
     """Divide a whole model, as it was loaded, over the mesh.
 
-    A frozen model (not ``trains``) may be ``offload``ed to host memory.
+    With ``offload`` it lies in host memory, and so does what trains it (if it ``trains``).
     """
     whole = WholeModel.of(policy)
     if mesh.devices is not None:

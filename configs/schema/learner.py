@@ -124,6 +124,10 @@ class LearnerConfig(Section):
     tokens_per_chunk: int = Field(default=1024, ge=1)
     """Tokens that a layer works on at a time with ``activation_checkpointing: chunks``."""
 
+    offload_optimizer: bool = False
+    """Keep weights, gradients and optimiser state in host memory and take the steps there; a GPU
+    holds the layers at work. On the CPU nothing moves. For ``engine: fsdp``."""
+
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimiser."""
 
@@ -149,6 +153,11 @@ class LearnerConfig(Section):
                 "learner.engine deepspeed divides weights and samples only: leave learner.parallel "
                 "at its defaults, or use engine: fsdp"
             )
+        if self.engine == "deepspeed" and self.offload_optimizer:
+            raise ValueError(
+                "learner.offload_optimizer is for engine fsdp: with engine deepspeed set "
+                "learner.deepspeed.offload_optimizer"
+            )
         return self
 
     @model_validator(mode="after")
@@ -161,12 +170,12 @@ class LearnerConfig(Section):
                 "first chunk to its last, ZeRO stage 3 gathers them a matrix at a time: use stage "
                 "2, or engine: fsdp"
             )
-        if self.parallel.sequence > 1:
-            raise ValueError(
-                "learner.activation_checkpointing chunks goes through whole rows, "
-                f"learner.parallel.sequence ({self.parallel.sequence}) divides them over ranks: "
-                "use one of them"
-            )
+        for name in ("sequence", "tensor"):
+            if (size := getattr(self.parallel, name)) > 1:
+                raise ValueError(
+                    "learner.activation_checkpointing chunks goes through whole rows, "
+                    f"learner.parallel.{name} ({size}) divides them over ranks: use one of them"
+                )
         return self
 
     @property

@@ -24,12 +24,14 @@ def shard_policy(
     With ``replicate`` ranks each such group holds all shards (HSDP). Master weights and gradient
     reductions stay float32; forward and backward run in ``precision``. The rest is gathered again
     in the backward pass too: kept whole after a forward pass without a backward, it would be served
-    stale after the next optimiser step. With ``offload`` the shards lie in host memory.
+    stale after the next optimiser step. With ``offload`` the shards, and their gradients, lie in
+    host memory.
     """
     mixed = MixedPrecisionPolicy(
         param_dtype=getattr(torch, precision), reduce_dtype=torch.float32, output_dtype=None
     )
-    place = CPUOffloadPolicy() if offload and mesh.device.type == "cuda" else OffloadPolicy()
+    is_pinned = mesh.device.type == "cuda"
+    place = CPUOffloadPolicy(pin_memory=is_pinned) if offload else OffloadPolicy()
     for module in (*policy.decoder_layers, policy):
         fully_shard(
             module,
