@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from paceline.configs.schema.learner import OptimizerConfig
 from paceline.configs.schema.model import Precision
+from paceline.learner.checkpoint_names import shapes_on_disk, shards_on_disk
 from paceline.learner.mesh import RankMesh
 from paceline.learner.microbatch import Microbatch
 from paceline.learner.model import Head, PolicyModel
@@ -67,7 +68,8 @@ class ShardedEngine:
 
     def layout(self, dtype: str) -> Layout:
         """See `TrainingEngine`."""
-        return Layout(tuple(TensorSpec(name, shape, dtype) for name, shape in self._shapes.items()))
+        on_disk = shapes_on_disk(self._shapes)
+        return Layout(tuple(TensorSpec(name, shape, dtype) for name, shape in on_disk))
 
     def add_gradients(
         self, microbatches: Sequence[Microbatch], head: Head, loss_of: LossOf
@@ -100,7 +102,8 @@ class ShardedEngine:
     def shards(self) -> Iterator[Shard]:
         """See `TrainingEngine`."""
         for part in self.parts:
-            yield from local_shards(part.causal_lm)
+            for piece in local_shards(part.causal_lm):
+                yield from shards_on_disk(piece, self._shapes[piece.name])
 
     def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `TrainingEngine`."""
@@ -110,7 +113,9 @@ class ShardedEngine:
                 if isinstance(tensor, DTensor):
                     tensor = tensor.full_tensor()
                 if self._is_first:
-                    yield name, tensor.cpu()
+                    whole = Shard(name, (slice(None),) * tensor.ndim, tensor.cpu())
+                    for piece in shards_on_disk(whole, tuple(tensor.shape)):
+                        yield piece.name, piece.values
 
     def state(self) -> State:
         """Live tensors: what is loaded into them is the engine's state at once."""

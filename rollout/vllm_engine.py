@@ -42,6 +42,7 @@ from paceline.rollout.vllm_patches import (
     keep_cpu_linear_weights,
     let_everybody_draft_nothing,
     model_runner,
+    require_cpu_experts_without_padding,
     require_known_version,
 )
 from paceline.rollout.vllm_records import completion, draft_request, sampling_params, scores
@@ -116,6 +117,7 @@ class VLLMEngine:
             self._engine.collective_rpc(sample_coupled)
         if current_platform.is_cpu():
             require_cpu_head_size(self._engine.vllm_config.model_config.get_head_size())
+            require_cpu_experts_without_padding(model_runner(self._engine).get_model())
         self._proposer = None
         if speculative_config is None and config.drafting is not None:
             self._proposer = self._attached(config.drafting)

@@ -8,16 +8,21 @@ itself: no repair but another way to sample, put in place of vLLM's after the mo
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import vllm
 from torch import Tensor, nn
 from vllm.model_executor.layers import utils
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.output_processor import RequestOutputCollector
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from paceline.configs.errors import ModelError
 
 PATCHED_VERSION = "0.32"
 
@@ -67,6 +72,44 @@ def repack_cpu_linears(model: nn.Module) -> None:
     for module in model.modules():
         if module in _packed_layers:
             _original_dispatch(module, remove_weight=False)
+
+
+def repack_cpu_experts(model: nn.Module) -> None:
+    """Pack the experts' weights that were just loaded in place of those packed before.
+
+    Defect (vLLM 0.32, ``model_executor/layers/fused_moe/experts/cpu_moe.py``): on the CPU experts'
+    weights are replaced by a packed form of the same shape when the model is loaded. A later
+    ``load_weights`` writes plain rows into it, nothing packs them again (``unquantized_fused_moe_
+    method.py::_setup_kernel`` does so only the first time), and outputs are wrong in silence.
+    """
+    for layer, experts in _cpu_experts(model):
+        experts.process_weights_after_loading(layer)
+
+
+def require_cpu_experts_without_padding(model: nn.Module) -> None:
+    """Refuse experts whose weights vLLM's CPU kernels pad: what is published would not fit them.
+
+    Raises:
+        ModelError: the experts' width is no multiple of what the kernels compute at a time.
+    """
+    for _, experts in _cpu_experts(model):
+        config = experts.moe_config
+        width, padded = config.intermediate_size_per_partition, experts._padded_intermediate_size
+        if width != padded(config):
+            raise ModelError(
+                f"the model's moe_intermediate_size is {width}; vLLM's CPU kernels work on "
+                f"{padded(config)} features and cannot be given new weights of fewer: choose a "
+                f"multiple of {experts._intermediate_alignment()}"
+            )
+
+
+def _cpu_experts(model: nn.Module) -> Iterator[tuple[RoutedExperts, CPUUnquantizedExperts]]:
+    """Layers of experts and what computes them on a CPU."""
+    for module in model.modules():
+        kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+        experts = getattr(kernel, "fused_experts", None)
+        if isinstance(module, RoutedExperts) and isinstance(experts, CPUUnquantizedExperts):
+            yield module, experts
 
 
 def give_drafts_their_sampling_constraints() -> None:

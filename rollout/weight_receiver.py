@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from paceline.rollout.vllm_patches import repack_cpu_linears
+from paceline.rollout.vllm_patches import repack_cpu_experts, repack_cpu_linears
 from paceline.weights_sync.handle import WeightHandle, WeightSyncError
 from paceline.weights_sync.shared_memory import read_weights
 
@@ -31,6 +31,7 @@ class WeightReceiver:
                 f"{sorted(missing)[0]} among them: published names do not match the architecture"
             )
         repack_cpu_linears(model)
+        repack_cpu_experts(model)
 
 
 def require_announced_bytes(handle: WeightHandle) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from paceline.configs.errors import ConfigError, ModelError
@@ -15,6 +16,7 @@ from paceline.configs.schema.learner import LearnerConfig
 from paceline.controller.algorithms import imitation
 from paceline.learner.experts import parameters_per_token, require_whole_experts
 from paceline.learner.model import load_policy, write_initial_model
+from paceline.weights_sync.shared_memory import read_weights
 from tests.learner import ranks
 from tests.learner.conftest import VOCAB_SIZE, model_config, random_batch
 from tests.learner.test_worker import assert_same
@@ -140,3 +142,22 @@ def test_a_token_costs_the_parameters_of_the_experts_it_is_sent_to(moe_folder):
     idle = of_experts // 2  # two of four
     total = sum(p.numel() for p in parameters.values())
     assert parameters_per_token(policy.causal_lm) == total - idle
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_what_is_published_and_exported_has_the_names_of_checkpoints(
+    moe_on_ranks, moe_folder, tmp_path, num_ranks
+):
+    """Three ranks hold four experts unevenly, and a router's rows too."""
+    folder = tmp_path / "model"
+    program = (ranks.train_and_publish, [random_batch()], str(folder))
+    (weights, handle), *_ = moe_on_ranks(num_ranks, *program)
+    published = {name: tensor.clone() for name, tensor in read_weights(handle)}
+    with safe_open(f"{moe_folder}/model.safetensors", "pt") as initial:
+        assert published.keys() == set(initial.keys())
+    with safe_open(folder / "model.safetensors", "pt") as exported:
+        assert published.keys() == set(exported.keys())
+        assert all(torch.equal(published[name], exported.get_tensor(name)) for name in published)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert_same({n: p.detach().numpy() for n, p in loaded.named_parameters()}, weights)
