@@ -28,7 +28,13 @@ from paceline.learner.attention import (
     register_packed_attention,
 )
 from paceline.learner.chunked_layers import chunk_layers
-from paceline.learner.experts import parameters_per_token
+from paceline.learner.experts import (
+    ExpertCounts,
+    Routing,
+    attach_routers,
+    has_experts,
+    parameters_per_token,
+)
 
 Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 """From hidden states [N, H], output embedding [V, H] and targets int64 [N] to what is wanted of
@@ -61,11 +67,17 @@ class PolicyModel(nn.Module):
 
     The head runs within ``forward`` because the output embedding, sharded over ranks, is whole
     only there. ``has_values`` adds a scalar head: what the critic expects of a state.
+
+    ``expert_counts`` of a mixture of experts are over the predictors of rows it ran with gradients.
     """
 
     def __init__(self, causal_lm: PreTrainedModel, *, has_values: bool = False) -> None:
         super().__init__()
         self.causal_lm = causal_lm
+        self.expert_counts = ExpertCounts()
+        self._has_experts = has_experts(causal_lm.config)
+        if self._has_experts:
+            attach_routers(self.decoder_layers)
         self.value_head: nn.Linear | None = None
         if has_values:
             self.value_head = nn.Linear(causal_lm.config.hidden_size, 1)
@@ -83,9 +95,16 @@ class PolicyModel(nn.Module):
     def hidden_states(self, row: PackedRow, before: Tensor | None = None) -> Tensor:
         """What the layers make of a row, or of what earlier ones made of it: [1, T, H]."""
         source = {"input_ids": row.token_ids} if before is None else {"inputs_embeds": before}
+        routing = {"routing": Routing(row.predictors)} if self._has_experts else {}
         output = self.causal_lm.base_model(
-            **source, position_ids=row.positions, packed_segments=row.segments, use_cache=False
+            **source,
+            position_ids=row.positions,
+            packed_segments=row.segments,
+            use_cache=False,
+            **routing,
         )
+        if routing and torch.is_grad_enabled():
+            self.expert_counts.add(routing["routing"].counts)
         hidden: Tensor = output.last_hidden_state
         return hidden
 

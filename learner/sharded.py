@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
@@ -82,6 +84,10 @@ class ShardedEngine:
     ) -> Iterator[tuple[Microbatch, Tensor]]:
         """See `TrainingEngine`."""
         return self._passes.evaluate(microbatches, head)
+
+    def take_expert_counts(self) -> NDArray[np.int64] | None:
+        """See `TrainingEngine`; a model with experts is in one part."""
+        return self.parts[0].expert_counts.take()
 
     def has_gradients(self) -> bool:
         """See `TrainingEngine`."""

@@ -16,6 +16,7 @@ from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.vocabulary import TrainBatch
 from paceline.kernels.token_logprobs import token_logprobs
 from paceline.learner.advantages import Pass
+from paceline.learner.experts import router_metrics
 from paceline.learner.losses.inputs import LossInputs, Sequences
 from paceline.learner.losses.value import value_loss
 from paceline.learner.metrics import StepMetrics
@@ -65,6 +66,7 @@ class TrainingStep:
         self._batch_metrics = dict(prepared.metrics)
         self._next_update = 0
         self._means: list[tuple[int, dict[str, float]]] = []
+        self._expert_counts: list[NDArray[np.int64]] = []
         self.num_padding_tokens = 0
 
     @property
@@ -89,6 +91,9 @@ class TrainingStep:
         if "returns" in self._columns and models.critic is not None:
             value_loss_of = partial(self._value_loss, chosen, metrics)
             models.critic.add_gradients(microbatches, no_head, value_loss_of)
+        counts = models.policy.take_expert_counts()
+        if counts is not None:
+            self._expert_counts += models.mesh.gather(counts)
         num_trained = int(self._tokens.lengths[chosen].sum())
         means = metrics.reduced(num_trained, models.mesh)
         if not np.isfinite(means["loss"]):
@@ -111,7 +116,8 @@ class TrainingStep:
             )
             for name in self._means[0][1]
         }
-        return derived_metrics(means) | self._batch_metrics
+        routers = router_metrics(np.sum(self._expert_counts, axis=0)) if self._expert_counts else {}
+        return derived_metrics(means) | self._batch_metrics | routers
 
     def _loss(
         self,

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -50,6 +52,10 @@ class TrainingEngine(Protocol):
     ) -> Iterator[tuple[Microbatch, Tensor]]:
         """The first output for each microbatch's trained tokens, without gradients; yields nothing
         on ranks that do not have it."""
+
+    def take_expert_counts(self) -> NDArray[np.int64] | None:
+        """How many trained tokens were sent to each expert since the last call, over this rank's
+        microbatches: int64 [layers with experts, experts]; None of a model without experts."""
 
     def has_gradients(self) -> bool:
         """Whether any were added since the last step."""

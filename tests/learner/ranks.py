@@ -132,6 +132,16 @@ def logprobs_between_steps(worker, batch: TrainBatch):
     return before, unchanged, worker.logprobs(batch.samples)
 
 
+def look_and_train(worker, batch, num_steps):
+    """Each step's metrics, log-probabilities having been looked at before it."""
+    found = []
+    for step in range(num_steps):
+        worker.logprobs(batch.samples)
+        found.append(dict(worker.forward_backward(batch, LOSS).metrics))
+        worker.optimizer_step(step + 1, OPTIMIZER, step, 100)
+    return found
+
+
 def greedy_mismatches(worker, sequences, tolerance):
     return worker.greedy_mismatches(sequences, tolerance)
 

@@ -14,7 +14,7 @@ from paceline.configs.parallel_limits import require_divisible
 from paceline.configs.schema import RunConfig
 from paceline.configs.schema.learner import LearnerConfig
 from paceline.controller.algorithms import imitation
-from paceline.learner.experts import parameters_per_token, require_whole_experts
+from paceline.learner.experts import parameters_per_token, require_whole_experts, router_metrics
 from paceline.learner.model import load_policy, write_initial_model
 from paceline.weights_sync.shared_memory import read_weights
 from tests.learner import ranks
@@ -161,3 +161,47 @@ def test_what_is_published_and_exported_has_the_names_of_checkpoints(
         assert all(torch.equal(published[name], exported.get_tensor(name)) for name in published)
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert_same({n: p.detach().numpy() for n, p in loaded.named_parameters()}, weights)
+
+
+def counted_by_hand(folder, batch):
+    """How often each expert is chosen where a trained token is predicted: [layers, experts]."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    config = model.config
+    counts = np.zeros((config.num_hidden_layers, config.num_experts), dtype=np.int64)
+    for sample in batch.samples:
+        output = model(torch.from_numpy(sample.token_ids).long()[None], output_router_logits=True)
+        predictors = np.flatnonzero(sample.loss_mask) - 1
+        for layer, logits in enumerate(output.router_logits):
+            chosen = logits.topk(config.num_experts_per_tok).indices[predictors]
+            counts[layer] += np.bincount(chosen.flatten().numpy(), minlength=config.num_experts)
+    return counts
+
+
+def test_router_metrics_are_those_of_counts_by_hand():
+    counts = np.array([[4, 4, 4, 4], [16, 0, 0, 0], [8, 8, 0, 0]])
+    assert router_metrics(counts) == pytest.approx(
+        {
+            "router_load_max": (1 + 4 + 2) / 3,
+            "router_entropy": (np.log(4) + 0 + np.log(2)) / 3,
+            "router_dead_experts": 5 / 12,
+        }
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_step_reports_the_load_of_every_trained_token_once(moe_on_ranks, moe_folder, num_ranks):
+    """Also where layers are recomputed, and where a rank looks at log-probabilities in between."""
+    batch = random_batch(num_samples=15)
+    expected = router_metrics(counted_by_hand(moe_folder, batch))
+    found = moe_on_ranks(
+        num_ranks, ranks.look_and_train, batch, 2, activation_checkpointing="layers"
+    )
+    for first, second in found:
+        assert {name: first[name] for name in expected} == pytest.approx(expected)
+        assert second["router_entropy"] != first["router_entropy"]
+
+
+def test_a_model_without_experts_reports_no_router(on_ranks):
+    [(report, _)] = on_ranks(1, ranks.gradients, random_batch())
+    assert not any(name.startswith("router") for name in report.metrics)
