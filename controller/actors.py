@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import importlib
 import inspect
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import numpy as np
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from paceline.configs.errors import ClusterError, UserError
-from paceline.configs.schema.learner import OptimizerConfig
-from paceline.configs.vocabulary import (
-    Completion,
-    RolloutRequest,
-    StepReport,
-    TrainBatch,
-    WeightVersion,
-)
-from paceline.controller.parts import Algorithm, WorkerLost
+from paceline.configs.vocabulary import Completion, RolloutRequest, WeightVersion
+from paceline.controller.parts import WorkerLost
 from paceline.weights_sync.handle import WeightHandle
 
 T = TypeVar("T")
@@ -56,7 +47,7 @@ class ActorHost:
     latter into text, and a user's mistake must arrive as the error it is.
     """
 
-    def build(self, factory: Callable[[], Any]) -> None:
+    async def build(self, factory: Callable[[], Any]) -> None:
         """Build the object this process is for."""
         self._object = factory()
 
@@ -72,10 +63,16 @@ class ActorHost:
             return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
 
-def start_actor(cpus: float, gpus: float, environment: Mapping[str, str], **options: Any) -> Any:
+def start_actor(
+    cpus: float,
+    gpus: float,
+    environment: Mapping[str, str],
+    host: type[ActorHost] = ActorHost,
+    **options: Any,
+) -> Any:
     """Start an empty host with its resources reserved; returns Ray's handle."""
     return (
-        ray.remote(ActorHost)
+        ray.remote(host)
         .options(
             num_cpus=cpus, num_gpus=gpus, runtime_env={"env_vars": dict(environment)}, **options
         )
@@ -109,45 +106,6 @@ async def start_rollout_worker(
         kill(actor)
         raise
     return actor_class(actor, index)
-
-
-async def start_learner_ranks(
-    factory: Callable[..., Any],
-    num_ranks: int,
-    *,
-    cpus: float,
-    gpus: float,
-    environment: Mapping[str, str],
-) -> LearnerRanks:
-    """Start the learner's ranks, joined in one process group; returns once all hold the model.
-
-    ``factory`` takes ``rank`` and ``rendezvous`` (``tcp://host:port`` of rank 0's node, or None for
-    a single rank).
-
-    Raises:
-        UserError: the model cannot be built as configured.
-        ClusterError: a rank's process died.
-    """
-    actors = [start_actor(cpus, gpus, environment) for _ in range(num_ranks)]
-    try:
-        rendezvous = None
-        if num_ranks > 1:
-            host, port = await result_of(actors[0].address.remote(), ClusterError, "learner rank 0")
-            rendezvous = f"tcp://{host}:{port}"
-        builds = (
-            result_of(
-                actor.build.remote(functools.partial(factory, rank=rank, rendezvous=rendezvous)),
-                ClusterError,
-                f"learner rank {rank}",
-            )
-            for rank, actor in enumerate(actors)
-        )
-        await asyncio.gather(*builds)
-    except BaseException:
-        for actor in actors:
-            kill(actor)
-        raise
-    return LearnerRanks(actors)
 
 
 async def result_of(reference: Awaitable[T], dead: type[Exception], who: str) -> T:
@@ -228,86 +186,6 @@ class RolloutActor:
 
     async def _call(self, reference: Awaitable[T]) -> T:
         return await result_of(reference, WorkerLost, self._who)
-
-
-class LearnerRanks:
-    """All learner ranks as one `Learner`: each call goes to every rank, rank 0 speaks for them.
-
-    Rank r takes its own share of a batch; gradients are summed over ranks inside the call. A dead
-    rank ends the run with `ClusterError`: the others cannot go on without it.
-    """
-
-    def __init__(self, actors: Sequence[ActorHandle]) -> None:
-        self._actors = actors
-        self._plan: tuple[OptimizerConfig, int] | None = None
-
-    async def begin(self, optimizer: OptimizerConfig, num_steps: int) -> None:
-        """Start a phase of ``num_steps`` steps: its own optimiser settings, fresh moments."""
-        self._plan = (optimizer, num_steps)
-        await self._call("reset_optimizer")
-
-    async def forward_backward(self, batch: TrainBatch, algorithm: Algorithm) -> StepReport:
-        """Find what a batch's tokens are worth, and its first update's gradients over all ranks."""
-        # Put once, read by every rank: Ray resolves the reference before it calls.
-        return await self._call("forward_backward", ray.put(batch), algorithm)
-
-    async def optimizer_step(self, step: int, report: StepReport) -> StepReport:
-        """Apply the batch's updates: version ``step`` becomes ``step + 1``."""
-        assert self._plan is not None, "begin() comes before the first step"
-        optimizer, num_steps = self._plan
-        metrics = await self._call("optimizer_step", step + 1, optimizer, step, num_steps)
-        return replace(
-            report, version=WeightVersion(step + 1), metrics={**report.metrics, **metrics}
-        )
-
-    async def publish(self, version: int) -> WeightHandle:
-        """Write a version where engines can read it."""
-        return await self._call("publish", version)
-
-    async def load_reference(self, folder: str, offload: bool) -> None:
-        """Hold the policy of a folder as the frozen reference."""
-        await self._call("load_reference", folder, offload)
-
-    async def save(self, folder: str) -> None:
-        """Write model and optimiser, sharded, for `load`."""
-        await self._call("save", folder)
-
-    async def load(self, folder: str) -> None:
-        """Read what `save` wrote, by any number of ranks."""
-        await self._call("load", folder)
-
-    async def export(self, folder: str) -> None:
-        """Write the model in Hugging Face format."""
-        await self._call("export", folder)
-
-    async def greedy_mismatches(
-        self, sequences: list[tuple[np.ndarray, int]], tolerance: float
-    ) -> int:
-        """How many completion tokens are not the argmax of the learner's own forward pass."""
-        return await self._call("greedy_mismatches", sequences, tolerance)
-
-    async def close(self) -> None:
-        """Stop every rank; dead ones are fine."""
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._call("close"), timeout=10)
-        for actor in self._actors:
-            await asyncio.to_thread(kill, actor)
-
-    async def _call(self, method: str, *arguments: Any) -> Any:
-        """Call every rank; the first failure ends the wait, for the others hang in a collective."""
-        calls = [
-            asyncio.ensure_future(
-                result_of(
-                    actor.call.remote(method, *arguments), ClusterError, f"learner rank {rank}"
-                )
-            )
-            for rank, actor in enumerate(self._actors)
-        ]
-        try:
-            return (await asyncio.gather(*calls))[0]
-        finally:
-            for call in calls:
-                call.cancel()
 
 
 def kill(actor: ActorHandle) -> None:

@@ -3,14 +3,16 @@
 ``checkpoints/step-000050/`` holds the learner's shards (``learner/``), what engines drafted from
 where they do (``traces``), and ``state.json``: the step, where the prompt feed stood, which prompts
 had been admitted and not trained, and the totals so far. A checkpoint is written under another name
-and renamed, so a folder of that name is always whole.
+while training goes on, and renamed when every part of it is there: a folder of that name is always
+whole.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,10 @@ SCHEMA = 1
 PATTERN = re.compile(r"step-(\d{6,})$")
 LEARNER, TRACES = "learner", "traces"
 
-Save = Callable[[str], Awaitable[None]]
-"""Writes a part of a checkpoint to a path."""
+Finish = Callable[[], Awaitable[None]]
+Save = Callable[[str], Awaitable[Finish | None]]
+"""Writes a part of a checkpoint to a path; or only begins to, and returns what waits for the rest.
+What is written is as it was when the call returned."""
 
 
 @dataclass(frozen=True)
@@ -53,30 +57,64 @@ class CheckpointFolder:
     def __init__(self, root: Path, keep: int) -> None:
         self._root = root
         self._keep = keep
+        self._writing: asyncio.Task[None] | None = None
 
-    async def save(self, state: RunState, parts: Mapping[str, Save]) -> Path:
-        """Write a checkpoint of named parts, then remove the oldest beyond those kept.
+    async def save(
+        self,
+        state: RunState,
+        parts: Mapping[str, Save],
+        settle: Callable[[int], object] = lambda oldest: None,
+    ) -> None:
+        """Begin a checkpoint of named parts; `finish`, and the next save, wait until it is whole.
 
+        Then the oldest beyond those kept are removed, and ``settle`` hears the oldest step left.
         One that is there for this step already is as good, and never the one to be taken away.
+
+        Raises:
+            CheckpointError: a part, or the save before, could not be written.
         """
+        await self.finish()
         target = self._root / f"step-{state.step:06d}"
         if target.exists():
-            return target
+            return
         for leftover in self._root.glob("unfinished-*"):
             shutil.rmtree(leftover)
         unfinished = self._root / f"unfinished-{state.step:06d}"
         unfinished.mkdir(parents=True)
-        for name, save in parts.items():
-            await save(str(unfinished / name))
+        begun = [await save(str(unfinished / name)) for name, save in parts.items()]
         write_json(unfinished / "state.json", {"schema": SCHEMA, **asdict(state)})
+        self._writing = asyncio.create_task(
+            self._complete(unfinished, target, begun, settle), name=f"checkpoint {state.step}"
+        )
+
+    async def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if any.
+
+        Raises:
+            CheckpointError: a part of it could not be written; raised once.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            await writing
+
+    async def _complete(
+        self,
+        unfinished: Path,
+        target: Path,
+        begun: Sequence[Finish | None],
+        settle: Callable[[int], object],
+    ) -> None:
+        for finish in begun:
+            if finish is not None:
+                await finish()
         unfinished.rename(target)
-        for old in self._complete()[: -self._keep]:
+        for old in self._whole()[: -self._keep]:
             shutil.rmtree(old)
-        return target
+        settle(self.oldest_step())
 
     def oldest_step(self) -> int:
         """The step of the oldest checkpoint: training before it is final."""
-        return int(self._complete()[0].name.removeprefix("step-"))
+        return int(self._whole()[0].name.removeprefix("step-"))
 
     def latest(self) -> tuple[RunState, Path] | None:
         """The newest checkpoint's state and its folder; None without any.
@@ -84,7 +122,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: it is unreadable, or was written by another version of Paceline.
         """
-        complete = self._complete()
+        complete = self._whole()
         if not complete:
             return None
         folder = complete[-1]
@@ -101,6 +139,6 @@ class CheckpointFolder:
             raise CheckpointError(f"{folder / 'state.json'} is incomplete: {error}") from error
         return state, folder
 
-    def _complete(self) -> list[Path]:
+    def _whole(self) -> list[Path]:
         found = [path for path in self._root.glob("step-*") if PATTERN.search(path.name)]
         return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))

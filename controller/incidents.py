@@ -19,7 +19,7 @@ from paceline.configs.errors import BatchError, CheckpointError
 from paceline.configs.load import load_config
 from paceline.configs.schema.algorithm import critic_of, reference_of
 from paceline.configs.vocabulary import StepReport, TrainBatch
-from paceline.controller.actors import LearnerRanks
+from paceline.controller.learner_ranks import LearnerRanks
 from paceline.controller.observe.folder import RunFolder
 from paceline.controller.observe.jsonl import read_json, write_json
 from paceline.controller.parts import Algorithm
@@ -63,7 +63,8 @@ class CautiousLearner:
             folder = self.folder / f"step-{batch.step:06d}"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "batch.pkl").write_bytes(cloudpickle.dumps((batch, algorithm)))
-            await self.learner.save(str(folder / "learner"))
+            finish_save = await self.learner.save(str(folder / "learner"))
+            await finish_save()
             write_json(folder / "incident.json", {"step": batch.step, "error": str(error)})
             raise type(error)(
                 f"{error} (kept in {folder}: `paceline reproduce {folder}` does this step again)"

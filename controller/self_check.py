@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from paceline.configs.vocabulary import Prompt, RolloutRequest, SamplingParameters
-from paceline.controller.actors import LearnerRanks
+from paceline.controller.learner_ranks import LearnerRanks
 from paceline.controller.workers import WorkerPool
 from paceline.weights_sync.handle import WeightSyncError
 

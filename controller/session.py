@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,9 +220,14 @@ class Session:
         observer.meter.restart(await parts.pool.counters())
         try:
             await loop.run()
+        except Exception:
+            with suppress(Exception):  # the run's own error is the one to tell
+                await self._checkpoints.finish()
+            raise
         finally:
             progress.step = loop.first_step + loop.steps_done
         await self._save(progress.step)
+        await self._checkpoints.finish()
         self._raise_if_stopped()
         if loop.exhausted is not None:
             if loop.exhausted.mean_reward < SOLVED_REWARD:
@@ -285,7 +291,7 @@ class Session:
         await self._parts.weights.push(await self._parts.weights.publish(version))
 
     async def _save(self, step: int) -> None:
-        """Write a checkpoint; called with every trained group's slot released."""
+        """Begin a checkpoint; called with every trained group's slot released."""
         self._progress.settle()
         await self._journal.flush()
         state = RunState(
@@ -301,8 +307,7 @@ class Session:
         parts: dict[str, Save] = {LEARNER: self._parts.learner.save}
         if self._parts.exchange is not None:
             parts[TRACES] = self._parts.save_traces
-        await self._checkpoints.save(state, parts)
-        self._journal.settle(self._checkpoints.oldest_step())
+        await self._checkpoints.save(state, parts, self._journal.settle)
 
     async def _validate(self, step: int) -> float:
         """Greedy accuracy on the warm start's validation prompts."""

@@ -20,17 +20,12 @@ from paceline.configs.schema.rollout import RolloutConfig
 from paceline.configs.schema.run import given_completions
 from paceline.configs.schema.store import RedisStoreConfig
 from paceline.configs.vocabulary import SamplingParameters, Trace
-from paceline.controller.actors import (
-    LateClass,
-    LearnerRanks,
-    RolloutActor,
-    start_learner_ranks,
-    start_rollout_worker,
-)
+from paceline.controller.actors import LateClass, RolloutActor, start_rollout_worker
 from paceline.controller.concurrency import gather_or_cancel
 from paceline.controller.evaluation import Evaluator
 from paceline.controller.generation import Demonstrations, Rollouts, Sample, sample_to_end
 from paceline.controller.given_traces import TraceReader
+from paceline.controller.learner_ranks import LearnerRanks, start_learner_ranks
 from paceline.controller.ledger.opening import password_of
 from paceline.controller.parts import Generate
 from paceline.controller.prompt_sources import (

@@ -9,20 +9,21 @@ import copy
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from transformers import GenerationConfig, PreTrainedConfig
 
 from paceline.configs.errors import CheckpointError
 from paceline.configs.schema.model import Precision
+from paceline.learner.background_save import alone_is_fine
 from paceline.learner.mesh import RankMesh
 from paceline.learner.training_engine import State, TrainingEngine
 
@@ -30,15 +31,15 @@ Roles = Mapping[str, TrainingEngine]
 """Trained models by role."""
 
 
-def save_checkpoint(folder: str, roles: Roles, version: int, mesh: RankMesh) -> None:
-    """Write master weights, optimiser state and version; every rank calls it."""
-    state = _state(roles) | {"version": torch.tensor(version)}
-    with _alone_is_fine():
-        dcp.save(state, checkpoint_id=folder, no_dist=mesh.devices is None)
+def checkpoint_state(roles: Roles, version: int) -> dict[str, Any]:
+    """Master weights, optimiser state and version: live tensors, what a checkpoint holds."""
+    return _state(roles) | {"version": torch.tensor(version)}
 
 
 def load_checkpoint(folder: str, roles: Roles, mesh: RankMesh) -> int:
-    """Restore what ``save_checkpoint`` wrote, in place; returns its version.
+    """Restore a ``checkpoint_state`` that was written, in place; returns its version.
+
+    Shapes and the sizes of all files are looked at first: what is refused has changed nothing.
 
     Raises:
         CheckpointError: it is missing, incomplete or of another model.
@@ -48,13 +49,14 @@ def load_checkpoint(folder: str, roles: Roles, mesh: RankMesh) -> int:
             f"no complete learner checkpoint in {folder}: resume from another one"
         )
     state = _state(roles)
-    _check_shapes(folder, state)
-    version = torch.tensor(0)
+    saved = _read_metadata(folder)
+    _check_shapes(folder, saved, state)
+    _check_files(folder, saved)
+    loaded = state | {"version": torch.tensor(0)}
+    alone_is_fine()
     try:
-        with _alone_is_fine():
-            loaded = state | {"version": version}
-            dcp.load(loaded, checkpoint_id=folder, no_dist=mesh.devices is None)
-    except (dcp.api.CheckpointException, OSError, RuntimeError) as error:
+        dcp.load(loaded, checkpoint_id=folder, no_dist=mesh.devices is None)
+    except (CheckpointException, OSError, RuntimeError) as error:
         raise CheckpointError(f"the learner checkpoint in {folder} cannot be read") from error
     for role, engine in roles.items():
         engine.restore(loaded[role])
@@ -117,27 +119,54 @@ def _put_in_place(partial: Path, folder: Path) -> None:
     shutil.rmtree(outdated, ignore_errors=True)
 
 
-@contextmanager
-def _alone_is_fine() -> Iterator[None]:
-    """Torch warns that it assumes a single process even when told so."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
 def _state(roles: Roles) -> dict[str, Any]:
     return {role: engine.state() for role, engine in roles.items()}
 
 
-def _check_shapes(folder: str, state: Mapping[str, State]) -> None:
-    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    for role, of_role in state.items():
-        for name, tensor in of_role["model"].items():
-            found = saved.get(f"{role}.model.{name}")
-            shape = tuple(found.size) if isinstance(found, TensorStorageMetadata) else None
-            if shape != tuple(tensor.shape):
-                raise CheckpointError(
-                    f"the learner checkpoint in {folder} has shape {shape} for {name} of the "
-                    f"{role}, the model has {tuple(tensor.shape)}: it belongs to another model "
-                    "or algorithm"
-                )
+def _read_metadata(folder: str) -> Metadata:
+    try:
+        return dcp.FileSystemReader(folder).read_metadata()
+    except Exception as error:  # a torn pickle ends in any error
+        raise CheckpointError(
+            f"the learner checkpoint in {folder} cannot be read: its .metadata is damaged; resume "
+            "from another one"
+        ) from error
+
+
+def _check_shapes(folder: str, saved: Metadata, state: Mapping[str, State]) -> None:
+    """Refuse another architecture's, or one that lacks weights or moments."""
+    for name, tensor in _named_tensors(state):
+        found = saved.state_dict_metadata.get(name)
+        shape = tuple(found.size) if isinstance(found, TensorStorageMetadata) else None
+        if shape != tuple(tensor.shape):
+            role, _, parameter = name.partition(".")
+            raise CheckpointError(
+                f"the learner checkpoint in {folder} has shape {shape} for {parameter} of the "
+                f"{role}, the model has {tuple(tensor.shape)}: it belongs to another model "
+                "or algorithm"
+            )
+
+
+def _named_tensors(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors by their names in a checkpoint."""
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            yield prefix + name, value
+        else:
+            yield from _named_tensors(value, f"{prefix}{name}.")
+
+
+def _check_files(folder: str, saved: Metadata) -> None:
+    """Refuse one whose files are not all there, whole: whoever wrote them or copied them."""
+    ends: dict[str, int] = {}
+    for piece in (saved.storage_data or {}).values():
+        end = piece.offset + piece.length
+        ends[piece.relative_path] = max(end, ends.get(piece.relative_path, 0))
+    for file, expected in sorted(ends.items()):
+        path = Path(folder) / file
+        size = path.stat().st_size if path.exists() else 0
+        if size < expected:
+            raise CheckpointError(
+                f"the learner checkpoint in {folder} is incomplete: {file} has {size} bytes, "
+                f"expected {expected}; nothing was loaded, resume from another one"
+            )

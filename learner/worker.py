@@ -19,7 +19,8 @@ from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.schema.learner import LearnerConfig, OptimizerConfig
 from paceline.configs.schema.model import ModelConfig
 from paceline.configs.vocabulary import StepReport, TrainBatch, TrainSample, WeightVersion
-from paceline.learner.checkpoint import export_model, load_checkpoint, save_checkpoint
+from paceline.learner.background_save import BackgroundSave
+from paceline.learner.checkpoint import checkpoint_state, export_model, load_checkpoint
 from paceline.learner.inspection import argmax_gaps, prompt_and_completion
 from paceline.learner.objective import Algorithm
 from paceline.learner.rank import RankModels
@@ -61,6 +62,7 @@ class LearnerWorker:
             model_folder, model, config, critic, rank=rank, rendezvous=rendezvous
         )
         self._step: TrainingStep | None = None
+        self._saving = BackgroundSave(self._models.mesh)
         self._publisher = SharedMemoryPublisher(
             weights_folder, self._models.policy.layout(self._precision)
         )
@@ -98,7 +100,8 @@ class LearnerWorker:
     ) -> dict[str, float]:
         """Clip the gradients and write the weights, once for every update of the batch.
 
-        The weights are then ``version``; ``step`` of ``num_steps`` decides the learning rate.
+        A save in flight has copied them before. The weights are then ``version``; ``step`` of
+        ``num_steps`` decides the learning rate.
 
         Returns:
             ``grad_norm`` before clipping (the largest of the updates), and ``learning_rate``; the
@@ -110,6 +113,7 @@ class LearnerWorker:
         """
         assert self._step is not None, "an optimiser step needs a forward_backward before it"
         work, self._step = self._step, None
+        self._saving.fence()
         found = self._apply(optimizer, step, num_steps)
         if work.is_done:
             self.version = WeightVersion(version)
@@ -123,6 +127,7 @@ class LearnerWorker:
 
     def reset_optimizer(self) -> None:
         """Forget the optimisers' moments and step counts: another objective begins."""
+        self._saving.fence()
         for engine in self._models.trained().values():
             engine.reset_optimizer()
 
@@ -143,21 +148,43 @@ class LearnerWorker:
         return self._publisher.commit(version) if self._rank == 0 else None
 
     def save(self, folder: str) -> None:
-        """Write a sharded checkpoint of weights, optimiser state and version."""
-        save_checkpoint(folder, self._models.trained(), self.version, self._models.mesh)
+        """Begin to write a sharded checkpoint of weights, optimiser state and version.
+
+        The calls that follow do not wait for the disk; ``finish_save``, another save, ``load``,
+        ``export`` and ``close`` do.
+
+        Raises:
+            CheckpointError: the save before this one failed.
+        """
+        self._saving.begin(folder, checkpoint_state(self._models.trained(), self.version))
+
+    def finish_save(self) -> None:
+        """Return once the checkpoint in flight is whole; may run beside any other call but a save.
+
+        Raises:
+            CheckpointError: a rank could not write it.
+        """
+        self._saving.finish()
 
     def load(self, folder: str) -> None:
         """Restore a checkpoint of any number of ranks.
 
         Raises:
-            CheckpointError: it is missing, incomplete or of another model.
+            CheckpointError: it is missing, incomplete or of another model, and nothing was loaded;
+                or the save in flight failed.
         """
+        self._saving.finish()
         self.version = WeightVersion(
             load_checkpoint(folder, self._models.trained(), self._models.mesh)
         )
 
     def export(self, folder: str) -> None:
-        """Write the current weights as a Hugging Face folder in the model's precision."""
+        """Write the current weights as a Hugging Face folder in the model's precision.
+
+        Raises:
+            CheckpointError: the save in flight failed.
+        """
+        self._saving.finish()
         export_model(folder, self._models.policy, self._precision, self._models.mesh)
 
     def logprobs(
@@ -188,9 +215,16 @@ class LearnerWorker:
         return sum(int((gaps > tolerance).sum()) for gaps in found)
 
     def close(self) -> None:
-        """Leave the process group."""
-        if self._models.mesh.devices is not None and dist.is_initialized():
-            dist.destroy_process_group()
+        """Finish the save in flight and leave the process group.
+
+        Raises:
+            CheckpointError: the save failed.
+        """
+        try:
+            self._saving.close()
+        finally:
+            if self._models.mesh.devices is not None and dist.is_initialized():
+                dist.destroy_process_group()
 
     def _apply(self, optimizer: OptimizerConfig, step: int, num_steps: int) -> dict[str, float]:
         """One update of the policy and, where it has optimiser of its own, of the critic."""

@@ -22,10 +22,10 @@ from paceline.controller.actors import (
     is_out_of_memory,
     result_of,
     start_actor,
-    start_learner_ranks,
     start_rollout_worker,
 )
 from paceline.controller.cluster import ray_cluster
+from paceline.controller.learner_ranks import start_learner_ranks
 from paceline.controller.parts import WorkerLost
 
 pytestmark = pytest.mark.slow

@@ -28,9 +28,13 @@ async def write_shards(folder):
 
 def save(root, *steps, keep=2, save_learner=write_shards, **others):
     folder = CheckpointFolder(root, keep)
-    for step in steps:
-        parts = {"learner": save_learner, **others}
-        asyncio.run(folder.save(replace(STATE, step=step), parts))
+
+    async def each():
+        for step in steps:
+            await folder.save(replace(STATE, step=step), {"learner": save_learner, **others})
+        await folder.finish()
+
+    asyncio.run(each())
     return folder
 
 
@@ -84,6 +88,61 @@ def test_a_checkpoint_has_its_name_only_once_it_is_whole(tmp_path):
     save(tmp_path, 1)
     save(tmp_path, 2, save_learner=looks_around)
     assert names(tmp_path) == ["step-000001", "step-000002"]
+
+
+class SlowDisk:
+    """A learner that begins to write at once, and is done when told to be."""
+
+    def __init__(self):
+        self.is_full = False
+        self.may_end = asyncio.Event()
+
+    async def save(self, folder):
+        await write_shards(folder)
+
+        async def finish():
+            await self.may_end.wait()
+            if self.is_full:
+                raise CheckpointError("disk full")
+
+        return finish
+
+
+def test_a_save_returns_while_a_part_is_written_and_has_its_name_only_after_that(tmp_path):
+    async def scenario():
+        disk, folder, settled = SlowDisk(), CheckpointFolder(tmp_path, 1), []
+        await folder.save(STATE, {"learner": disk.save}, settled.append)
+        await asyncio.sleep(0)
+        assert names(tmp_path) == ["unfinished-000003"]
+        assert settled == []
+        disk.may_end.set()
+        await folder.finish()
+        assert names(tmp_path) == ["step-000003"]
+        assert settled == [3]
+
+    asyncio.run(scenario())
+
+
+def test_one_checkpoint_is_written_at_a_time_and_its_error_is_raised_once(tmp_path):
+    async def scenario():
+        disk, folder, begun = SlowDisk(), CheckpointFolder(tmp_path, 1), []
+
+        async def next_part(path):
+            begun.append(path)
+
+        await folder.save(STATE, {"learner": disk.save})
+        second = asyncio.ensure_future(folder.save(replace(STATE, step=4), {"learner": next_part}))
+        await asyncio.sleep(0.01)
+        assert not second.done()
+        assert begun == []
+        disk.is_full = True
+        disk.may_end.set()
+        with pytest.raises(CheckpointError, match="disk full"):
+            await second
+        await folder.finish()
+        assert folder.latest() is None
+
+    asyncio.run(scenario())
 
 
 def test_a_step_is_saved_once_and_its_checkpoint_never_taken_away(tmp_path):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import socket
 from contextlib import closing
 
+import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import DTensor
 
+from paceline.configs.errors import CheckpointError
 from paceline.configs.schema.learner import LearnerConfig, OptimizerConfig
 from paceline.configs.vocabulary import TrainBatch
 from paceline.learner.advantages import Outcome
@@ -107,8 +110,48 @@ def train_roles(worker, batches, algorithm, reference_folder):
 
 def train_and_save(worker, batches, folder):
     result = train(worker, batches)
-    worker.save(folder)
+    save_whole(worker, folder)
     return result
+
+
+def save_whole(worker, folder):
+    worker.save(folder)
+    worker.finish_save()
+
+
+def whole_state(worker):
+    """Weights and optimiser state, by their names in a checkpoint."""
+    state = worker._models.policy.state()
+    found = {name: whole(tensor) for name, tensor in state["model"].items()}
+    for name, values in state["optimizer"].items():
+        found |= {f"{name}.{key}": whole(value) for key, value in values.items()}
+    return found
+
+
+def train_save_and_look(worker, batches, folder):
+    train_and_save(worker, batches, folder)
+    return whole_state(worker)
+
+
+def load_and_look(worker, folder):
+    worker.load(folder)
+    return worker.version, whole_state(worker)
+
+
+def save_where_rank_1_fails(worker, folder, batch):
+    """What the save's error says on this rank, after a step that was not disturbed by it."""
+
+    def full(*_):
+        raise OSError("disk of rank 1 is full")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if worker._rank == 1:
+            patch.setattr(FileSystemWriter, "write_data", full)
+        worker.save(folder)
+        train(worker, [batch])
+        with pytest.raises(CheckpointError) as caught:
+            worker.finish_save()
+    return str(caught.value)
 
 
 def load_and_train(worker, folder, batches):

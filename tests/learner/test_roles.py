@@ -103,6 +103,7 @@ def test_policy_and_critic_resume_from_a_checkpoint(new_worker, tmp_path, critic
     steps(first, batches[:2], PPO)
     folder = str(tmp_path / "checkpoint")
     first.save(folder)
+    first.finish_save()
     second = new_worker(critic=critic)
     second.load(folder)
     steps(second, batches[2:], PPO)
@@ -110,7 +111,9 @@ def test_policy_and_critic_resume_from_a_checkpoint(new_worker, tmp_path, critic
     assert_same(critic_weights(second), critic_weights(whole), 1e-6)
     if critic is SEPARATE:
         new_worker().load(folder)  # what is not asked for is not missed
-        new_worker().save(str(tmp_path / "without"))
+        alone = new_worker()
+        alone.save(str(tmp_path / "without"))
+        alone.finish_save()
         with pytest.raises(CheckpointError, match="of the critic.*another model or algorithm"):
             second.load(str(tmp_path / "without"))
 

@@ -223,7 +223,7 @@ def test_training_resumed_from_a_checkpoint_equals_training_on(
 def test_a_missing_or_foreign_checkpoint_is_refused(new_worker, tmp_path):
     with pytest.raises(CheckpointError, match="no complete learner checkpoint"):
         new_worker().load(str(tmp_path / "missing"))
-    new_worker().save(str(tmp_path / "checkpoint"))
+    train_and_save(new_worker(), [], str(tmp_path / "checkpoint"))
     other = str(tmp_path / "other")
     write_initial_model(model_config(intermediate_size=96), VOCAB_SIZE, 1, 0, other)
     worker = make_worker(other, tmp_path / "weights")
