@@ -31,17 +31,17 @@ Side = Callable[[LearnerWorkload, Path, int], list[float]]
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured; micro-batch sizes are the fastest of 8, 16, 32 and 64 samples."""
+    """How much is measured; micro-batch sizes are the fastest of 8, 16 and 32 samples."""
 
     workload: LearnerWorkload
     num_rounds: int
     num_steps: int
     plain_microbatch: int = 8
-    peer_microbatch: int = 8
+    peer_microbatch: int = 32
 
 
 QUICK = Plan(BRIEF, num_rounds=1, num_steps=2)
-FULL = Plan(LONG_TAILED, num_rounds=3, num_steps=2)
+FULL = Plan(LONG_TAILED, num_rounds=3, num_steps=1)
 
 
 def bench_learner(quick: bool, output: Path) -> BenchResult:

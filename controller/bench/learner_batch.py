@@ -23,13 +23,13 @@ class LearnerWorkload:
 
     hidden: int = 256
     layers: int = 6
-    vocabulary: int = 4096
-    num_groups: int = 16
+    vocabulary: int = 2048
+    num_groups: int = 8
     samples_per_group: int = 8
     num_prompt: int = 48
-    median: float = 24
-    sigma: float = 1.1
-    longest: int = 512
+    median: float = 32
+    sigma: float = 0.8
+    longest: int = 256
     seed: int = 0
 
     @property
