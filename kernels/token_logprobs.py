@@ -135,10 +135,12 @@ def logits_gradient(
     entropy: Tensor,
     scale: Tensor | None,
     entropy_scale: Tensor | None,
+    is_own: Tensor | None = None,
 ) -> Tensor:
     """``scale_t d log p(y_t) / d z_t + entropy_scale_t d H_t / d z_t``, [T, V].
 
-    A scale [T] of None leaves its term out. ``all_logprobs_TV`` is overwritten.
+    A scale [T] of None leaves its term out. Where ``is_own``, bool [T], is False, the target is
+    none of these V. ``all_logprobs_TV`` is overwritten.
     """
     if entropy_scale is None:
         assert scale is not None
@@ -151,7 +153,8 @@ def logits_gradient(
         if scale is not None:
             grad_TV.addcmul_(probabilities_TV, -scale[:, None].expand_as(probabilities_TV))
     if scale is not None:
-        grad_TV.scatter_add_(1, targets[:, None], scale[:, None])
+        chosen = scale if is_own is None else scale.where(is_own, 0.0)
+        grad_TV.scatter_add_(1, targets[:, None], chosen[:, None])
     return grad_TV
 
 

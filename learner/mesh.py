@@ -63,6 +63,11 @@ class RankMesh:
         return self.num_data_ranks * self.sizes["sequence"]
 
     @property
+    def num_token_ranks(self) -> int:
+        """Ranks that divide a row's tokens: its length must be a multiple of them."""
+        return self.sizes["sequence"] * self.sizes["tensor"]
+
+    @property
     def is_first(self) -> bool:
         """Whether this rank is the first of those with its stage of the pipeline."""
         return all(self.rank_in(name) == 0 for name in DIMENSIONS if name != "pipeline")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -54,16 +55,18 @@ def build_microbatch(
     bundles: Sequence[Bundle],
     samples: Sequence[TrainSample],
     device: torch.device,
-    num_tokens: int = 1,
+    multiple_of: int = 1,
 ) -> Microbatch:
     """Lay bundles of ``samples`` into one row, and find the tokens they train.
 
-    The row is padded to ``num_tokens`` by a sequence of its own, which trains nothing.
+    The row is padded to a ``multiple_of`` some number, and to one token at least, by a sequence of
+    its own, which trains nothing.
     """
     segments, tokens, placements = _lay_out(bundles, samples)
-    num_padding = max(0, num_tokens - sum(bundle.num_tokens for bundle in bundles))
+    num_tokens = sum(bundle.num_tokens for bundle in bundles)
+    num_padding = max(1, math.ceil(num_tokens / multiple_of)) * multiple_of - num_tokens
     if num_padding:
-        segments.append(Segment(num_tokens - num_padding, num_padding))
+        segments.append(Segment(num_tokens, num_padding))
         tokens.append(np.zeros(num_padding, dtype=np.int32))
     packed = PackedSegments.from_segments(segments, device)
     chosen = tuple(placement.sample for placement in placements)

@@ -19,9 +19,9 @@ from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.schema.learner import LearnerConfig
 from paceline.configs.schema.model import ModelConfig
 from paceline.configs.vocabulary import TrainSample
-from paceline.kernels.token_logprobs import token_logprobs
 from paceline.learner.bundles import bundle_samples
 from paceline.learner.experts import require_whole_experts
+from paceline.learner.heads import logprobs_and_entropy
 from paceline.learner.mesh import RankMesh, join_process_group
 from paceline.learner.microbatch import Microbatch, build_microbatch
 from paceline.learner.model import Head, load_policy, no_head
@@ -102,7 +102,9 @@ class RankModels:
             multiple_of=num_stages if self.mesh.stages_per_rank > 1 else 1,
         )[self.mesh.data_rank]
         return [
-            build_microbatch([bundles[i] for i in chosen], samples, self.mesh.device)
+            build_microbatch(
+                [bundles[i] for i in chosen], samples, self.mesh.device, self.mesh.num_token_ranks
+            )
             for chosen in plan
         ]
 
@@ -110,7 +112,8 @@ class RankModels:
         self, model: TrainingEngine, samples: Sequence[TrainSample], temperature: float
     ) -> list[NDArray[np.float32]]:
         """Log-probabilities under a model of each sample's trained tokens; on every rank."""
-        return self.evaluate(model, samples, partial(token_logprobs, temperature=temperature))
+        head = partial(logprobs_and_entropy, temperature=temperature)
+        return self.evaluate(model, samples, head)
 
     def reference_logprobs(
         self, samples: Sequence[TrainSample], temperature: float

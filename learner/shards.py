@@ -22,8 +22,8 @@ def layout_of(model: nn.Module, dtype: str) -> Layout:
 def local_shards(model: nn.Module) -> Iterator[Shard]:
     """This rank's piece of every parameter in global coordinates; tied weights once.
 
-    Pieces of all ranks tile each tensor exactly once. A rank without a piece of a small tensor
-    yields none for it.
+    Pieces of all ranks tile each tensor exactly once: of ranks that hold the same piece the first
+    yields it, and a rank without a piece of a small tensor yields none for it.
     """
     for name, parameter in model.named_parameters():
         if not isinstance(parameter, DTensor):
@@ -32,6 +32,17 @@ def local_shards(model: nn.Module) -> Iterator[Shard]:
         shape, offset = compute_local_shape_and_global_offset(
             parameter.shape, parameter.device_mesh, parameter.placements
         )
-        if 0 not in shape:
+        if 0 not in shape and _is_first_holder(parameter):
             index = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
             yield Shard(name, index, parameter.to_local())
+
+
+def _is_first_holder(parameter: DTensor) -> bool:
+    """Whether no earlier rank holds the same piece."""
+    coordinate = parameter.device_mesh.get_coordinate()
+    assert coordinate is not None, "a rank without a place in the mesh has no parameters"
+    return all(
+        place == 0
+        for place, placement in zip(coordinate, parameter.placements, strict=True)
+        if placement.is_replicate()
+    )

@@ -14,8 +14,8 @@ from torch import Tensor
 from paceline.configs.errors import BatchError, NonFiniteError
 from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.vocabulary import TrainBatch
-from paceline.kernels.token_logprobs import token_logprobs
 from paceline.learner.advantages import Pass
+from paceline.learner.heads import logprobs_and_entropy
 from paceline.learner.experts import router_metrics
 from paceline.learner.losses.inputs import LossInputs, Sequences
 from paceline.learner.losses.value import value_loss
@@ -86,7 +86,7 @@ class TrainingStep:
         models = self._models
         microbatches = models.microbatches(samples)
         self.num_padding_tokens += sum(m.num_padding_tokens for m in microbatches)
-        head = partial(token_logprobs, temperature=self._batch.temperature)
+        head = partial(logprobs_and_entropy, temperature=self._batch.temperature)
         models.policy.add_gradients(microbatches, head, partial(self._loss, chosen, metrics))
         if "returns" in self._columns and models.critic is not None:
             value_loss_of = partial(self._value_loss, chosen, metrics)

@@ -21,7 +21,8 @@ from paceline.configs.schema.model import ModelConfig
 from paceline.configs.vocabulary import StepReport, TrainBatch, TrainSample, WeightVersion
 from paceline.learner.background_save import BackgroundSave
 from paceline.learner.checkpoint import checkpoint_state, export_model, load_checkpoint
-from paceline.learner.inspection import argmax_gaps, prompt_and_completion
+from paceline.learner.heads import argmax_gaps
+from paceline.learner.inspection import prompt_and_completion
 from paceline.learner.objective import Algorithm
 from paceline.learner.rank import RankModels
 from paceline.learner.step import TrainingStep

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from contextlib import closing
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch.distributed.tensor import DTensor
 from paceline.configs.errors import CheckpointError
 from paceline.configs.schema.learner import LearnerConfig, OptimizerConfig
 from paceline.configs.vocabulary import TrainBatch
+from paceline.kernels import token_logprobs
+from paceline.kernels.vocab_parallel_logprobs import vocab_parallel_logprobs
 from paceline.learner.advantages import Outcome
 from paceline.learner.losses.policy import Clip
 from paceline.learner.objective import Objective
@@ -77,6 +80,10 @@ def gradients(worker, batch, loss=LOSS):
     return report, found
 
 
+def gradients_and_logprobs(worker, batch):
+    return *gradients(worker, batch), worker.logprobs(batch.samples, batch.temperature)
+
+
 def parameters(worker):
     """The policy's, as far as this rank has pieces of them."""
     for part in worker._models.policy.parts:
@@ -104,8 +111,8 @@ def train_roles(worker, batches, algorithm, reference_folder):
         report = worker.forward_backward(batch, algorithm)
         applied = worker.optimizer_step(step + 1, OPTIMIZER, step, 100)
         reports.append({**report.metrics, **applied})
-    critic = {name: whole(p) for name, p in worker._models.critic.parts[0].trained_parameters()}
-    return reports, weights(worker), critic
+    values = worker._models.value_model.parts[0]
+    return reports, weights(worker), {n: whole(p) for n, p in values.trained_parameters()}
 
 
 def train_and_save(worker, batches, folder):
@@ -164,6 +171,22 @@ def train_and_publish(worker, batches, export_folder):
     handle = worker.publish(len(batches))
     worker.export(export_folder)
     return after, handle
+
+
+def publish_pieces(worker, batches, export_folder):
+    """What `train_and_publish` returns, and this rank's pieces by name and place."""
+    result = train_and_publish(worker, batches, export_folder)
+    return *result, [(shard.name, shard.index) for shard in worker._models.policy.shards()]
+
+
+def divided_logprobs(worker, hidden, weight, targets, scales, temperature):
+    """Outputs of the op over this rank's rows, and gradients by ``scales`` of the outputs."""
+    group = worker._models.mesh.devices.get_group("tensor")
+    inputs = [hidden.requires_grad_(), weight.chunk(2)[worker._rank].clone().requires_grad_()]
+    with mock.patch.multiple(token_logprobs, MIN_ROWS_PER_CHUNK=7, LOGITS_PER_CHUNK=1):
+        outputs = vocab_parallel_logprobs(*inputs, targets, group, temperature)
+        gradients = torch.autograd.grad(outputs, inputs, list(scales))
+    return [tensor.detach() for tensor in (*outputs, *gradients)]
 
 
 def logprobs_between_steps(worker, batch: TrainBatch):

@@ -1,0 +1,131 @@
+"""Log-probability and entropy of chosen tokens, with the vocabulary divided over ranks.
+
+Rank r of R holds rows ``r V / R`` to ``(r + 1) V / R`` of the output embedding and sees its own
+share of the logits only. With ``L_r`` the logsumexp and ``H_r`` the entropy over that share,
+``L = logsumexp_r L_r`` and ``s_r = exp(L_r - L)`` the probability that falls to rank r:
+``log p(y) = log p_r(y) + log s_r`` for the rank that holds y, and
+``H = sum_r s_r (H_r - log s_r)``, the chain rule of entropy. So the ranks exchange three numbers a
+position, once, and no logits. Otherwise as `token_logprobs`, chunked over rows and recomputed in
+the backward pass.
+
+Shapes: T positions, V vocabulary entries, H hidden size, R ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from paceline.kernels.token_logprobs import (
+    RowStatistics,
+    logits_gradient,
+    row_chunks,
+    row_statistics,
+)
+
+
+def vocab_parallel_logprobs(
+    hidden: Tensor, weight: Tensor, targets: Tensor, group: ProcessGroup, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of ``targets`` and entropies of their distributions, on every rank.
+
+    Every rank of ``group`` calls it, with the same ``hidden``, ``targets`` and gradients of the
+    outputs.
+
+    Args:
+        hidden: final hidden states [T, H], float32 or bfloat16; T may be 0.
+        weight: this rank's rows of the output embedding [V / R, H], of the same dtype.
+        targets: chosen tokens, int64 [T], in the whole vocabulary.
+        group: the ranks that hold the other rows.
+        temperature: logits are divided by it; positive.
+
+    Returns:
+        ``(logprobs, entropy)`` in nats, float32 [T], both differentiable, each rank's weight by its
+        own rows. A loss that leaves one of them out pays nothing for it.
+    """
+    logprobs, entropy = _VocabParallelLogprobs.apply(hidden, weight, targets, group, temperature)
+    return logprobs, entropy
+
+
+def own_targets(targets: Tensor, num_rows: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Targets [T] among this rank's ``num_rows`` rows of the vocabulary, and bool [T], whether they
+    are; 0 where they are not."""
+    local = targets - dist.get_rank(group) * num_rows
+    is_own = (local >= 0) & (local < num_rows)
+    return torch.where(is_own, local, 0), is_own
+
+
+def gather_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
+    """Every rank's ``values`` [...], as [R, ...]."""
+    gathered = values.new_empty(dist.get_world_size(group) * len(values), *values.shape[1:])
+    if values.numel():
+        dist.all_gather_into_tensor(gathered, values.contiguous(), group=group)
+    return gathered.unflatten(0, (-1, len(values)))
+
+
+def statistics_over_ranks(own: RowStatistics, is_own: Tensor, group: ProcessGroup) -> RowStatistics:
+    """Statistics of whole rows from those of this rank's share of each.
+
+    ``own.logprobs`` count where ``is_own``.
+    """
+    chosen = own.logprobs.where(is_own, -torch.inf)
+    of_ranks = gather_over_ranks(torch.stack([chosen, own.entropy, own.logsumexp]), group)
+    logprobs_RT, entropy_RT, logsumexp_RT = of_ranks.unbind(1)
+    logsumexp = logsumexp_RT.logsumexp(0)
+    log_shares_RT = logsumexp_RT - logsumexp
+    entropy = (log_shares_RT.exp() * (entropy_RT - log_shares_RT)).sum(0)
+    return RowStatistics((logprobs_RT + log_shares_RT).amax(0), entropy, logsumexp)
+
+
+class _VocabParallelLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        group: ProcessGroup,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        targets, is_own = own_targets(targets, len(weight), group)
+        own = torch.empty(3, len(hidden), dtype=torch.float32, device=hidden.device)
+        for rows in row_chunks(len(hidden), len(weight)):
+            statistics = row_statistics(hidden[rows] @ weight.T, targets[rows], temperature)
+            own[:, rows] = torch.stack(statistics)
+        whole = statistics_over_ranks(RowStatistics(*own.unbind()), is_own, group)
+        ctx.save_for_backward(hidden, weight, targets, is_own, whole.entropy, whole.logsumexp)
+        ctx.group = group
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)  # None says that a loss left the output out
+        return whole.logprobs, whole.entropy
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        if grad_logprobs is None and grad_entropy is None:
+            return None, None, None, None, None
+        hidden, weight, targets, is_own, entropy, logsumexp = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for rows in row_chunks(len(hidden), len(weight)):
+            all_logprobs_TV = (hidden[rows] @ weight.T).float() / ctx.temperature
+            all_logprobs_TV -= logsumexp[rows, None]
+            grad_logits_TV = logits_gradient(
+                all_logprobs_TV,
+                targets[rows],
+                entropy[rows],
+                None if grad_logprobs is None else grad_logprobs[rows].float() / ctx.temperature,
+                None if grad_entropy is None else grad_entropy[rows].float() / ctx.temperature,
+                is_own[rows],
+            ).to(weight.dtype)
+            grad_hidden[rows] = grad_logits_TV @ weight
+            grad_weight += grad_logits_TV.T @ hidden[rows]
+        if grad_hidden.numel():
+            # every rank's share of the vocabulary pulls at the same hidden states
+            dist.all_reduce(grad_hidden, group=ctx.group)
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None

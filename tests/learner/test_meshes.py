@@ -1,0 +1,126 @@
+"""Whatever the mesh, ranks compute, publish, save and load what one process does."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM
+
+from paceline.configs.schema.algorithm_parts import CriticConfig
+from paceline.learner.advantages import GeneralizedAdvantage
+from paceline.learner.losses.policy import Clip
+from paceline.learner.objective import Objective, ReferencePenalty
+from paceline.weights_sync.shared_memory import read_weights
+from tests.learner import ranks
+from tests.learner.conftest import random_batch
+from tests.learner.test_worker import assert_same
+
+pytestmark = pytest.mark.slow
+
+MESHES = {
+    "hsdp": (4, {"replicate": 2}),
+    "tensor": (2, {"tensor": 2}),
+    "tensor_fsdp": (4, {"tensor": 2}),
+}
+"""Number of ranks and what they divide; what is left shards the weights."""
+
+each_mesh = pytest.mark.parametrize(("num_ranks", "parallel"), MESHES.values(), ids=MESHES)
+ACTOR_CRITIC = Objective(
+    GeneralizedAdvantage(trace_decay=0.9),
+    Clip(0.2, 0.28),
+    "sequence_mean",
+    max_tokens=64,
+    reference=ReferencePenalty(0.1),
+    num_updates=2,
+    old_policy="recomputed",
+    entropy_coefficient=0.1,
+)
+
+
+@each_mesh
+def test_every_gradient_metric_and_logprob_is_that_of_one_process(on_ranks, num_ranks, parallel):
+    batch = random_batch(num_samples=15, temperature=0.9)
+    [(report, expected, logprobs)] = on_ranks(1, ranks.gradients_and_logprobs, batch)
+    for found in on_ranks(num_ranks, ranks.gradients_and_logprobs, batch, parallel=parallel):
+        assert found[0].metrics == pytest.approx(report.metrics, rel=1e-5, abs=1e-6)
+        assert_same(found[1], expected, 1e-5)
+        for mine, theirs in zip(found[2], logprobs, strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=2e-5)
+
+
+@each_mesh
+def test_training_follows_one_process_step_by_step(on_ranks, num_ranks, parallel):
+    """With gradients that are clipped."""
+    batches = [random_batch(seed=seed) for seed in range(3)]
+    [(expected_reports, expected)] = on_ranks(1, ranks.train, batches)
+    for reports, found in on_ranks(num_ranks, ranks.train, batches, parallel=parallel):
+        for (report, step), (wanted, wanted_step) in zip(reports, expected_reports, strict=True):
+            assert wanted_step["grad_norm"] > ranks.OPTIMIZER.max_grad_norm
+            assert report.metrics == pytest.approx(wanted.metrics, rel=1e-3, abs=1e-5)
+            assert step == pytest.approx(wanted_step, rel=1e-3)
+        assert_same(found, expected, 1e-3)
+
+
+@each_mesh
+def test_pieces_tile_every_tensor_once_and_make_up_what_is_published(
+    on_ranks, tmp_path, num_ranks, parallel
+):
+    folder = tmp_path / "model"
+    results = on_ranks(
+        num_ranks, ranks.publish_pieces, [random_batch()], str(folder), parallel=parallel
+    )
+    (expected, handle), *_ = (result[:2] for result in results)
+    published = {name: tensor.numpy().copy() for name, tensor in read_weights(handle)}
+    assert_same(published, expected)
+    exported = AutoModelForCausalLM.from_pretrained(folder)
+    assert_same({n: p.detach().numpy() for n, p in exported.named_parameters()}, expected)
+    covered = {name: np.zeros(tensor.shape, int) for name, tensor in expected.items()}
+    for name, index in itertools.chain.from_iterable(result[2] for result in results):
+        covered[name][index] += 1
+    assert all((times == 1).all() for times in covered.values())
+
+
+@each_mesh
+@pytest.mark.parametrize("saves", [True, False])
+def test_a_checkpoint_moves_between_this_mesh_and_two_fsdp_ranks(
+    on_ranks, tmp_path, num_ranks, parallel, saves
+):
+    batches = [random_batch(seed=seed) for seed in range(4)]
+    folder = str(tmp_path / "checkpoint")
+    meshes = [(num_ranks, parallel), (2, {})]
+    saving, loading = meshes if saves else reversed(meshes)
+    [(_, expected)] = on_ranks(1, ranks.train, batches)
+    on_ranks(saving[0], ranks.train_and_save, batches[:2], folder, parallel=saving[1])
+    resumed = on_ranks(loading[0], ranks.load_and_train, folder, batches[2:], parallel=loading[1])
+    for version, (_, found) in resumed:
+        assert version == 2
+        assert_same(found, expected, 1e-3)
+
+
+@each_mesh
+@pytest.mark.parametrize("backbone", ["separate", "shared"])
+def test_critic_and_reference_do_what_they_do_in_one_process(
+    on_ranks, model_folder, num_ranks, parallel, backbone
+):
+    batches = [random_batch(seed=seed, num_samples=13) for seed in range(2)]
+    arguments = (batches, ACTOR_CRITIC, model_folder)
+    critic = CriticConfig(backbone=backbone, clip=0.2)
+    [(reports, *expected)] = on_ranks(1, ranks.train_roles, *arguments, critic=critic)
+    for mine, *found in on_ranks(
+        num_ranks, ranks.train_roles, *arguments, critic=critic, parallel=parallel
+    ):
+        for report, wanted in zip(mine, reports, strict=True):
+            assert report == pytest.approx(wanted, rel=1e-3, abs=1e-4)
+        for weights, wanted in zip(found, expected, strict=True):
+            assert_same(weights, wanted, 1e-3)
+
+
+@each_mesh
+def test_greedy_mismatches_are_counted_once(on_ranks, num_ranks, parallel):
+    sequences = [(s.token_ids, int(s.loss_mask.argmax())) for s in random_batch().samples]
+    [one] = on_ranks(1, ranks.greedy_mismatches, sequences, 1e-4)
+    found = on_ranks(num_ranks, ranks.greedy_mismatches, sequences, 1e-4, parallel=parallel)
+    assert found == [one] * num_ranks
+    assert one > 0
