@@ -3,7 +3,8 @@
 Each side trains the same model on the same long-tailed groups with the same loss, precision and
 optimiser, one torch thread, in a process of its own; rounds of all sides are interleaved. The peers
 get the micro-batch size that is fastest for them. What a step is useful for is counted the same for
-all: trained tokens, and the floating-point operations that they need at least.
+all: trained tokens, and the floating-point operations that they need at least. How long a sequence
+fits a fixed memory is measured by ``learner_memory.py``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from paceline.controller.bench.learner_batch import BRIEF, LONG_TAILED, LearnerWorkload
+from paceline.controller.bench.learner_memory import CHUNKS, SequenceMemory, measure_memory
 from paceline.controller.bench.learner_steps import matmul_flops, paceline_steps, plain_steps
 from paceline.controller.bench.result import BenchResult, BenchTable, Spread, Target
 from paceline.controller.bench.subprocesses import in_own_process
@@ -24,7 +26,7 @@ from paceline.controller.bench.trl_runs import require_trl
 from paceline.controller.observe.versions import collect_versions
 
 OURS, PLAIN, PEER = "paceline", "plain HF step", "TRL's step"
-SPEEDUP_TARGET = 2.5
+SPEEDUP_TARGET, LENGTH_TARGET = 2.5, 2.5
 
 Side = Callable[[LearnerWorkload, Path, int], list[float]]
 
@@ -56,7 +58,7 @@ def bench_learner(quick: bool, output: Path) -> BenchResult:
     model = plan.workload.write_model(output / ("learner-quick" if quick else "learner") / "model")
     sides = sides_of(plan)
     rounds = [one_round(plan, model, sides) for _ in range(plan.num_rounds)]
-    return report(plan, rounds)
+    return report(plan, rounds, measure_memory(quick, output))
 
 
 def sides_of(plan: Plan) -> Mapping[str, Side]:
@@ -87,7 +89,7 @@ def one_round(plan: Plan, model: Path, sides: Mapping[str, Side]) -> Round:
     return Round(seconds, in_own_process(matmul_flops))
 
 
-def report(plan: Plan, rounds: Sequence[Round]) -> BenchResult:
+def report(plan: Plan, rounds: Sequence[Round], memory: SequenceMemory) -> BenchResult:
     """Tables and targets."""
     workload = plan.workload
     num_trained = workload.batch().num_trained_tokens
@@ -109,17 +111,21 @@ def report(plan: Plan, rounds: Sequence[Round]) -> BenchResult:
     return BenchResult(
         bench="learner",
         targets={
-            "trained tokens/s over TRL, long-tailed": Target(over_peer[OURS], ">=", SPEEDUP_TARGET)
+            "trained tokens/s over TRL, long-tailed": Target(over_peer[OURS], ">=", SPEEDUP_TARGET),
+            "longest sequence over plain checkpointing": Target(
+                Spread.of([memory.times_plain(CHUNKS)]), ">=", LENGTH_TARGET
+            ),
         },
         figures={
             "workload": asdict(workload),
             "seconds": [dict(r.seconds) for r in rounds],
             "matmul_flops": [r.matmul for r in rounds],
             "required_flops": flops,
+            "memory": asdict(memory),
         },
         seeds={"workload": workload.seed},
         versions={**collect_versions(workload.seed), "trl": metadata.version("trl")},
-        tables=[table],
+        tables=[table, memory.table()],
         notes=[
             "What a step is useful for: every prompt once, every completion once, the vocabulary "
             "for trained tokens only; the ceiling is a float32 product of one thread, measured in "
