@@ -50,16 +50,17 @@ def divide_matrices(policy: PolicyModel, mesh: RankMesh) -> None:
     Raises:
         ModelError: the plan does not know the architecture, or the ranks do not divide it.
     """
-    causal_lm, model = policy.causal_lm, policy.causal_lm.base_model
+    causal_lm = policy.causal_lm
     require_divisible(causal_lm.config, mesh.sizes["tensor"])
     assert mesh.devices is not None, "tensor ranks need a process group"
     ranks = mesh.devices["tensor"]
-    is_tied = causal_lm.lm_head.weight is model.embed_tokens.weight
+    held = dict(causal_lm.named_parameters(remove_duplicate=False))
+    head, embedding = held.get("lm_head.weight"), held.get("model.embed_tokens.weight")
     for layer in policy.decoder_layers:
         _divide(layer, ranks, _layer_plan())
     _divide(causal_lm, ranks, _ends_plan())
-    if is_tied:
-        causal_lm.lm_head.weight = model.embed_tokens.weight
+    if head is embedding and head is not None:  # a stage in the middle has neither
+        causal_lm.lm_head.weight = causal_lm.base_model.embed_tokens.weight
     if policy.value_head is not None:
         _divide(policy, ranks, {"value_head": _Whole()})
     assert all(isinstance(parameter, DTensor) for parameter in policy.parameters())
@@ -149,6 +150,6 @@ def _divide(module: nn.Module, ranks: DeviceMesh, plan: Plan) -> None:
     """Apply the styles of what there is: not every family has every norm, nor a stage both ends."""
     children = dict(module.named_modules())
     for name, style in plan.items():
-        if name in children:
+        if name in children and list(children[name].parameters()):
             # every rank has read the same weights: nothing is sent
             parallelize_module(children[name], ranks, style, src_data_rank=None)
