@@ -82,9 +82,15 @@ def span_of(sample: TrainSample) -> Span:
 
 
 def bundle_samples(
-    samples: Sequence[TrainSample], capacity: int, num_ranks: int = 1
+    samples: Sequence[TrainSample],
+    capacity: int,
+    num_ranks: int = 1,
+    *,
+    shares_prompts: bool = True,
 ) -> list[Bundle]:
     """Put samples with the same prompt together; each with trained tokens is in one bundle.
+
+    Where no prompts are shared each sample is a bundle of its own.
 
     A bundle's ``size`` stays within ``capacity``, unless one sample alone exceeds it, and within a
     fraction of a rank's work. The result depends on the arguments only, so all ranks agree.
@@ -93,7 +99,8 @@ def bundle_samples(
     siblings: dict[bytes, list[int]] = defaultdict(list)
     for index, (sample, span) in enumerate(zip(samples, spans, strict=True)):
         if span.length:
-            siblings[sample.token_ids[: span.prefix].tobytes()].append(index)
+            prompt = sample.token_ids[: span.prefix].tobytes()
+            siblings[prompt if shares_prompts else str(index).encode()].append(index)
     limit = capacity
     if num_ranks > 1:
         all_tokens = sum(span.length for span in spans)

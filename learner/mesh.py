@@ -8,6 +8,7 @@ on the same ones.
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import TypeVar
 
@@ -106,6 +107,15 @@ class RankMesh:
         """Return once every rank came here."""
         if self.devices is not None:
             dist.barrier()
+
+
+def require_determinism() -> None:
+    """Let torch use deterministic kernels only, in this process, from now on.
+
+    cuBLAS needs a workspace of its own for that, which it reads from the environment once.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 def join_process_group(

@@ -7,6 +7,7 @@ policy's, and a frozen reference policy. All of them are sharded alike and see t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -25,9 +26,18 @@ from paceline.learner.heads import logprobs_and_entropy
 from paceline.learner.mesh import RankMesh, join_process_group
 from paceline.learner.microbatch import Microbatch, build_microbatch
 from paceline.learner.model import Head, load_policy, no_head
-from paceline.learner.packing import plan_packing
+from paceline.learner.packing import imbalance, plan_packing
 from paceline.learner.sharded import ShardedEngine, shard
 from paceline.learner.training_engine import TrainingEngine
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's microbatches, and the share of time that ranks wait for each other
+    (``packing.imbalance``)."""
+
+    microbatches: list[Microbatch]
+    imbalance: float
 
 
 class RankModels:
@@ -88,25 +98,32 @@ class RankModels:
         self.reference = shard(policy, self.mesh, self._precision, trains=False, offload=offload)
         self._moves_reference = offload and self.mesh.devices is None
 
-    def microbatches(self, samples: Sequence[TrainSample]) -> list[Microbatch]:
-        """This rank's share of the samples that train anything."""
+    def share(self, samples: Sequence[TrainSample]) -> Share:
+        """What this rank computes of the samples that train anything."""
         capacity, num_ranks = self._config.tokens_per_microbatch, self.mesh.num_data_ranks
         num_stages = self.mesh.sizes["pipeline"]
-        bundles = bundle_samples(samples, capacity, num_ranks * num_stages)
+        bundles = bundle_samples(
+            samples,
+            capacity,
+            num_ranks * num_stages,
+            shares_prompts=self._config.share_prompts,
+        )
+        costs = [bundle.cost(self.policy.quadratic_cost) for bundle in bundles]
         plan = plan_packing(
             [bundle.size for bundle in bundles],
-            [bundle.cost(self.policy.quadratic_cost) for bundle in bundles],
+            costs,
             num_ranks,
             capacity,
             fewest=num_stages,
             multiple_of=num_stages if self.mesh.stages_per_rank > 1 else 1,
-        )[self.mesh.data_rank]
-        return [
+        )
+        microbatches = [
             build_microbatch(
                 [bundles[i] for i in chosen], samples, self.mesh.device, self.mesh.num_token_ranks
             )
-            for chosen in plan
+            for chosen in plan[self.mesh.data_rank]
         ]
+        return Share(microbatches, imbalance(plan, costs))
 
     def logprobs(
         self, model: TrainingEngine, samples: Sequence[TrainSample], temperature: float
@@ -138,7 +155,7 @@ class RankModels:
     ) -> list[NDArray[np.float32]]:
         """The first output for each sample's trained tokens, on every rank; empty where one trains
         nothing."""
-        here = self._pieces(model.evaluate(self.microbatches(samples), head))
+        here = self._pieces(model.evaluate(self.share(samples).microbatches, head))
         result = [np.zeros(0, dtype=np.float32)] * len(samples)
         for found in self.mesh.gather(list(here)):
             for index, values in found:

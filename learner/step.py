@@ -67,6 +67,7 @@ class TrainingStep:
         self._next_update = 0
         self._means: list[tuple[int, dict[str, float]]] = []
         self._expert_counts: list[NDArray[np.int64]] = []
+        self._imbalances: list[float] = []
         self.num_padding_tokens = 0
 
     @property
@@ -84,7 +85,9 @@ class TrainingStep:
         samples = [self._batch.samples[index] for index in chosen]
         metrics = StepMetrics()
         models = self._models
-        microbatches = models.microbatches(samples)
+        share = models.share(samples)
+        microbatches = share.microbatches
+        self._imbalances.append(share.imbalance)
         self.num_padding_tokens += sum(m.num_padding_tokens for m in microbatches)
         head = partial(logprobs_and_entropy, temperature=self._batch.temperature)
         models.policy.add_gradients(microbatches, head, partial(self._loss, chosen, metrics))
@@ -117,7 +120,8 @@ class TrainingStep:
             for name in self._means[0][1]
         }
         routers = router_metrics(np.sum(self._expert_counts, axis=0)) if self._expert_counts else {}
-        return derived_metrics(means) | self._batch_metrics | routers
+        waiting = {"rank_imbalance": float(np.mean(self._imbalances))}
+        return derived_metrics(means) | self._batch_metrics | routers | waiting
 
     def _loss(
         self,

@@ -23,6 +23,7 @@ from paceline.learner.background_save import BackgroundSave
 from paceline.learner.checkpoint import checkpoint_state, export_model, load_checkpoint
 from paceline.learner.heads import argmax_gaps
 from paceline.learner.inspection import prompt_and_completion
+from paceline.learner.mesh import require_determinism
 from paceline.learner.objective import Algorithm
 from paceline.learner.rank import RankModels
 from paceline.learner.step import TrainingStep
@@ -55,6 +56,8 @@ class LearnerWorker:
         seed: int,
     ) -> None:
         torch.manual_seed(seed + rank)
+        if config.deterministic:
+            require_determinism()
         self.version = WeightVersion(0)
         self._precision = model.precision
         self._rank = rank

@@ -117,6 +117,14 @@ class LearnerConfig(Section):
     tokens_per_microbatch: int = Field(default=4096, ge=1)
     """Upper bound of packed tokens in one forward and backward pass on a rank."""
 
+    share_prompts: bool = True
+    """Lay the prompt of a group into a row once, for all of its samples; gradients are those of
+    samples with a prompt each."""
+
+    deterministic: bool = False
+    """Use only kernels that give the same result every time, and fail where there is none. On the
+    CPU the same machine and settings give the same result anyway; on GPUs it is slower."""
+
     activation_checkpointing: Checkpointing = "none"
     """What the backward pass computes again instead of keeping it: nothing, ``layers`` (true) one
     after the other, or ``chunks`` of their tokens, for rows as long as memory allows."""

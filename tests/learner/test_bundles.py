@@ -123,3 +123,9 @@ def test_cost_counts_what_every_token_attends_to():
     # alone 10 tokens: 100 pairs (half of them seen); two continuations of 4 add 10**2 - 6**2 each
     assert Bundle(0, (0,), (10,)).cost(0.5) == 10 + 0.5 * 100
     assert Bundle(6, (0, 1), (4, 4)).cost(0.5) == 14 + 0.5 * (36 + 2 * 64)
+
+
+@given(batches, st.integers(24, 200), st.integers(1, 4))
+def test_where_prompts_are_not_shared_every_sample_is_alone(samples, capacity, num_ranks):
+    bundles = bundle_samples(samples, capacity, num_ranks, shares_prompts=False)
+    assert sorted(b.samples for b in bundles) == [(index,) for index in range(len(samples))]

@@ -100,7 +100,7 @@ def test_the_report_counts_tokens_and_carries_the_losses_metrics(new_worker):
     assert report.num_trained_tokens == batch.num_trained_tokens
     assert report.num_padding_tokens == 0
     assert set(report.metrics) == {
-        "loss", "ratio", "ratio_max", "clip_fraction", "masked_fraction", "correction_weight",
+        "loss", "rank_imbalance", "ratio", "ratio_max", "clip_fraction", "masked_fraction", "correction_weight",
         "entropy", "kl", "ess", "mismatch", "mismatch_max", "mismatch_fresh", "fresh_fraction",
     }  # fmt: skip
 
@@ -276,3 +276,30 @@ def test_a_step_without_gradients_is_a_bug_of_the_caller(new_worker):
 def test_asking_for_a_gpu_that_is_not_there_is_refused(new_worker):
     with pytest.raises(ClusterError, match="gpus_per_rank is 1 but torch sees no GPU"):
         new_worker(gpus_per_rank=1)
+
+
+@pytest.mark.parametrize("activation_checkpointing", ["none", "layers"])
+def test_a_prompt_computed_once_for_its_samples_changes_no_gradient(
+    new_worker, activation_checkpointing
+):
+    batch = random_batch(num_samples=16)
+    settings = {"activation_checkpointing": activation_checkpointing}
+    report, expected = gradients(new_worker(share_prompts=False, **settings), batch)
+    shared_report, found = gradients(new_worker(**settings), batch)
+    assert shared_report.metrics == pytest.approx(report.metrics, rel=1e-4, abs=1e-6)
+    assert_same(found, expected, 1e-5)
+
+
+@pytest.fixture
+def determinism():
+    """What a worker may set for its whole process, put back."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_with_deterministic_kernels_alone_two_runs_are_equal_to_the_bit(new_worker, determinism):
+    batches = [random_batch(seed) for seed in range(3)]
+    _, one = train(new_worker(deterministic=True), batches)
+    assert torch.are_deterministic_algorithms_enabled()
+    _, other = train(new_worker(deterministic=True), batches)
+    assert_same(one, other)
