@@ -103,6 +103,10 @@ DRAFTED_FROM_HISTORY = 2
 """It came from a sample by older weights, or from a trace given at the start."""
 
 
+NOT_ROUTED = -1
+"""In place of an expert: which one it was is not known."""
+
+
 @dataclass(frozen=True)
 class Completion:
     """One sampled continuation as the engine returns it.
@@ -110,7 +114,10 @@ class Completion:
     ``token_ids`` int32 [C] includes the stop token where there was one; ``logprobs`` float32 [C]
     are natural-log probabilities under the *sampling* distribution (after temperature, top-k and
     top-p); ``versions`` tile ``[0, C)`` without gaps. ``draft_sources`` uint8 [C] is there where
-    the engine drafts: 0 for a token that was not drafted, or ``DRAFTED_FROM_…``.
+    the engine drafts: 0 for a token that was not drafted, or ``DRAFTED_FROM_…``. Where it records
+    routing, ``routed_experts`` int16 [P + C, layers, K] are the experts that every token of prompt
+    and completion was sent to, ``NOT_ROUTED`` where that is not known: of the last token, which no
+    pass of the engine has read, at least.
     """
 
     token_ids: NDArray[np.int32]
@@ -118,6 +125,7 @@ class Completion:
     versions: tuple[VersionSpan, ...]
     finish_reason: FinishReason
     draft_sources: NDArray[np.uint8] | None = None
+    routed_experts: NDArray[np.int16] | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -127,8 +135,8 @@ class Completion:
     @property
     def num_bytes(self) -> int:
         """Size of its arrays."""
-        sources = 0 if self.draft_sources is None else self.draft_sources.nbytes
-        return self.token_ids.nbytes + self.logprobs.nbytes + sources
+        arrays = (self.token_ids, self.logprobs, self.draft_sources, self.routed_experts)
+        return sum(array.nbytes for array in arrays if array is not None)
 
 
 @dataclass(frozen=True)
@@ -151,7 +159,8 @@ class Trajectory:
     All arrays have length L = prompt + completion: ``token_ids`` int32, ``loss_mask`` bool (True
     where the token was sampled by the policy), ``logprobs`` float32 (behaviour log-probabilities,
     0 where ``loss_mask`` is False) and, where a teacher looked at it, ``teacher_logprobs`` float32;
-    where engines draft ``draft_sources`` uint8, as in ``Completion``.
+    where engines draft ``draft_sources`` uint8, and where they record it ``routed_experts`` int16
+    [L, layers, K], as in ``Completion``.
     """
 
     token_ids: NDArray[np.int32]
@@ -163,6 +172,7 @@ class Trajectory:
     text: str = ""
     teacher_logprobs: NDArray[np.float32] | None = None
     draft_sources: NDArray[np.uint8] | None = None
+    routed_experts: NDArray[np.int16] | None = None
 
     @property
     def num_completion_tokens(self) -> int:
@@ -172,7 +182,7 @@ class Trajectory:
     @property
     def num_bytes(self) -> int:
         """Size of its arrays."""
-        optional = (self.teacher_logprobs, self.draft_sources)
+        optional = (self.teacher_logprobs, self.draft_sources, self.routed_experts)
         arrays = (self.token_ids, self.loss_mask, self.logprobs, *optional)
         return sum(array.nbytes for array in arrays if array is not None)
 
@@ -199,6 +209,7 @@ class Trajectory:
             versions=completion.versions,
             finish_reason=completion.finish_reason,
             draft_sources=sources,
+            routed_experts=completion.routed_experts,
         )
 
 
@@ -252,7 +263,8 @@ class TrainSample:
 
     ``group`` is the index of its group in the batch's ``group_ids``; ``versions`` count from its
     first trained token and are empty for a demonstration, whose ``logprobs`` say nothing.
-    ``teacher_logprobs`` is there where a teacher looked at it.
+    ``teacher_logprobs`` is there where a teacher looked at it, ``routed_experts`` int16
+    [L, layers, K] where routers are to choose as the engine's did (see ``Completion``).
     """
 
     token_ids: NDArray[np.int32]
@@ -262,6 +274,7 @@ class TrainSample:
     group: int = 0
     versions: tuple[VersionSpan, ...] = ()
     teacher_logprobs: NDArray[np.float32] | None = None
+    routed_experts: NDArray[np.int16] | None = None
 
 
 @dataclass(frozen=True)

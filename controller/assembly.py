@@ -158,6 +158,7 @@ class Collector:
                 group=index,
                 versions=trajectory.versions,
                 teacher_logprobs=trajectory.teacher_logprobs,
+                routed_experts=trajectory.routed_experts,
             )
             for index, group in enumerate(groups)
             for trajectory in group.trajectories

@@ -99,13 +99,22 @@ def bundle_samples(
     siblings: dict[bytes, list[int]] = defaultdict(list)
     for index, (sample, span) in enumerate(zip(samples, spans, strict=True)):
         if span.length:
-            prompt = sample.token_ids[: span.prefix].tobytes()
+            prompt = _prompt(sample, span)
             siblings[prompt if shares_prompts else str(index).encode()].append(index)
     limit = capacity
     if num_ranks > 1:
         all_tokens = sum(span.length for span in spans)
         limit = min(capacity, all_tokens // (BUNDLES_PER_RANK * num_ranks))
     return [bundle for indices in siblings.values() for bundle in _split(indices, spans, limit)]
+
+
+def _prompt(sample: TrainSample, span: Span) -> bytes:
+    """What samples must have in common to share their prompt: its tokens and, where routers choose
+    as the engine's did, its experts."""
+    shared = [sample.token_ids[: span.prefix].tobytes()]
+    if sample.routed_experts is not None:
+        shared.append(sample.routed_experts[: span.prefix].tobytes())
+    return b"".join(shared)
 
 
 def _split(indices: Sequence[int], spans: Sequence[Span], limit: int) -> list[Bundle]:

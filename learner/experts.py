@@ -1,7 +1,7 @@
 """Mixtures of experts: layers in which a router chooses, for each token, a few of many MLPs.
 
-What routers chose is counted on the way: a `Routing` travels with a row through the model's keyword
-arguments, and every layer hands it to its router.
+What routers choose is counted on the way, or given to them: a `Routing` travels with a row through
+the model's keyword arguments, and every layer hands it to its router.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from paceline.configs.errors import ModelError
 from paceline.configs.schema.learner import LearnerConfig
+from paceline.configs.vocabulary import NOT_ROUTED
 
 FAMILIES = ("qwen3_moe",)
 """Architectures whose experts and routers are known."""
@@ -27,13 +28,15 @@ class Routing:
 
     ``counted`` int64 [N] are the places in the row whose choices are counted; ``counts`` of them
     int64 [E], by layer. A layer that is recomputed in the backward pass counts the same once more,
-    into the same place.
+    into the same place. ``given`` int64 [T, layers, K] are experts to be chosen in place of the
+    routers' own choice, ``NOT_ROUTED`` where it stands.
     """
 
     # no dataclass: of those among a module's arguments FSDP hands on a copy
 
-    def __init__(self, counted: Tensor) -> None:
+    def __init__(self, counted: Tensor, given: Tensor | None = None) -> None:
         self.counted = counted
+        self.given = given
         self.counts: dict[int, Tensor] = {}
 
 
@@ -109,14 +112,35 @@ class _Router:
         """Called before the layer."""
         self._routing = arguments.get("routing")
 
-    def choose(self, gate: nn.Module, _: tuple[Any, ...], chosen: tuple[Tensor, ...]) -> None:
+    def choose(
+        self, gate: nn.Module, _: tuple[Any, ...], chosen: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Called after the router, with its logits [T, E], and weights and experts [T, K]."""
         if self._routing is None:
-            return
+            return chosen
+        if self._routing.given is not None:
+            chosen = _replayed(gate, chosen, self._routing.given[:, self._layer])
         logits, experts = chosen[0], chosen[2]
         counted = experts.index_select(0, self._routing.counted).flatten()
         counts = counted.new_zeros(logits.shape[-1])
         self._routing.counts[self._layer] = counts.index_add_(0, counted, torch.ones_like(counted))
+        return chosen
+
+
+def _replayed(
+    gate: nn.Module, chosen: tuple[Tensor, Tensor, Tensor], given: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The router's choice with ``given`` experts [T, K] where there are any.
+
+    Their weights are the router's own probabilities of them, so it learns from every token (Rollout
+    Routing Replay, Ma et al. 2025, arXiv 2510.11370).
+    """
+    logits, weights, experts = chosen
+    experts = torch.where(given == NOT_ROUTED, experts, given)
+    replayed = logits.softmax(-1, dtype=torch.float32).gather(1, experts)
+    if gate.norm_topk_prob:
+        replayed = replayed / replayed.sum(-1, keepdim=True)
+    return logits, replayed.to(weights.dtype), experts
 
 
 def router_metrics(counts: NDArray[np.int64]) -> dict[str, float]:

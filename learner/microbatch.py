@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from paceline.configs.vocabulary import TrainSample
+from paceline.configs.vocabulary import NOT_ROUTED, TrainSample
 from paceline.learner.attention import PackedSegments, Segment
 from paceline.learner.bundles import Bundle
 from paceline.learner.model import PackedRow
@@ -33,6 +34,14 @@ class Microbatch:
     row: PackedRow
     lengths: Tensor
     num_padding_tokens: int
+
+
+class Piece(NamedTuple):
+    """Tokens ``[start, stop)`` of a sample."""
+
+    sample: int
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -62,12 +71,14 @@ def build_microbatch(
     The row is padded to a ``multiple_of`` some number, and to one token at least, by a sequence of
     its own, which trains nothing.
     """
-    segments, tokens, placements = _lay_out(bundles, samples)
+    segments, pieces, placements = _lay_out(bundles, samples)
     num_tokens = sum(bundle.num_tokens for bundle in bundles)
     num_padding = max(1, math.ceil(num_tokens / multiple_of)) * multiple_of - num_tokens
     if num_padding:
         segments.append(Segment(num_tokens, num_padding))
-        tokens.append(np.zeros(num_padding, dtype=np.int32))
+    tokens = [samples[piece.sample].token_ids[piece.start : piece.stop] for piece in pieces]
+    tokens.append(np.zeros(num_padding, dtype=np.int32))
+    experts = _routed_experts(pieces, samples, num_padding)
     packed = PackedSegments.from_segments(segments, device)
     chosen = tuple(placement.sample for placement in placements)
     trained = np.concatenate([NO_MASK, *(samples[index].loss_mask for index in chosen)])
@@ -83,6 +94,7 @@ def build_microbatch(
         segments=packed,
         predictors=of_trained(predictors),
         targets=of_trained(samples[i].token_ids for i in chosen),
+        routed_experts=None if experts is None else experts.to(device, torch.int64),
     )
     lengths = torch.tensor(
         [int(samples[i].loss_mask.sum()) for i in chosen], dtype=torch.int64, device=device
@@ -90,21 +102,39 @@ def build_microbatch(
     return Microbatch(chosen, row, lengths, num_padding)
 
 
+def _routed_experts(
+    pieces: Sequence[Piece], samples: Sequence[TrainSample], num_padding: int
+) -> Tensor | None:
+    """Of every token of the row, int16 [T, layers, K]; None where no sample knows any."""
+    known = [samples[piece.sample].routed_experts for piece in pieces]
+    of_token = next((experts.shape[1:] for experts in known if experts is not None), None)
+    if of_token is None:
+        return None
+    unknown = np.int16(NOT_ROUTED)
+    parts = [
+        np.full((piece.stop - piece.start, *of_token), unknown)
+        if experts is None
+        else experts[piece.start : piece.stop]
+        for piece, experts in zip(pieces, known, strict=True)
+    ]
+    return torch.from_numpy(np.concatenate([*parts, np.full((num_padding, *of_token), unknown)]))
+
+
 def _lay_out(
     bundles: Sequence[Bundle], samples: Sequence[TrainSample]
-) -> tuple[list[Segment], list[NDArray[np.int32]], list[Placement]]:
+) -> tuple[list[Segment], list[Piece], list[Placement]]:
     """Whole samples and prompts, longest first; then what samples add to prompts, likewise.
 
     Equal shapes lie side by side. A sample may add nothing: its one trained token is predicted by
     the prompt.
     """
-    segments, tokens = [], []
+    segments, pieces = [], []
     roots: list[tuple[Bundle, int]] = []
     end = 0
     for bundle in sorted(bundles, key=lambda bundle: -bundle.first_length):
         roots.append((bundle, end))
         segments.append(Segment(end, bundle.first_length))
-        tokens.append(samples[bundle.samples[0]].token_ids[: bundle.first_length])
+        pieces.append(Piece(bundle.samples[0], 0, bundle.first_length))
         end += bundle.first_length
     continuations = [
         (bundle.prefix, length, root, sample)
@@ -119,6 +149,6 @@ def _lay_out(
         placements.append(Placement(sample, prefix, root, end))
         if length:
             segments.append(Segment(end, length, root, prefix))
-            tokens.append(samples[sample].token_ids[prefix : prefix + length])
+            pieces.append(Piece(sample, prefix, prefix + length))
             end += length
-    return segments, tokens, placements
+    return segments, pieces, placements

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from paceline.configs.errors import ModelError
+from paceline.configs.errors import BatchError, ModelError
 from paceline.configs.schema.learner import Checkpointing
 from paceline.configs.schema.model import ModelConfig
 from paceline.learner.attention import (
@@ -53,6 +53,8 @@ class PackedRow:
 
     ``token_ids`` and ``positions`` int64 [1, T]; ``predictors`` int64 [N], the places in the row
     whose hidden states predict a trained token, and ``targets`` int64 [N], those tokens.
+    ``routed_experts`` int64 [T, layers, K] are those that routers are to choose, ``NOT_ROUTED``
+    where they decide themselves.
     """
 
     token_ids: Tensor
@@ -60,6 +62,7 @@ class PackedRow:
     segments: PackedSegments
     predictors: Tensor
     targets: Tensor
+    routed_experts: Tensor | None = None
 
 
 class PolicyModel(nn.Module):
@@ -95,7 +98,7 @@ class PolicyModel(nn.Module):
     def hidden_states(self, row: PackedRow, before: Tensor | None = None) -> Tensor:
         """What the layers make of a row, or of what earlier ones made of it: [1, T, H]."""
         source = {"input_ids": row.token_ids} if before is None else {"inputs_embeds": before}
-        routing = {"routing": Routing(row.predictors)} if self._has_experts else {}
+        routing = self._routing(row) if self._has_experts else {}
         output = self.causal_lm.base_model(
             **source,
             position_ids=row.positions,
@@ -107,6 +110,17 @@ class PolicyModel(nn.Module):
             self.expert_counts.add(routing["routing"].counts)
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def _routing(self, row: PackedRow) -> dict[str, Routing]:
+        """What the layers of a mixture of experts are told besides."""
+        config, given = self.causal_lm.config, row.routed_experts
+        expected = (config.num_hidden_layers, config.num_experts_per_tok)
+        if given is not None and given.shape[1:] != expected:
+            raise BatchError(
+                f"samples come with experts of {given.shape[1]} layers, {given.shape[2]} a token, "
+                f"and the model has {expected[0]} and {expected[1]}: the engine served another one"
+            )
+        return {"routing": Routing(row.predictors, given)}
 
     def outputs(self, hidden: Tensor, row: PackedRow, head: Head) -> tuple[Tensor, ...]:
         """What ``forward`` returns, from the last hidden states [1, T, H]."""

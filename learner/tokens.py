@@ -118,10 +118,12 @@ def _check_sample(name: str, sample: TrainSample) -> None:
     lengths = [len(sample.token_ids), len(sample.loss_mask), len(sample.logprobs)]
     if sample.teacher_logprobs is not None:
         lengths.append(len(sample.teacher_logprobs))
+    if sample.routed_experts is not None:
+        lengths.append(len(sample.routed_experts))
     if len(set(lengths)) > 1:
         raise BatchError(
-            f"{name} has arrays of lengths {lengths} (tokens, mask, log-probabilities, teacher's): "
-            "they must be equal"
+            f"{name} has arrays of lengths {lengths} (tokens, mask, log-probabilities, teacher's, "
+            "experts): they must be equal"
         )
     if not sample.loss_mask.any():
         raise BatchError(f"{name} has no trained token: an empty completion cannot be learned from")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,14 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
-from paceline.configs.vocabulary import Group, Prompt, Trajectory, VersionSpan, WeightVersion
+from paceline.configs.vocabulary import (
+    NOT_ROUTED,
+    Group,
+    Prompt,
+    Trajectory,
+    VersionSpan,
+    WeightVersion,
+)
 from paceline.controller.ledger.events import LedgerError
 
 _CHECKSUM = struct.Struct("<Q")
@@ -21,22 +30,25 @@ _ARRAYS = {
     "token_ids": (np.dtype("<i4"), "I32"),
     "logprobs": (np.dtype("<f4"), "F32"),
     "teacher_logprobs": (np.dtype("<f4"), "F32"),
+    "routed_experts": (np.dtype("<i2"), "I16"),
     "loss_mask": (np.dtype(np.bool_), "BOOL"),
     "draft_sources": (np.dtype(np.uint8), "U8"),
 }
 """Types of what a trajectory holds, in numpy and in safetensors; the widest come first."""
+_UNKNOWN = {"draft_sources": 0, "routed_experts": NOT_ROUTED}
+"""What stands for them in a sample that was finished before the engines recorded them."""
 _WHAT_TO_DO = "restore the ledger from a copy, or start the run anew under another name"
 
 
 def encode_group(group: Group) -> bytes:
     """Samples of a group in one piece; its prompt is named, not kept: the feed has it."""
-    names = _present(group)
+    shapes = {name: _shape_of_token(group, name) for name in _present(group)}
     arrays: list[memoryview] = [
-        np.ascontiguousarray(_array(trajectory, name), _ARRAYS[name][0]).data
-        for name in names
+        np.ascontiguousarray(_array(trajectory, name, shape), _ARRAYS[name][0]).data
+        for name, shape in shapes.items()
         for trajectory in group.trajectories
     ]
-    header = _header(group, names)
+    header = _header(group, shapes)
     # Our own safetensors writer: the library's would copy every byte four times.
     body = b"".join((_LENGTH.pack(len(header)), header, *arrays))
     return _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body)) + body
@@ -87,20 +99,23 @@ def _present(group: Group) -> list[str]:
     """The arrays that the group's trajectories have."""
     is_taught = {trajectory.teacher_logprobs is not None for trajectory in group.trajectories}
     assert len(is_taught) == 1, "a teacher looked at all samples of a group or at none"
-    absent = set() if is_taught == {True} else {"teacher_logprobs"}
-    if all(trajectory.draft_sources is None for trajectory in group.trajectories):
-        absent.add("draft_sources")
-    return [name for name in _ARRAYS if name not in absent]
+    return [n for n in _ARRAYS if any(getattr(t, n) is not None for t in group.trajectories)]
 
 
-def _array(trajectory: Trajectory, name: str) -> Any:
-    """An array of a trajectory; a sample finished before drafting was on has no drafted tokens."""
-    if name == "draft_sources" and trajectory.draft_sources is None:
-        return np.zeros(len(trajectory.token_ids), np.uint8)
-    return getattr(trajectory, name)
+def _shape_of_token(group: Group, name: str) -> tuple[int, ...]:
+    """What an array holds of each token: one number, or several."""
+    return next(a.shape[1:] for t in group.trajectories if (a := getattr(t, name)) is not None)
 
 
-def _header(group: Group, names: list[str]) -> bytes:
+def _array(trajectory: Trajectory, name: str, shape: tuple[int, ...]) -> Any:
+    """An array of a trajectory; what was not recorded of its sample is not known."""
+    array = getattr(trajectory, name)
+    if array is None:
+        return np.full((len(trajectory.token_ids), *shape), _UNKNOWN[name], _ARRAYS[name][0])
+    return array
+
+
+def _header(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> bytes:
     """What safetensors says before the arrays, padded so that they are aligned."""
     lengths = [len(trajectory.token_ids) for trajectory in group.trajectories]
     facts = {
@@ -112,10 +127,11 @@ def _header(group: Group, names: list[str]) -> bytes:
     }
     text = f'{{"__metadata__":{{"group":{json.dumps(json.dumps(facts))}}}'
     length, start = sum(lengths), 0
-    for name in names:
+    for name, of_token in shapes.items():
         dtype, code = _ARRAYS[name]
-        end = start + length * dtype.itemsize
-        text += f',"{name}":{{"dtype":"{code}","shape":[{length}],"data_offsets":[{start},{end}]}}'
+        shape = [length, *of_token]
+        end = start + math.prod(shape) * dtype.itemsize
+        text += f',"{name}":{{"dtype":"{code}","shape":{shape},"data_offsets":[{start},{end}]}}'
         start = end
     text += "}"
     return text.encode().ljust(-(-len(text) // _ALIGNMENT) * _ALIGNMENT)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+from functools import partial
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from paceline.configs.errors import ConfigError, ModelError
+from paceline.configs.errors import BatchError, ConfigError, ModelError
 from paceline.configs.load import load_config
 from paceline.configs.parallel_limits import require_divisible
 from paceline.configs.schema import RunConfig
 from paceline.configs.schema.learner import LearnerConfig
+from paceline.configs.vocabulary import NOT_ROUTED
 from paceline.controller.algorithms import imitation
 from paceline.learner.experts import parameters_per_token, require_whole_experts, router_metrics
 from paceline.learner.model import load_policy, write_initial_model
@@ -56,12 +62,16 @@ def transformers_gradients(folder, batch):
     )
     total = torch.zeros(())
     for sample in batch.samples:
-        tokens = torch.from_numpy(sample.token_ids).long()
-        logprobs = (model(tokens[None]).logits[0, :-1] / batch.temperature).log_softmax(-1)
-        chosen = logprobs.gather(1, tokens[1:, None])[:, 0]
-        total = total - chosen[torch.from_numpy(sample.loss_mask[1:])].sum()
+        total = total - completion_logprobs(model, sample, batch.temperature).sum()
     (total / batch.num_trained_tokens).backward()
     return {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+
+
+def completion_logprobs(model, sample, temperature=1.0):
+    tokens = torch.from_numpy(sample.token_ids).long()
+    logprobs = (model(tokens[None]).logits[0, :-1] / temperature).log_softmax(-1)
+    chosen = logprobs.gather(1, tokens[1:, None])[:, 0]
+    return chosen[torch.from_numpy(sample.loss_mask[1:])]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +95,8 @@ def test_every_parameters_gradient_on_two_ranks_equals_that_of_one_process(moe_o
     batch = random_batch(num_samples=15, temperature=0.9)
     [(report, expected)] = moe_on_ranks(1, ranks.gradients, batch)
     for sharded_report, found in moe_on_ranks(2, ranks.gradients, batch, **settings):
-        assert sharded_report.metrics == pytest.approx(report.metrics, rel=1e-5, abs=1e-6)
+        for name in ("loss", "entropy", "router_load_max", "router_entropy"):
+            assert sharded_report.metrics[name] == pytest.approx(report.metrics[name], rel=1e-5)
         assert_same(found, expected, 1e-5)
 
 
@@ -205,3 +216,89 @@ def test_a_step_reports_the_load_of_every_trained_token_once(moe_on_ranks, moe_f
 def test_a_model_without_experts_reports_no_router(on_ranks):
     [(report, _)] = on_ranks(1, ranks.gradients, random_batch())
     assert not any(name.startswith("router") for name in report.metrics)
+
+
+def own_routing(folder, sample):
+    """The experts that transformers' routers choose of a sample: int16 [L, layers, K]."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    tokens = torch.from_numpy(sample.token_ids).long()[None]
+    logits = model(tokens, output_router_logits=True).router_logits
+    chosen = [layer.topk(model.config.num_experts_per_tok).indices for layer in logits]
+    return torch.stack(chosen, dim=1).numpy().astype(np.int16)
+
+
+def routed(batch, of_sample):
+    samples = tuple(replace(s, routed_experts=of_sample(s)) for s in batch.samples)
+    return replace(batch, samples=samples)
+
+
+def test_routers_that_are_given_their_own_choice_change_nothing(moe_on_ranks, moe_folder):
+    batch = random_batch(num_samples=8)
+    [(report, expected)] = moe_on_ranks(1, ranks.gradients, batch)
+    given = routed(batch, partial(own_routing, moe_folder))
+    [(again, found)] = moe_on_ranks(1, ranks.gradients, given)
+    assert again.metrics == pytest.approx(report.metrics, rel=1e-5, abs=1e-6)
+    assert_same(found, expected, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("norm", [True, False])
+def test_given_experts_are_taken_with_the_routers_own_weights_and_gradients(
+    on_ranks, tmp_path, num_ranks, norm
+):
+    """Against transformers with its routers' top-k replaced, a sample at a time: also where a
+    prompt is shared, where siblings' prompts went to different experts, where nothing is known."""
+    folder = str(tmp_path / "model")
+    write_initial_model(moe_config(norm_topk_prob=norm), VOCAB_SIZE, 1, seed=0, folder=folder)
+    generator = np.random.default_rng(3)
+    batch = random_batch(num_samples=10)
+    of_prompt = {}
+
+    def random_routing(sample):
+        length = len(sample.token_ids)
+        chosen = generator.permuted(np.tile(np.arange(4), (length, 2, 1)), axis=-1)[..., :2]
+        chosen[generator.random(length) < 0.2] = NOT_ROUTED
+        start = sample.loss_mask.argmax()
+        if generator.random() < 0.7:
+            chosen[:start] = of_prompt.setdefault(sample.group, chosen[:start])
+        return None if generator.random() < 0.2 else chosen.astype(np.int16)
+
+    given = routed(batch, random_routing)
+    expected = replayed_gradients(folder, given)
+    program = (ranks.gradients, given, imitation()[1])
+    settings = {"model_folder": folder, "activation_checkpointing": "layers"}
+    for _, found in on_ranks(num_ranks, *program, **settings):
+        assert_same(found, expected, 1e-5)
+
+
+def replayed_gradients(folder, batch):
+    given = None
+    own_topk = torch.topk
+
+    def topk(probabilities, count, dim):
+        """Called by the routers, layer by layer."""
+        values, indices = own_topk(probabilities, count, dim=dim)
+        if given is None:
+            return values, indices
+        chosen = torch.from_numpy(given[:, next(layers)]).long()
+        chosen = torch.where(chosen == NOT_ROUTED, indices, chosen)
+        return probabilities.gather(1, chosen), chosen
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", experts_implementation="eager"
+    )
+    total = torch.zeros(())
+    with mock.patch.object(torch, "topk", topk):
+        for sample in batch.samples:
+            given, layers = sample.routed_experts, itertools.count()
+            total = total - completion_logprobs(model, sample).sum()
+    (total / batch.num_trained_tokens).backward()
+    return {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+
+
+def test_routing_of_another_model_is_refused(moe_folder, tmp_path):
+    worker = ranks.make_worker(moe_folder, tmp_path / "weights")
+    batch = routed(random_batch(), lambda s: np.zeros((len(s.token_ids), 2, 3), np.int16))
+    with pytest.raises(BatchError, match="2 layers, 3 a token"):
+        worker.logprobs(batch.samples)
