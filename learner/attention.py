@@ -29,6 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from paceline.configs.errors import ModelError
+from paceline.learner.parallel.sequence import SequenceRanks
 
 ATTENTION_NAME = "paceline_packed"
 
@@ -178,6 +179,7 @@ def packed_attention(
     *,
     packed_segments: PackedSegments | None,
     row_keys: RowKeys | None = None,
+    sequence_ranks: SequenceRanks | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -191,6 +193,7 @@ def packed_attention(
         query: [1, num_heads, T, head_dim]; key and value: [1, num_kv_heads, T, head_dim].
         packed_segments: how the T tokens divide; None where only ``row_keys`` are wanted.
         row_keys: where the T tokens are a chunk of a row, the keys and values of earlier ones.
+        sequence_ranks: who has the other tokens, where these are a rank's share of the row.
 
     Returns:
         The output [1, T, num_heads, head_dim], and None in place of attention weights.
@@ -212,13 +215,18 @@ def packed_attention(
         )
     # [1, heads, T, head_dim] -> [T, heads, head_dim]
     query, key, value = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
+    if sequence_ranks is not None:
+        query, key, value = sequence_ranks.tokens_to_heads(query, key, value)
     if row_keys is not None:
         key, value = row_keys.extended(key, value)
     if packed_segments is None:
         return query[None], None
     takes_flash = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
     attend = flash_attention if takes_flash else run_by_run_attention
-    return attend(query, key, value, packed_segments, scaling)[None], None
+    output = attend(query, key, value, packed_segments, scaling)
+    if sequence_ranks is not None:
+        output = sequence_ranks.heads_to_tokens(output)
+    return output[None], None
 
 
 def flash_attention(

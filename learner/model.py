@@ -35,6 +35,7 @@ from paceline.learner.experts import (
     has_experts,
     parameters_per_token,
 )
+from paceline.learner.parallel.sequence import SequenceRanks
 
 Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 """From hidden states [N, H], output embedding [V, H] and targets int64 [N] to what is wanted of
@@ -69,7 +70,8 @@ class PolicyModel(nn.Module):
     """A causal language model whose vocabulary logits exist only inside the ``head`` it is handed.
 
     The head runs within ``forward`` because the output embedding, sharded over ranks, is whole
-    only there. ``has_values`` adds a scalar head: what the critic expects of a state.
+    only there. ``has_values`` adds a scalar head: what the critic expects of a state. Where there
+    are ``sequence_ranks``, each has its share of the tokens, and all outputs.
 
     ``expert_counts`` of a mixture of experts are over the predictors of rows it ran with gradients.
     """
@@ -77,6 +79,7 @@ class PolicyModel(nn.Module):
     def __init__(self, causal_lm: PreTrainedModel, *, has_values: bool = False) -> None:
         super().__init__()
         self.causal_lm = causal_lm
+        self.sequence_ranks: SequenceRanks | None = None
         self.expert_counts = ExpertCounts()
         self._has_experts = has_experts(causal_lm.config)
         if self._has_experts:
@@ -97,12 +100,16 @@ class PolicyModel(nn.Module):
 
     def hidden_states(self, row: PackedRow, before: Tensor | None = None) -> Tensor:
         """What the layers make of a row, or of what earlier ones made of it: [1, T, H]."""
-        source = {"input_ids": row.token_ids} if before is None else {"inputs_embeds": before}
+        token_ids, positions = row.token_ids, row.positions
+        if self.sequence_ranks is not None:
+            token_ids, positions = map(self.sequence_ranks.share, (token_ids, positions))
+        source = {"input_ids": token_ids} if before is None else {"inputs_embeds": before}
         routing = self._routing(row) if self._has_experts else {}
         output = self.causal_lm.base_model(
             **source,
-            position_ids=row.positions,
+            position_ids=positions,
             packed_segments=row.segments,
+            sequence_ranks=self.sequence_ranks,
             use_cache=False,
             **routing,
         )
@@ -124,8 +131,16 @@ class PolicyModel(nn.Module):
 
     def outputs(self, hidden: Tensor, row: PackedRow, head: Head) -> tuple[Tensor, ...]:
         """What ``forward`` returns, from the last hidden states [1, T, H]."""
-        hidden = hidden[0].index_select(0, row.predictors)
-        outputs = head(hidden, self.causal_lm.get_output_embeddings().weight, row.targets)
+        ranks = self.sequence_ranks
+        if ranks is None:
+            return self._outputs(hidden[0].index_select(0, row.predictors), row.targets, head)
+        which, places = ranks.own_places(row.predictors, hidden.shape[1])
+        own = self._outputs(hidden[0].index_select(0, places), row.targets[which], head)
+        return tuple(ranks.bring_together(output, which, len(row.targets)) for output in own)
+
+    def _outputs(self, hidden: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, ...]:
+        """Of hidden states [N, H] and their targets [N]."""
+        outputs = head(hidden, self.causal_lm.get_output_embeddings().weight, targets)
         if self.value_head is None:
             return outputs
         return (*outputs, self.value_head(hidden)[:, 0].float())

@@ -21,6 +21,7 @@ from paceline.learner.model import Head, PolicyModel
 from paceline.learner.optimizer import build_optimizer, has_gradients, reset_state, take_step
 from paceline.learner.parallel.data import shard_policy
 from paceline.learner.parallel.passes import Passes, WholePasses
+from paceline.learner.parallel.sequence import sequence_ranks
 from paceline.learner.parallel.tensor import divide_matrices
 from paceline.learner.shards import local_shards
 from paceline.learner.training_engine import LossOf, State
@@ -164,6 +165,7 @@ def shard(
     With ``offload`` it lies in host memory, and so does what trains it (if it ``trains``).
     """
     whole = WholeModel.of(policy)
+    policy.sequence_ranks = sequence_ranks(whole.config, mesh)
     if mesh.sizes["tensor"] > 1:
         divide_matrices(policy, mesh)
     if mesh.devices is not None:

@@ -15,8 +15,8 @@ from paceline.configs.errors import BatchError, NonFiniteError
 from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.vocabulary import TrainBatch
 from paceline.learner.advantages import Pass
-from paceline.learner.heads import logprobs_and_entropy
 from paceline.learner.experts import router_metrics
+from paceline.learner.heads import logprobs_and_entropy
 from paceline.learner.losses.inputs import LossInputs, Sequences
 from paceline.learner.losses.value import value_loss
 from paceline.learner.metrics import StepMetrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import itertools
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -91,12 +92,16 @@ def rank_processes():
     A process keeps its rank, as in a run: torch caches shard offsets by mesh and forgets to key
     them by rank.
     """
+    from tests.learner import ranks  # which imports this file
+
     with ExitStack() as stack:
         running = []
 
         def at_least(number):
-            while len(running) < number:
-                running.append(stack.enter_context(rank_process()))
+            new = [stack.enter_context(rank_process()) for _ in range(len(running), number)]
+            # else the first ones ready would wait for the others at the rendezvous
+            concurrent.futures.wait([process.submit(ranks.be_imported) for process in new])
+            running.extend(new)
             return running[:number]
 
         yield at_least

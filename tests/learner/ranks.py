@@ -57,6 +57,10 @@ def free_port():
         return listener.getsockname()[1]
 
 
+def be_imported():
+    """Coming here takes a process seconds."""
+
+
 def run_rank(program, arguments, worker_arguments):
     """In a rank's process: build the worker, run ``program(worker, *arguments)``, leave."""
     torch.set_num_threads(1)
