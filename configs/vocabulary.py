@@ -306,3 +306,13 @@ class StepReport:
     num_padding_tokens: int
     seconds: float
     metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class RankProgress:
+    """Where a learner rank stands inside a call: the step, the pass, and how many collectives it
+    has begun by process group."""
+
+    version: int = 0
+    doing: str = ""
+    collectives: Mapping[str, int] = field(default_factory=dict)

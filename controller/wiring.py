@@ -379,6 +379,9 @@ async def start_learner(
         cpus=learner.cpus_per_rank,
         gpus=learner.gpus_per_rank,
         environment={} if learner.gpus_per_rank else CPU_LEARNER_ENVIRONMENT,
+        hang_seconds=learner.longest_wait_seconds,
+        reports=Path(config.output_dir) / config.name,
+        placement=learner.placement,
     )
     stack.push_async_callback(ranks.close)
     return ranks

@@ -44,7 +44,7 @@ class RankModels:
     """A rank's shards of every model.
 
     ``value_model`` predicts values where there is a critic: the policy itself where it shares its
-    backbone, else ``critic``.
+    backbone, else ``critic``. ``activity`` is the pass this rank is in, for who asks meanwhile.
 
     Raises:
         ModelError: the model cannot be read or trained on packed rows.
@@ -61,6 +61,7 @@ class RankModels:
         rank: int,
         rendezvous: str | None,
     ) -> None:
+        self.activity = ""
         self._config = config
         self._precision = model.precision
         device = _device(config)
@@ -160,13 +161,15 @@ class RankModels:
         for found in self.mesh.gather(list(here)):
             for index, values in found:
                 result[index] = values
+        self.activity = ""
         return result
 
     def _pieces(
         self, found: Iterable[tuple[Microbatch, Tensor]]
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """By sample: its index and what was found for its tokens."""
-        for microbatch, output in found:
+        for number, (microbatch, output) in enumerate(found, 1):
+            self.activity = f"evaluated {number} microbatches"
             values = output.float().cpu().numpy()
             pieces = np.split(values, np.cumsum(microbatch.lengths.cpu().numpy())[:-1])
             yield from zip(microbatch.samples, pieces, strict=False)

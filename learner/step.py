@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,7 @@ from paceline.learner.model import no_head
 from paceline.learner.objective import Algorithm, check_advantages, derived_metrics
 from paceline.learner.rank import RankModels
 from paceline.learner.tokens import BatchTokens, batch_tokens
+from paceline.learner.training_engine import LossOf
 
 Columns = dict[str, NDArray[np.float32]]
 Arrays = list[NDArray[np.float32]]
@@ -90,9 +92,12 @@ class TrainingStep:
         self._imbalances.append(share.imbalance)
         self.num_padding_tokens += sum(m.num_padding_tokens for m in microbatches)
         head = partial(logprobs_and_entropy, temperature=self._batch.temperature)
-        models.policy.add_gradients(microbatches, head, partial(self._loss, chosen, metrics))
+        loss_of = self._told("policy", len(microbatches), partial(self._loss, chosen, metrics))
+        models.policy.add_gradients(microbatches, head, loss_of)
         if "returns" in self._columns and models.critic is not None:
-            value_loss_of = partial(self._value_loss, chosen, metrics)
+            value_loss_of = self._told(
+                "critic", len(microbatches), partial(self._value_loss, chosen, metrics)
+            )
             models.critic.add_gradients(microbatches, no_head, value_loss_of)
         counts = models.policy.take_expert_counts()
         if counts is not None:
@@ -104,6 +109,7 @@ class TrainingStep:
                 f"the loss of step {self._batch.step} is {means['loss']}: no weight was changed; "
                 "lower the learning rate or look at the batch's samples"
             )
+        self._models.activity = ""
         self._means.append((num_trained, means))
         self._next_update += 1
 
@@ -122,6 +128,19 @@ class TrainingStep:
         routers = router_metrics(np.sum(self._expert_counts, axis=0)) if self._expert_counts else {}
         waiting = {"rank_imbalance": float(np.mean(self._imbalances))}
         return derived_metrics(means) | self._batch_metrics | routers | waiting
+
+    def _told(self, model: str, num_microbatches: int, loss_of: LossOf) -> LossOf:
+        """The same loss, which tells how far this rank has come."""
+        update = f"update {self._next_update + 1} of {len(self._updates)}, {model}"
+        counter = itertools.count(1)
+
+        def telling(microbatch: Microbatch, outputs: tuple[Tensor, ...]) -> Tensor:
+            number = next(counter)
+            self._models.activity = f"{update}, microbatch {number} of {num_microbatches}"
+            return loss_of(microbatch, outputs)
+
+        self._models.activity = f"{update}, before its losses"
+        return telling
 
     def _loss(
         self,

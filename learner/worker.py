@@ -18,13 +18,20 @@ from numpy.typing import NDArray
 from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.schema.learner import LearnerConfig, OptimizerConfig
 from paceline.configs.schema.model import ModelConfig
-from paceline.configs.vocabulary import StepReport, TrainBatch, TrainSample, WeightVersion
+from paceline.configs.vocabulary import (
+    RankProgress,
+    StepReport,
+    TrainBatch,
+    TrainSample,
+    WeightVersion,
+)
 from paceline.learner.background_save import BackgroundSave
 from paceline.learner.checkpoint import checkpoint_state, export_model, load_checkpoint
 from paceline.learner.heads import argmax_gaps
 from paceline.learner.inspection import prompt_and_completion
 from paceline.learner.mesh import require_determinism
 from paceline.learner.objective import Algorithm
+from paceline.learner.progress import collectives_begun
 from paceline.learner.rank import RankModels
 from paceline.learner.step import TrainingStep
 from paceline.weights_sync.handle import WeightHandle
@@ -170,6 +177,10 @@ class LearnerWorker:
         """
         self._saving.finish()
 
+    def progress(self) -> RankProgress:
+        """Where this rank stands; may be called from any thread while a call runs."""
+        return RankProgress(self.version, self._models.activity, collectives_begun())
+
     def load(self, folder: str) -> None:
         """Restore a checkpoint of any number of ranks.
 
@@ -233,6 +244,7 @@ class LearnerWorker:
     def _apply(self, optimizer: OptimizerConfig, step: int, num_steps: int) -> dict[str, float]:
         """One update of the policy and, where it has optimiser of its own, of the critic."""
         models = self._models
+        models.activity = "optimiser"
         found = models.policy.take_step(optimizer, step, num_steps)
         # a warm start trains no critic
         if models.critic is not None and models.critic.has_gradients():
@@ -240,6 +252,7 @@ class LearnerWorker:
             settings = self._critic.optimizer or optimizer
             critic = models.critic.take_step(settings, step, num_steps)
             found["critic_grad_norm"] = critic["grad_norm"]
+        models.activity = ""
         return found
 
     def _drop_gradients(self) -> None:

@@ -142,10 +142,27 @@ class LearnerConfig(Section):
     collective_timeout_seconds: float = Field(default=120.0, gt=0)
     """A collective that takes longer ends the run instead of hanging it."""
 
+    hang_seconds: float | None = Field(default=None, gt=0)
+    """A rank that keeps the others waiting or gives no sign of life for so long is named and ends
+    the run; half of ``collective_timeout_seconds`` where nothing is set."""
+
+    placement: Literal["pack", "spread"] = "pack"
+    """Nodes for ranks that reserve CPUs or GPUs: as few as possible, or each rank its own."""
+
     @field_validator("activation_checkpointing", mode="before")
     @classmethod
     def _yes_is_layers(cls, value: object) -> object:
         return {False: "none", True: "layers"}[value] if isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _hangs_are_named_first(self) -> Self:
+        if self.longest_wait_seconds >= self.collective_timeout_seconds:
+            raise ValueError(
+                f"learner.hang_seconds ({self.hang_seconds:g}) must be less than "
+                f"learner.collective_timeout_seconds ({self.collective_timeout_seconds:g}): a rank "
+                "is to be named before its neighbours give up"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ranks_divide(self) -> Self:
@@ -190,3 +207,8 @@ class LearnerConfig(Section):
     def num_data_ranks(self) -> int:
         """Shares that the samples of a batch are divided into."""
         return self.num_ranks // self.parallel.model_ranks
+
+    @property
+    def longest_wait_seconds(self) -> float:
+        """How long ranks may wait for one that stands still."""
+        return self.hang_seconds or self.collective_timeout_seconds / 2

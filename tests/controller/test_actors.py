@@ -15,7 +15,7 @@ import ray
 from paceline.configs.errors import ClusterError, DataError
 from paceline.configs.schema.learner import OptimizerConfig
 from paceline.configs.schema.run import ClusterConfig
-from paceline.configs.vocabulary import StepReport, WeightVersion
+from paceline.configs.vocabulary import RankProgress, StepReport, WeightVersion
 from paceline.controller.actors import (
     LateClass,
     RolloutActor,
@@ -95,6 +95,9 @@ def rank_class():
         def reset_optimizer(self):
             return None
 
+        def progress(self):
+            return RankProgress()
+
         def close(self):
             return None
 
@@ -107,8 +110,15 @@ async def rollout_worker(max_requests=8, **environment):
     )
 
 
-async def learner_ranks(num_ranks):
-    return await start_learner_ranks(rank_class(), num_ranks, environment={}, **RESOURCES)
+async def learner_ranks(num_ranks, factory=None, hang_seconds=60.0, reports=None, **options):
+    return await start_learner_ranks(
+        factory or rank_class(),
+        num_ranks,
+        environment={},
+        hang_seconds=hang_seconds,
+        reports=reports,
+        **{**RESOURCES, **options},
+    )
 
 
 def is_alive(pid):
