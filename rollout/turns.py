@@ -169,6 +169,7 @@ def joined(earlier: Completion, new: Completion) -> Completion:
         versions=joined_spans(earlier.versions, new.versions, len(earlier.token_ids)),
         finish_reason=new.finish_reason,
         draft_sources=joined_sources(earlier, new),
+        routed_experts=joined_experts(earlier.routed_experts, new.routed_experts),
     )
 
 
@@ -184,6 +185,17 @@ def joined_sources(earlier: Completion, new: Completion) -> NDArray[np.uint8] | 
             for part in (earlier, new)
         ]
     )
+
+
+def joined_experts(
+    earlier: NDArray[np.int16] | None, new: NDArray[np.int16] | None
+) -> NDArray[np.int16] | None:
+    """Experts of the prompt and all tokens, which ``new`` knows too, but from its own passes over
+    them; None where an engine did not record them."""
+    if earlier is None or new is None:
+        return None
+    num_read = len(earlier) - 1
+    return np.concatenate([earlier[:num_read], new[num_read:]])
 
 
 def joined_spans(

@@ -33,6 +33,7 @@ from paceline.configs.vocabulary import (
 )
 from paceline.rollout.coupled_sampling import sample_coupled
 from paceline.rollout.engine import RolloutResult
+from paceline.rollout.routing_record import RoutingRecord
 from paceline.rollout.turns import NOTHING_YET, ScoringTurn, Turn
 from paceline.rollout.vllm_patches import (
     abort_with_outputs,
@@ -121,6 +122,7 @@ class VLLMEngine:
         self._proposer = None
         if speculative_config is None and config.drafting is not None:
             self._proposer = self._attached(config.drafting)
+        self._routing = RoutingRecord(self._engine) if config.router_replay else None
         self._max_length = max_length
         self._on_update = config.on_weight_update
         self._version = fixed_version
@@ -233,6 +235,9 @@ class VLLMEngine:
         """Close the sample that an output ends."""
         sample = self._running.pop(output.request_id)
         new = completion(output.outputs[0])
+        if self._routing is not None:
+            num_tokens = len(output.prompt_token_ids) + len(new.token_ids)
+            new = replace(new, routed_experts=self._routing.take(sample.vllm_id, num_tokens))
         if sample.num_scored:
             new = replace(new, logprobs=scores(output, sample.num_scored))
         elif self._proposer is not None:
@@ -271,6 +276,8 @@ class VLLMEngine:
         waiting = [s for s in self._running.values() if not has_sampled(self._engine, s.vllm_id)]
         abort_with_outputs(self._engine, [sample.vllm_id for sample in waiting])
         for sample in waiting:
+            if self._routing is not None:
+                self._routing.take(sample.vllm_id, 0)
             if self._proposer is not None and isinstance(sample.turn, Turn):
                 self._proposer.finish(sample.vllm_id, NOTHING_YET.token_ids, by_itself=False)
             self._enqueue(sample.turn, sample.index)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from paceline.configs.schema.base import Section
 from paceline.configs.vocabulary import SamplingParameters
@@ -119,5 +119,18 @@ class RolloutConfig(Section):
     that a sample is fixed by its seed and the weights: drafts, turns and workers change nothing,
     and drafts guess better. Off, each request draws from a generator of its own, as in vLLM."""
 
+    router_replay: bool = False
+    """Of a mixture of experts: record which experts each token was sent to, and send it to the same
+    ones in training. Needs ``tensor_parallel: 1`` and ``enforce_eager: true``."""
+
     sampling: SamplingConfig = SamplingConfig()
     """How training completions are drawn."""
+
+    @model_validator(mode="after")
+    def _routing_can_be_recorded(self) -> Self:
+        if self.router_replay and (self.tensor_parallel > 1 or not self.enforce_eager):
+            raise ValueError(
+                "rollout.router_replay records experts in the engine's own process, without "
+                "compilation: set rollout.tensor_parallel to 1 and rollout.enforce_eager to true"
+            )
+        return self

@@ -26,7 +26,7 @@ from paceline.controller.ledger.events import LedgerError
 _CHECKSUM = struct.Struct("<Q")
 _LENGTH = struct.Struct("<Q")
 _ALIGNMENT = 8
-_ARRAYS = {
+_ARRAYS: dict[str, tuple[np.dtype[Any], str]] = {
     "token_ids": (np.dtype("<i4"), "I32"),
     "logprobs": (np.dtype("<f4"), "F32"),
     "teacher_logprobs": (np.dtype("<f4"), "F32"),

@@ -69,7 +69,11 @@ def build_reference(folder: str, shared: Path) -> Reference:
 
 
 def build_engine(
-    folder: str, max_num_seqs: int = 32, policy: str = "recompute", max_length: int = MAX_LENGTH
+    folder: str,
+    max_num_seqs: int = 32,
+    policy: str = "recompute",
+    max_length: int = MAX_LENGTH,
+    **settings,
 ):
     from vllm.v1.engine import core
 
@@ -80,7 +84,10 @@ def build_engine(
     core.cleanup_dist_env_and_memory = lambda: None
     return VLLMEngine(
         folder,
-        RolloutConfig(max_num_seqs=max_num_seqs, kv_cache_mb=16, on_weight_update=policy),
+        RolloutConfig(
+            **{"max_num_seqs": max_num_seqs, "kv_cache_mb": 16, "on_weight_update": policy}
+            | settings
+        ),
         max_length=max_length,
         dtype="float32",
         seed=0,

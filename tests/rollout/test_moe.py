@@ -1,21 +1,25 @@
-"""A real engine serves a mixture of experts that the learner published."""
+"""A real engine serves a mixture of experts that the learner published, and records its routing."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from paceline.configs.errors import ModelError
 from paceline.configs.schema.learner import LearnerConfig
-from paceline.configs.vocabulary import Prompt, TrainSample, Trajectory
+from paceline.configs.vocabulary import NOT_ROUTED, Prompt, TrainSample, Trajectory
 from paceline.learner.model import write_initial_model
 from paceline.learner.worker import LearnerWorker
 from tests.rollout.conftest import (
+    LONG,
     STOP,
     build_engine,
     make_request,
     run_to_end,
     spread,
+    steps,
     tiny_model_config,
 )
 
@@ -27,46 +31,167 @@ EXPERTS = {
     "norm_topk_prob": True,
     "initializer_range": 0.2,
 }
+EXACT = 1e-4
 
 
 @pytest.fixture(scope="module")
-def learner_and_engine(tmp_path_factory):
-    """The engine was loaded with OTHER weights than the learner holds."""
-    config = tiny_model_config(**EXPERTS)
-    folders = [str(tmp_path_factory.mktemp(name)) for name in ("learned", "loaded")]
-    for seed, folder in enumerate(folders):
-        write_initial_model(config, 128, STOP, seed=seed, folder=folder)
-    learner = LearnerWorker(
-        folders[0],
+def learner(tmp_path_factory):
+    """Of a Qwen3-MoE with 2 layers of 4 experts; tests change its weights and publish them."""
+    config = tiny_model_config(LONG, **EXPERTS)
+    folder = str(tmp_path_factory.mktemp("learned"))
+    write_initial_model(config, 128, STOP, seed=0, folder=folder)
+    return LearnerWorker(
+        folder,
         config,
-        LearnerConfig(tokens_per_microbatch=512),
+        LearnerConfig(tokens_per_microbatch=8 * LONG),
         rank=0,
         rendezvous=None,
         weights_folder=str(tmp_path_factory.mktemp("weights")),
         seed=0,
     )
-    return learner, build_engine(folders[1])
+
+
+@pytest.fixture(scope="module")
+def other_folder(tmp_path_factory):
+    """An engine is loaded with OTHER weights than the learner holds."""
+    folder = str(tmp_path_factory.mktemp("loaded"))
+    return write_initial_model(tiny_model_config(LONG, **EXPERTS), 128, STOP, 1, folder)
+
+
+@pytest.fixture(scope="module", params=["recompute", "keep", "abort"])
+def engine(request, other_folder):
+    return build_engine(other_folder, policy=request.param, max_length=LONG, router_replay=True)
+
+
+def parameters(learner):
+    return dict(learner._models.policy.parts[0].named_parameters())
 
 
 def sample_of(request, completion):
     prompt = Prompt("", "", request.prompt_token_ids)
     whole = Trajectory.from_completion(prompt, completion)
-    return TrainSample(whole.token_ids, whole.loss_mask, whole.logprobs)
+    return TrainSample(
+        whole.token_ids, whole.loss_mask, whole.logprobs, routed_experts=whole.routed_experts
+    )
 
 
-def test_log_probabilities_of_the_engine_are_the_learners_after_every_update(learner_and_engine):
-    learner, engine = learner_and_engine
-    found = []
+def errors(learner, samples, temperature=1.0):
+    expected = learner.logprobs(samples, temperature)
+    return [spread(s.logprobs - found) for s, found in zip(samples, expected, strict=True)]
+
+
+def without_routing(samples):
+    return [replace(sample, routed_experts=None) for sample in samples]
+
+
+def test_log_probabilities_of_the_engine_are_the_learners_after_every_update(learner, engine):
     for version in (0, 1):
         engine.update_weights(learner.publish(version))
         request = make_request(f"r{version}", num_samples=4, seed=version, temperature=0.7)
         samples = [sample_of(request, c) for c in run_to_end(engine, request)[f"r{version}"]]
-        expected = learner.logprobs(samples, temperature=0.7)
-        for sample, logprobs in zip(samples, expected, strict=True):
-            assert spread(sample.logprobs - logprobs) < 1e-4
-        found.append(np.concatenate(expected))
-        for parameter in learner._models.policy.parts[0].parameters():
+        for sample in samples:
+            assert sample.routed_experts.shape == (len(sample.token_ids), 2, 2)
+            assert (sample.routed_experts[:-1] >= 0).all()
+            assert (sample.routed_experts[-1] == NOT_ROUTED).all()
+        assert max(errors(learner, samples, 0.7)) < EXACT
+        assert max(errors(learner, without_routing(samples), 0.7)) < EXACT
+        for parameter in parameters(learner).values():
             parameter.data.mul_(1.1)
+
+
+def test_replayed_routing_is_exact_where_the_learners_own_would_flip(learner, engine):
+    engine.update_weights(learner.publish(2))
+    request = make_request("flip", num_samples=4, max_tokens=40)
+    samples = [sample_of(request, c) for c in run_to_end(engine, request)["flip"]]
+    # what rounding may do to any router: the same probabilities, another choice
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.topk", other_choice)
+        assert max(errors(learner, without_routing(samples))) > 0.1
+        assert max(errors(learner, samples)) < EXACT
+
+
+def other_choice(probabilities, count, dim):
+    """The least likely experts."""
+    indices = probabilities.argsort(dim)[:, :count]
+    return probabilities.gather(1, indices), indices
+
+
+def test_cached_prompts_are_routed_as_they_were_when_they_were_read(learner, engine):
+    """Of a cached block a request reads nothing; the learner must know its experts all the same."""
+    engine.update_weights(learner.publish(3))
+    prompt = tuple(range(2, 127)) * 2
+    for name in ("reads", "finds"):
+        request = make_request(name, prompt, num_samples=2, max_tokens=20)
+        samples = [sample_of(request, c) for c in run_to_end(engine, request)[name]]
+        assert all((sample.routed_experts[:-1] >= 0).all() for sample in samples)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("torch.topk", other_choice)
+            assert max(errors(learner, samples)) < EXACT
+
+
+def test_interrupted_and_continued_requests_keep_the_routing_of_all_turns(learner, engine):
+    engine.update_weights(learner.publish(4))
+    request = make_request("turns", num_samples=3, max_tokens=24, segment_tokens=7)
+    partial, num_turns = (), 0
+    while not partial or not all(completion.is_finished for completion in partial):
+        engine.add(replace(request, partial=partial))
+        (result,) = steps(engine, 4 + num_turns % 2 * 4) or [engine.interrupt("turns")]
+        partial, num_turns = result.completions, num_turns + 1
+    assert num_turns > 2
+    samples = [sample_of(request, completion) for completion in partial]
+    assert all((sample.routed_experts[:-1] >= 0).all() for sample in samples)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.topk", other_choice)
+        assert max(errors(learner, samples)) < EXACT
+
+
+def test_an_update_under_way_keeps_what_each_token_was_sampled_with(learner, engine):
+    """Tokens of both versions: those of the first are still routed as the first routed them."""
+    engine.update_weights(learner.publish(5))
+    request = make_request("moving", max_tokens=24)
+    engine.add(request)
+    steps(engine, 10)
+    before = sample_of(request, engine.interrupt("moving").completions[0])
+    engine.add(request)
+    steps(engine, 10)
+    for parameter in parameters(learner).values():
+        parameter.data.mul_(-1.0)
+    results = engine.update_weights(learner.publish(6))
+    for parameter in parameters(learner).values():
+        parameter.data.mul_(-1.0)
+    completions = [result.completions for result in results] or [run_to_end(engine)["moving"]]
+    ((completion,),) = completions
+    after = sample_of(request, completion)
+    known = len(before.token_ids) - 1
+    np.testing.assert_array_equal(before.token_ids, after.token_ids[: known + 1])
+    np.testing.assert_array_equal(before.routed_experts[:known], after.routed_experts[:known])
+    assert (after.routed_experts[:-1] >= 0).all()
+
+
+def test_routing_is_exact_where_drafts_are_accepted_and_refused(learner, other_folder):
+    engine = build_engine(
+        other_folder, max_length=LONG, router_replay=True, drafting={"budget": "none"}
+    )
+    engine.update_weights(learner.publish(7))
+    samples = []
+    for turn in range(3):
+        request = make_request(f"drafted{turn}", max_tokens=60, temperature=0.3, num_samples=2)
+        samples += [sample_of(request, c) for c in run_to_end(engine, request)[f"drafted{turn}"]]
+    drafted, accepted = (
+        sum(engine.draft_counters[f"num_{what}_{source}"] for source in ("siblings", "history"))
+        for what in ("drafted", "accepted")
+    )
+    assert 0 < accepted < drafted
+    assert all((sample.routed_experts[:-1] >= 0).all() for sample in samples)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.topk", other_choice)
+        assert max(errors(learner, samples, 0.3)) < EXACT
+
+
+def test_a_model_without_experts_has_no_routing_to_record(tmp_path):
+    write_initial_model(tiny_model_config(), 128, STOP, seed=0, folder=str(tmp_path))
+    with pytest.raises(ModelError, match=r"rollout\.router_replay cannot record"):
+        build_engine(str(tmp_path), router_replay=True)
 
 
 def test_experts_that_the_cpu_kernels_would_pad_are_refused(tmp_path):
