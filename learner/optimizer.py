@@ -62,9 +62,15 @@ def has_gradients(optimizer: torch.optim.AdamW) -> bool:
 
 
 def take_step(
-    optimizer: torch.optim.AdamW, config: OptimizerConfig, step: int, num_steps: int
+    optimizer: torch.optim.AdamW,
+    config: OptimizerConfig,
+    step: int,
+    num_steps: int,
+    norm: Tensor | None = None,
 ) -> dict[str, float]:
     """Clip the gradients to a global 2-norm, write the weights, drop the gradients.
+
+    ``norm`` is that of all gradients, where the optimiser's parameters are not the whole model.
 
     Returns:
         ``grad_norm`` before clipping, and ``learning_rate``.
@@ -75,7 +81,7 @@ def take_step(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None]
     assert gradients, "an optimiser step needs a forward_backward before it"
-    norm = global_norm(gradients)
+    norm = global_norm(gradients) if norm is None else norm
     if not torch.isfinite(norm):
         optimizer.zero_grad()
         raise NonFiniteError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +18,18 @@ from paceline.learner.checkpoint_names import shapes_on_disk, shards_on_disk
 from paceline.learner.mesh import RankMesh
 from paceline.learner.microbatch import Microbatch
 from paceline.learner.model import Head, PolicyModel
-from paceline.learner.optimizer import build_optimizer, has_gradients, reset_state, take_step
+from paceline.learner.optimizer import (
+    build_optimizer,
+    global_norm,
+    has_gradients,
+    reset_state,
+    take_step,
+)
 from paceline.learner.parallel.data import shard_policy
 from paceline.learner.parallel.passes import Passes, WholePasses
+from paceline.learner.parallel.pipeline import PipelinePasses
 from paceline.learner.parallel.sequence import sequence_ranks
+from paceline.learner.parallel.stages import divide_layers
 from paceline.learner.parallel.tensor import divide_matrices
 from paceline.learner.shards import local_shards
 from paceline.learner.training_engine import LossOf, State
@@ -49,7 +57,7 @@ class WholeModel:
 class ShardedEngine:
     """A model in parts (one, or a rank's stages of a pipeline), each sharded by the mesh.
 
-    ``is_first`` among the ranks that hold pieces of the same parts.
+    ``repeated`` are names of parameters that another rank of the pipeline holds and speaks for.
     """
 
     def __init__(
@@ -57,16 +65,18 @@ class ShardedEngine:
         whole: WholeModel,
         parts: Sequence[PolicyModel],
         passes: Passes,
+        mesh: RankMesh,
         *,
         trains: bool,
-        is_first: bool,
+        repeated: Set[str] = frozenset(),
     ) -> None:
         self.parts = parts
         self.model_config = whole.config
         self.quadratic_cost = whole.quadratic_cost
         self._shapes = whole.shapes
         self._passes = passes
-        self._is_first = is_first
+        self._mesh = mesh
+        self._repeated = repeated
         parameters = [parameter for part in parts for parameter in part.parameters()]
         self._optimizer = build_optimizer(parameters) if trains else None
 
@@ -101,7 +111,7 @@ class ShardedEngine:
 
     def take_step(self, config: OptimizerConfig, step: int, num_steps: int) -> dict[str, float]:
         """See `TrainingEngine`."""
-        return take_step(self.optimizer, config, step, num_steps)
+        return take_step(self.optimizer, config, step, num_steps, self._norm_over_stages())
 
     def reset_optimizer(self) -> None:
         """See `TrainingEngine`."""
@@ -111,16 +121,19 @@ class ShardedEngine:
         """See `TrainingEngine`."""
         for part in self.parts:
             for piece in local_shards(part.causal_lm):
-                yield from shards_on_disk(piece, self._shapes[piece.name])
+                if piece.name not in self._repeated:
+                    yield from shards_on_disk(piece, self._shapes[piece.name])
 
     def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `TrainingEngine`."""
         for part in self.parts:
             for name, parameter in part.causal_lm.named_parameters():
+                if name in self._repeated:
+                    continue
                 tensor = parameter.detach()
                 if isinstance(tensor, DTensor):
                     tensor = tensor.full_tensor()
-                if self._is_first:
+                if self._mesh.is_first:
                     whole = Shard(name, (slice(None),) * tensor.ndim, tensor.cpu())
                     for piece in shards_on_disk(whole, tuple(tensor.shape)):
                         yield piece.name, piece.values
@@ -147,6 +160,12 @@ class ShardedEngine:
         assert self._optimizer is not None, "a frozen model has no optimiser"
         return self._optimizer
 
+    def _norm_over_stages(self) -> Tensor:
+        named = self._named_parameters()
+        counted = [parameter for name, parameter in named if name not in self._repeated]
+        norm = global_norm([p.grad for p in counted if p.grad is not None])
+        return self._mesh.sum_over_stages(norm.double().square()).sqrt().to(norm.dtype)
+
     def _named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for part in self.parts:
             yield from part.trained_parameters()
@@ -165,14 +184,20 @@ def shard(
     With ``offload`` it lies in host memory, and so does what trains it (if it ``trains``).
     """
     whole = WholeModel.of(policy)
-    policy.sequence_ranks = sequence_ranks(whole.config, mesh)
-    if mesh.sizes["tensor"] > 1:
-        divide_matrices(policy, mesh)
-    if mesh.devices is not None:
-        shard_policy(policy, mesh, precision, offload=offload)
-    if not offload:
-        policy.to(mesh.device)
-    if not trains:
-        policy.requires_grad_(False)
-    passes = WholePasses(policy, mesh.num_averaged)
-    return ShardedEngine(whole, [policy], passes, trains=trains, is_first=mesh.is_first)
+    stages = divide_layers(policy, mesh) if mesh.sizes["pipeline"] > 1 else []
+    parts: Sequence[PolicyModel] = stages or [policy]
+    for part in parts:
+        part.sequence_ranks = sequence_ranks(whole.config, mesh)
+        if mesh.sizes["tensor"] > 1:
+            divide_matrices(part, mesh)
+        if mesh.devices is not None:
+            shard_policy(part, mesh, precision, offload=offload)
+        if not offload:
+            part.to(mesh.device)
+        if not trains:
+            part.requires_grad_(False)
+    passes: Passes = WholePasses(policy, mesh.num_averaged)
+    if stages:
+        passes = PipelinePasses(stages, mesh, getattr(torch, precision))
+    repeated = frozenset(name for stage in stages for name in stage.repeated)
+    return ShardedEngine(whole, parts, passes, mesh, trains=trains, repeated=repeated)
