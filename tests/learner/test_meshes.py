@@ -29,7 +29,15 @@ MESHES = {
 }
 """Number of ranks and what they divide; what is left shards the weights."""
 
-each_mesh = pytest.mark.parametrize(("num_ranks", "parallel"), MESHES.values(), ids=MESHES)
+
+def on_meshes(*names):
+    return pytest.mark.parametrize(
+        ("num_ranks", "parallel"), [MESHES[name] for name in names], ids=names
+    )
+
+
+each_mesh = on_meshes(*MESHES)
+each_mixture = on_meshes("hsdp", "tensor_fsdp", "sequence_fsdp", "tensor_sequence")
 ACTOR_CRITIC = Objective(
     GeneralizedAdvantage(trace_decay=0.9),
     Clip(0.2, 0.28),
@@ -61,7 +69,7 @@ def test_every_gradient_metric_and_logprob_is_that_of_one_process(on_ranks, num_
             np.testing.assert_allclose(mine, theirs, atol=2e-5)
 
 
-@each_mesh
+@each_mixture
 def test_training_follows_one_process_step_by_step(on_ranks, num_ranks, parallel):
     """With gradients that are clipped."""
     batches = [random_batch(seed=seed) for seed in range(3)]
@@ -77,7 +85,17 @@ def test_training_follows_one_process_step_by_step(on_ranks, num_ranks, parallel
         assert_same(found, expected, 1e-3)
 
 
-@each_mesh
+@on_meshes("tensor_sequence")
+def test_losses_of_twenty_steps_are_those_of_one_process(on_ranks, num_ranks, parallel):
+    batches = [random_batch(seed=seed, num_samples=8) for seed in range(20)]
+    [(expected, _)] = on_ranks(1, ranks.train, batches)
+    losses = [report.metrics["loss"] for report, _ in expected]
+    for reports, _ in on_ranks(num_ranks, ranks.train, batches, parallel=parallel):
+        found = [report.metrics["loss"] for report, _ in reports]
+        assert found == pytest.approx(losses, rel=1e-2, abs=1e-3)
+
+
+@each_mixture
 def test_pieces_tile_every_tensor_once_and_make_up_what_is_published(
     on_ranks, tmp_path, num_ranks, parallel
 ):
@@ -96,7 +114,7 @@ def test_pieces_tile_every_tensor_once_and_make_up_what_is_published(
     assert all((times == 1).all() for times in covered.values())
 
 
-@each_mesh
+@on_meshes("tensor_fsdp", "tensor_sequence")
 @pytest.mark.parametrize("saves", [True, False])
 def test_a_checkpoint_moves_between_this_mesh_and_two_fsdp_ranks(
     on_ranks, tmp_path, num_ranks, parallel, saves
@@ -113,11 +131,14 @@ def test_a_checkpoint_moves_between_this_mesh_and_two_fsdp_ranks(
         assert_same(found, expected, 1e-3)
 
 
-@each_mesh
-@pytest.mark.parametrize("backbone", ["separate", "shared"])
+@pytest.mark.parametrize(
+    ("mesh", "backbone"),
+    [("tensor_fsdp", "separate"), ("sequence_fsdp", "separate"), ("tensor_sequence", "shared")],
+)
 def test_critic_and_reference_do_what_they_do_in_one_process(
-    on_ranks, model_folder, num_ranks, parallel, backbone
+    on_ranks, model_folder, mesh, backbone
 ):
+    num_ranks, parallel = MESHES[mesh]
     batches = [random_batch(seed=seed, num_samples=13) for seed in range(2)]
     arguments = (batches, ACTOR_CRITIC, model_folder)
     critic = CriticConfig(backbone=backbone, clip=0.2)
@@ -131,7 +152,7 @@ def test_critic_and_reference_do_what_they_do_in_one_process(
             assert_same(weights, wanted, 1e-3)
 
 
-@each_mesh
+@on_meshes("tensor_sequence")
 def test_greedy_mismatches_are_counted_once(on_ranks, num_ranks, parallel):
     sequences = [(s.token_ids, int(s.loss_mask.argmax())) for s in random_batch().samples]
     [one] = on_ranks(1, ranks.greedy_mismatches, sequences, 1e-4)
