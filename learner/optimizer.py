@@ -89,15 +89,23 @@ def take_step(
             "the learning rate or look at the batch's samples"
         )
     nn.utils.clip_grads_with_norm_(parameters, config.max_grad_norm, norm)
+    rate = set_hyperparameters(optimizer, config, step, num_steps)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {"grad_norm": norm.item(), "learning_rate": rate}
+
+
+def set_hyperparameters(
+    optimizer: torch.optim.AdamW, config: OptimizerConfig, step: int, num_steps: int
+) -> float:
+    """Prepare ``step`` of ``num_steps``; returns its learning rate."""
     rate = learning_rate(step, config, num_steps)
     for group in optimizer.param_groups:
         group["lr"] = rate
         group["betas"] = config.betas
         group["eps"] = config.epsilon
         group["weight_decay"] = config.weight_decay if group["decays"] else 0.0
-    optimizer.step()
-    optimizer.zero_grad()
-    return {"grad_norm": norm.item(), "learning_rate": rate}
+    return rate
 
 
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -66,9 +66,12 @@ class RankModels:
         self._precision = model.precision
         device = _device(config)
         # One rank in bfloat16 is sharded over itself: FSDP's mixed precision is then the same
-        # arithmetic on any number of ranks. FSDP off-loads, too.
+        # arithmetic on any number of ranks. FSDP off-loads, too, and DeepSpeed is never alone.
         is_distributed = (
-            config.num_ranks > 1 or model.precision != "float32" or config.offload_optimizer
+            config.num_ranks > 1
+            or model.precision != "float32"
+            or config.offload_optimizer
+            or config.engine == "deepspeed"
         )
         if is_distributed:
             join_process_group(config, rank, rendezvous, device)
@@ -182,6 +185,11 @@ class RankModels:
             has_values=has_values,
         )
         require_whole_experts(policy.causal_lm.config, self._config)
+        if self._config.engine == "deepspeed":
+            # importing DeepSpeed takes seconds
+            from paceline.learner.deepspeed_engine import ZeroEngine
+
+            return ZeroEngine(policy, self.mesh, self._precision, self._config.deepspeed)
         offload = self._config.offload_optimizer
         return shard(policy, self.mesh, self._precision, offload=offload)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from contextlib import closing
 from unittest import mock
 
@@ -69,6 +70,18 @@ def run_rank(program, arguments, worker_arguments):
         return program(worker, *arguments)
     finally:
         worker.close()
+        forget_deepspeeds_past()
+
+
+def forget_deepspeeds_past():
+    """DeepSpeed keeps the process group it first saw, and numbers the parameters and modules of
+    all models: a run has one group and builds its models once, these processes many."""
+    if "deepspeed" in sys.modules:
+        sys.modules["deepspeed.utils.groups"]._release_process_group_references()
+        sys.modules["deepspeed.runtime.zero.partition_parameters"].Init.param_id = 0
+        offload = sys.modules["deepspeed.runtime.zero.parameter_offload"].DeepSpeedZeRoOffload
+        (last_module,) = offload._register_deepspeed_module.__defaults__
+        last_module[0] = 0
 
 
 def whole(tensor):
@@ -95,7 +108,11 @@ def parameters(worker):
 
 
 def weights(worker):
-    return {name: whole(parameter) for name, parameter in parameters(worker)}
+    return master_weights(worker._models.policy)
+
+
+def master_weights(engine):
+    return {name: whole(tensor) for name, tensor in engine.state()["model"].items()}
 
 
 def train(worker, batches, start=0):
@@ -115,8 +132,7 @@ def train_roles(worker, batches, algorithm, reference_folder):
         report = worker.forward_backward(batch, algorithm)
         applied = worker.optimizer_step(step + 1, OPTIMIZER, step, 100)
         reports.append({**report.metrics, **applied})
-    values = worker._models.value_model.parts[0]
-    return reports, weights(worker), {n: whole(p) for n, p in values.trained_parameters()}
+    return reports, weights(worker), master_weights(worker._models.value_model)
 
 
 def train_and_save(worker, batches, folder):
