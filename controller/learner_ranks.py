@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import ray
 from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -189,9 +188,7 @@ class LearnerRanks:
         """Write the model in Hugging Face format."""
         await self._call("export", folder)
 
-    async def greedy_mismatches(
-        self, sequences: list[tuple[np.ndarray, int]], tolerance: float
-    ) -> int:
+    async def greedy_mismatches(self, sequences: list[tuple[Any, ...]], tolerance: float) -> int:
         """How many completion tokens are not the argmax of the learner's own forward pass."""
         return await self._call("greedy_mismatches", sequences, tolerance)
 

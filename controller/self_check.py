@@ -41,6 +41,7 @@ async def check_greedy_tokens(
         (
             np.concatenate([np.asarray(prompt.token_ids, np.int32), completion.token_ids]),
             len(prompt.token_ids),
+            completion.routed_experts,
         )
         for prompt, answers in zip(prompts, per_worker, strict=True)
         for (completion,) in answers
@@ -53,4 +54,4 @@ async def check_greedy_tokens(
             f"{label}: {mismatches} greedy tokens of the engines are not the learner's argmax: "
             "they serve other weights, or vLLM and transformers disagree on this model"
         )
-    return sum(len(tokens) - start for tokens, start in sequences)
+    return sum(len(tokens) - start for tokens, start, _ in sequences)

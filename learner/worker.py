@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -215,17 +216,16 @@ class LearnerWorker:
             filled[sample.loss_mask] = values
         return result
 
-    def greedy_mismatches(
-        self, sequences: Sequence[tuple[NDArray[np.int32], int]], tolerance: float
-    ) -> int:
+    def greedy_mismatches(self, sequences: Sequence[tuple[Any, ...]], tolerance: float) -> int:
         """How many completion tokens are not the most likely one after what precedes them.
 
         Args:
-            sequences: ``(token_ids [L], prompt_length)`` of greedy completions.
+            sequences: ``(token_ids [L], prompt_length)`` of greedy completions, and where they were
+                recorded the experts [L, layers, K] that the engine chose.
             tolerance: a token whose logit is this close to the highest counts as the highest.
         """
 
-        samples = [prompt_and_completion(tokens, length) for tokens, length in sequences]
+        samples = [prompt_and_completion(*sequence) for sequence in sequences]
         found = self._models.evaluate(self._models.policy, samples, argmax_gaps)
         return sum(int((gaps > tolerance).sum()) for gaps in found)
 

@@ -49,8 +49,8 @@ def test_greedy_completions_of_every_worker_are_shown_to_the_learner():
     assert check(pool, learner) == 2 * 3 * 5
     assert [request.sampling.temperature for request in pool.requests] == [0.0, 0.0]
     assert len(learner.sequences) == 6
-    for tokens, length in learner.sequences:
-        assert length == 3
+    for tokens, length, experts in learner.sequences:
+        assert (length, experts) == (3, None)
         assert tokens.tolist() == [1, 2, 3, *np.arange(5)]
 
 
