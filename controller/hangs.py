@@ -49,7 +49,7 @@ class Hang:
         """One line: who, where, since when, and who waits for it."""
         said = [self._describe(rank) for rank in self.ranks]
         waiting = [
-            f"rank {rank} in {status.waits_in}"
+            f"rank {rank} in {status.waits_in} {_where(status)}"
             for rank, status in self.statuses.items()
             if status is not None and status.waits_in and rank not in self.ranks
         ]

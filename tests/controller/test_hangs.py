@@ -113,7 +113,8 @@ def test_a_rank_is_named_once_it_kept_the_others_waiting_long_enough_and_not_bef
     assert (found.ranks, found.seconds, found.silent) == ((1,), 10, False)
     assert found.message() == (
         "learner rank 1 holds up the others for 10 s: in forward_backward (update 1 of 1, policy, "
-        "microbatch 1 of 2) of step 3, at f (a.py:1); waiting: rank 0 in all_reduce"
+        "microbatch 1 of 2) of step 3, at f (a.py:1); waiting: rank 0 in all_reduce in "
+        "forward_backward (update 1 of 1, policy, microbatch 1 of 2) of step 3"
     )
     report = found.report()
     assert "== learner rank 0: in forward_backward" in report
@@ -148,4 +149,5 @@ def test_an_answer_ends_the_silence():
 def test_a_rank_that_never_answered_is_named_too():
     found = watched((0, 10), {0: WAITS, 1: None}, {0: WAITS, 1: None})[1]
     assert found.ranks == (1,)
+    assert "rank 0 in all_reduce in forward_backward" in found.message()
     assert "== learner rank 1: never answered" in found.report()

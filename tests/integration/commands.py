@@ -102,7 +102,8 @@ class Command:
 
     def actors(self) -> list[Process]:
         """Its rollout workers and learner ranks."""
-        return [each for each in self.processes() if each.title.startswith("ray::ActorHost")]
+        hosts = ("ray::ActorHost", "ray::RankHost")
+        return [each for each in self.processes() if each.title.startswith(hosts)]
 
     def rollout_workers(self) -> list[Process]:
         """Its actors with an engine in them."""
