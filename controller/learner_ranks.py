@@ -255,11 +255,14 @@ class LearnerRanks:
             # a controller that stood still itself (Ctrl-Z) has not waited for them all that time
             now += min(clock() - began, 2 * interval)
             answered = {r: s if isinstance(s, RankStatus) else None for r, s in look.items()}
+            if self._lost is not None:  # another call's watch was first
+                return self._lost
             if hang := watch.observe(now, answered):
-                return ClusterError(
+                self._lost = ClusterError(
                     f"{hang.message()}; every rank's stack is in {self._write(hang)}, --resume "
                     "continues from the last checkpoint"
                 )
+                return self._lost
 
     async def _look(self, seconds: float) -> dict[int, RankStatus | BaseException | None]:
         """What every rank says of itself within ``seconds``, its death, or None."""

@@ -7,6 +7,7 @@ and never for the disk, and a second thread writes it (DataStates-LLM, Maurya et
 
 from __future__ import annotations
 
+import threading
 import warnings
 from concurrent.futures import wait
 from datetime import timedelta
@@ -53,6 +54,7 @@ class BackgroundSave:
             )
         )
         self._save: AsyncSaveResponse | None = None
+        self._ending = threading.Lock()
         self._folder = ""
 
     def begin(self, folder: str, state: dict[str, Any]) -> None:
@@ -85,12 +87,19 @@ class BackgroundSave:
     def finish(self) -> None:
         """Return once the checkpoint is whole: with every rank's files and what describes them.
 
+        Several threads may wait.
+
         Raises:
             CheckpointError: this or another rank could not write it; raised once.
         """
-        save, self._save = self._save, None
+        save = self._save
         if save is None:
             return
+        wait([save.upload_completion])
+        with self._ending:
+            if self._save is not save:
+                return  # another thread waited for it too
+            self._save = None
         try:
             save.upload_completion.result()
         # whatever a disk, a copy or another rank can end it with; torch's own is no Exception

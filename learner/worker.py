@@ -171,7 +171,7 @@ class LearnerWorker:
         self._saving.begin(folder, checkpoint_state(self._models.trained(), self.version))
 
     def finish_save(self) -> None:
-        """Return once the checkpoint in flight is whole; may run beside any other call but a save.
+        """Return once the checkpoint in flight is whole; may run beside any other call.
 
         Raises:
             CheckpointError: a rank could not write it.

@@ -64,11 +64,17 @@ def test_training_goes_on_while_the_disk_is_slow_and_the_saved_step_is_what_was_
     assert_same(found, expected)
 
 
-def test_an_optimiser_waits_for_the_copy_and_a_gradient_does_not(new_worker, tmp_path, gate):
+@pytest.mark.parametrize("is_awaited", [False, True])
+def test_an_optimiser_waits_for_the_copy_and_a_gradient_does_not(
+    new_worker, tmp_path, gate, is_awaited
+):
+    """Also while another thread waits for the whole checkpoint."""
     worker, folder = new_worker(), tmp_path / "checkpoint"
     expected = ranks.whole_state(worker)
     copying = gate(DefaultStager, "_stage")
     worker.save(str(folder))
+    if is_awaited:
+        threading.Thread(target=worker.finish_save).start()
     worker.forward_backward(random_batch(), LOSS)
     step = threading.Thread(target=worker.optimizer_step, args=(1, OPTIMIZER, 0, 100))
     step.start()
@@ -82,11 +88,16 @@ def test_an_optimiser_waits_for_the_copy_and_a_gradient_does_not(new_worker, tmp
     assert_same(loaded(new_worker(), folder)[1], expected)
 
 
+@pytest.mark.parametrize("is_awaited", [False, True])
 @pytest.mark.parametrize("call", ["save", "load", "export", "close"])
-def test_calls_that_need_the_disk_wait_for_the_save_in_flight(new_worker, tmp_path, gate, call):
+def test_calls_that_need_the_disk_wait_for_the_save_in_flight(
+    new_worker, tmp_path, gate, call, is_awaited
+):
     worker, folder = new_worker(), tmp_path / "checkpoint"
     disk = gate(FileSystemWriter, "write_data")
     worker.save(str(folder))
+    if is_awaited:
+        threading.Thread(target=worker.finish_save).start()
     arguments = {"save": (str(tmp_path / "next"),), "load": (str(folder),)}
     arguments |= {"export": (str(tmp_path / "model"),), "close": ()}
     waiting = threading.Thread(target=getattr(worker, call), args=arguments[call])
