@@ -186,7 +186,8 @@ def plain_step(model: Path, weights: Path, longest: int) -> Step:
 
     def step(sample: TrainSample) -> None:
         num_trained = int(sample.loss_mask.sum())
-        plain_loss(causal_lm, [sample], torch.tensor([sample.reward]), num_trained).backward()
+        loss = plain_loss(causal_lm, [sample], torch.tensor([sample.reward]), num_trained)
+        torch.autograd.backward(loss)
         take_step(optimizer, OPTIMIZER, 0, 1)
 
     return step

@@ -23,16 +23,15 @@ class LiveMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
+        given = {storage._cdata for storage in storages((args, kwargs))}
+        for storage in storages(result):
+            if storage._cdata not in self._known | given:
+                self._add(storage)
         self.peak = max(self.peak, self.now)
         return result
 
     def _add(self, storage):
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
         self._known.add(key)
         self.now += size
         weakref.finalize(storage, self._drop, key, size)
@@ -40,3 +39,7 @@ class LiveMemory(TorchDispatchMode):
     def _drop(self, key, size):
         self._known.discard(key)
         self.now -= size
+
+
+def storages(tree):
+    return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
