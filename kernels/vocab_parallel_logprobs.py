@@ -61,10 +61,11 @@ def own_targets(targets: Tensor, num_rows: int, group: ProcessGroup) -> tuple[Te
 
 def gather_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
     """Every rank's ``values`` [...], as [R, ...]."""
-    gathered = values.new_empty(dist.get_world_size(group) * len(values), *values.shape[1:])
+    values = values.contiguous()
+    gathered = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
     if values.numel():
-        dist.all_gather_into_tensor(gathered, values.contiguous(), group=group)
-    return gathered.unflatten(0, (-1, len(values)))
+        dist.all_gather(gathered, values, group=group)
+    return torch.stack(gathered)
 
 
 def statistics_over_ranks(own: RowStatistics, is_own: Tensor, group: ProcessGroup) -> RowStatistics:

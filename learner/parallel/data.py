@@ -46,4 +46,6 @@ def _shard_mesh(mesh: RankMesh) -> DeviceMesh:
     """One dimension to shard over; before it, where there are any, the replicas."""
     assert mesh.devices is not None, "sharding needs a process group"
     shards = mesh.devices["shard", "sequence"]._flatten("shards")
-    return shards if mesh.sizes["replicate"] == 1 else mesh.devices["replicate", "shards"]
+    if mesh.sizes["replicate"] == 1:
+        return shards
+    return DeviceMesh._concatenate([mesh.devices["replicate"], shards])
