@@ -8,7 +8,6 @@ weights. So a run gives what it gives under FSDP2, and reads the same checkpoint
 from __future__ import annotations
 
 import logging
-import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -28,8 +27,9 @@ from paceline.configs.schema.model import Precision
 from paceline.learner.mesh import RankMesh
 from paceline.learner.microbatch import Microbatch
 from paceline.learner.model import Head, PolicyModel
-from paceline.learner.optimizer import set_hyperparameters
+from paceline.learner.optimizer import parameter_groups, set_hyperparameters
 from paceline.learner.sharded import WholeModel
+from paceline.learner.shards import boxes
 from paceline.learner.training_engine import LossOf, State
 from paceline.weights_sync.layout import Layout, TensorSpec
 from paceline.weights_sync.shared_memory import Shard
@@ -68,15 +68,17 @@ class ZeroEngine:
         self._mesh = mesh
         self._stage = config.stage
         self._has_gradients = False
-        masters = {name: p.detach() for name, p in policy.trained_parameters()}
-        self._base = _build_optimizer(policy)
+        named = dict(policy.trained_parameters())
+        # DeepSpeed would take its float32 master weights from the model's rounded ones
+        rounds = precision != "float32"
+        masters = {name: p.detach() for name, p in named.items()} if rounds else {}
+        self._base = torch.optim.AdamW(parameter_groups(policy.parameters()), fused=True)
         self._engine = _initialize(policy, self._base, _settings(config, precision, policy, mesh))
         self._zero = self._engine.optimizer
         self._engine.set_gradient_accumulation_boundary(False)
         self._allocate_moments()
-        if precision != "float32":
-            for name, parameter in policy.trained_parameters():
-                self._fill(parameter, masters[name])
+        for name, master in masters.items():
+            self._fill(named[name], master)
 
     def layout(self, dtype: str) -> Layout:
         """See `TrainingEngine`."""
@@ -140,7 +142,7 @@ class ZeroEngine:
         """See `TrainingEngine`."""
         for name, parameter in self._policy.causal_lm.named_parameters():
             start, values = self._piece(parameter)
-            for index, size in rectangles(self._shapes[name], start, len(values)):
+            for index, size in boxes(self._shapes[name], start, len(values)):
                 shape = [stop.stop - stop.start for stop in index]
                 piece, values = values[:size], values[size:]
                 yield Shard(name, index, piece.view(shape))
@@ -225,36 +227,6 @@ class ZeroEngine:
             self._base.state[flat] = {"step": step, **moments}
         if self._stage < 3:
             self._zero._lazy_init_hp_params_optimizer_state()
-
-
-def rectangles(
-    shape: tuple[int, ...], start: int, size: int
-) -> Iterator[tuple[tuple[slice, ...], int]]:
-    """A run of ``size`` elements of a flattened tensor as boxes of the tensor, in order.
-
-    Yields each box's slices and number of elements; at most two a dimension, less one.
-    """
-    row = math.prod(shape[1:])
-    while size:
-        first, within = divmod(start, row)
-        if within == 0 and size >= row:
-            taken = size - size % row
-            rows = slice(first, first + taken // row)
-            yield (rows, *(slice(0, length) for length in shape[1:])), taken
-        else:
-            taken = min(size, row - within)
-            for box, count in rectangles(shape[1:], within, taken):
-                yield (slice(first, first + 1), *box), count
-        start, size = start + taken, size - taken
-
-
-def _build_optimizer(policy: PolicyModel) -> torch.optim.AdamW:
-    parameters = [parameter for _, parameter in policy.trained_parameters()]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "decays": True},
-        {"params": [p for p in parameters if p.ndim < 2], "decays": False},
-    ]
-    return torch.optim.AdamW(groups, fused=True)
 
 
 def _initialize(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +36,7 @@ def build_optimizer(parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
     State that exists from the start makes saving, loading and resetting the same at every step.
     Hyperparameters are set by ``take_step``.
     """
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "decays": True},
-        {"params": [p for p in parameters if p.ndim < 2], "decays": False},
-    ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(parameters), fused=True)
     for parameter in parameters:
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -47,6 +44,14 @@ def build_optimizer(parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimizer
+
+
+def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Those that ``weight_decay`` is for, and the others; none that is empty."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in parameters:
+        groups[parameter.ndim >= 2].append(parameter)
+    return [{"params": found, "decays": decays} for decays, found in groups.items() if found]
 
 
 def reset_state(optimizer: torch.optim.AdamW) -> None:

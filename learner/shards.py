@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from torch import nn
@@ -35,6 +36,25 @@ def local_shards(model: nn.Module) -> Iterator[Shard]:
         if 0 not in shape and _is_first_holder(parameter):
             index = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
             yield Shard(name, index, parameter.to_local())
+
+
+def boxes(shape: tuple[int, ...], start: int, size: int) -> Iterator[tuple[tuple[slice, ...], int]]:
+    """A run of ``size`` elements of a flattened tensor as boxes of the tensor, in order.
+
+    Yields each box's slices and number of elements; at most two a dimension, less one.
+    """
+    row = math.prod(shape[1:])
+    while size:
+        first, within = divmod(start, row)
+        if within == 0 and size >= row:
+            taken = size - size % row
+            rows = slice(first, first + taken // row)
+            yield (rows, *(slice(0, length) for length in shape[1:])), taken
+        else:
+            taken = min(size, row - within)
+            for box, count in boxes(shape[1:], within, taken):
+                yield (slice(first, first + 1), *box), count
+        start, size = start + taken, size - taken
 
 
 def _is_first_holder(parameter: DTensor) -> bool:

@@ -22,6 +22,7 @@ from paceline.configs.schema.learner import OptimizerConfig
 from paceline.learner.advantages import GeneralizedAdvantage
 from paceline.learner.losses.policy import Clip
 from paceline.learner.objective import Objective, ReferencePenalty
+from paceline.learner.shards import boxes
 from paceline.weights_sync.shared_memory import read_weights
 from tests.learner import ranks
 from tests.learner.conftest import REPOSITORY, random_batch
@@ -354,12 +355,10 @@ def test_it_compiles_nothing_and_says_nothing(model_folder, tmp_path):
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.data())
 def test_a_run_of_elements_is_cut_into_boxes_in_order(shape, data):
-    from paceline.learner.deepspeed_engine import rectangles
-
     whole = np.arange(np.prod(shape)).reshape(shape)
     start = data.draw(st.integers(0, whole.size))
     size = data.draw(st.integers(0, whole.size - start))
-    boxes = list(rectangles(tuple(shape), start, size))
-    assert [whole[box].size for box, _ in boxes] == [count for _, count in boxes]
-    found = np.concatenate([np.zeros(0, int), *(whole[box].ravel() for box, _ in boxes)])
+    cut = list(boxes(tuple(shape), start, size))
+    assert [whole[box].size for box, _ in cut] == [count for _, count in cut]
+    found = np.concatenate([np.zeros(0, int), *(whole[box].ravel() for box, _ in cut)])
     np.testing.assert_array_equal(found, np.arange(start, start + size))
