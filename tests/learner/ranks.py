@@ -181,6 +181,31 @@ def save_where_rank_1_fails(worker, folder, batch):
     return str(caught.value)
 
 
+def progress_of_a_step(worker, batch):
+    """What the rank says of itself at every loss, and after the step."""
+    seen = []
+
+    class Looking:
+        passes = LOSS.passes
+        prepare = LOSS.prepare
+
+        def loss(self, inputs):
+            seen.append(worker.progress())
+            return LOSS.loss(inputs)
+
+    worker.forward_backward(batch, Looking())
+    worker.optimizer_step(1, OPTIMIZER, 0, 100)
+    return seen, worker.progress()
+
+
+def collectives_of_a_save(worker, batch, folder):
+    """What has been begun before a save and after it."""
+    train(worker, [batch])
+    before = worker.progress().collectives
+    save_whole(worker, folder)
+    return before, worker.progress().collectives
+
+
 def load_and_train(worker, folder, batches):
     worker.load(folder)
     return worker.version, train(worker, batches, start=worker.version)
