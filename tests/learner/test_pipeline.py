@@ -195,7 +195,7 @@ def test_every_gradient_metric_and_logprob_of_a_pipeline_is_that_of_one_process(
     ("num_ranks", "settings"),
     [
         (2, PLAIN | {"activation_checkpointing": True}),
-        (2, INTERLEAVED | {"activation_checkpointing": True}),
+        (2, INTERLEAVED | {"activation_checkpointing": "chunks", "tokens_per_chunk": 16}),
         (4, {"parallel": {"pipeline": 4}}),
         (4, PLAIN),
         (4, INTERLEAVED),
