@@ -10,7 +10,7 @@ What a weight update or a preemption has computed again does not count.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,19 @@ class Placed:
     slots: NDArray[np.int64]
 
 
+@dataclass
+class Known:
+    """The experts of a request's first ``num_tokens`` tokens, in pieces."""
+
+    pieces: list[Experts] = field(default_factory=list)
+    num_tokens: int = 0
+
+    def add(self, experts: Experts) -> None:
+        """Of the tokens that come next."""
+        self.pieces.append(experts)
+        self.num_tokens += len(experts)
+
+
 class RoutingRecord:
     """The experts of every request of an engine, from its first token to its last.
 
@@ -70,7 +83,7 @@ class RoutingRecord:
         # of the prefix cache a request is given the KV of tokens that it never passed itself
         self._of_slots: Experts = np.full((num_slots, *of_token), NOT_ROUTED, np.int16)
         self._of_step: Experts = np.zeros((runner.max_num_tokens, *of_token), np.int16)
-        self._of_requests: dict[str, list[Experts]] = {}
+        self._of_requests: dict[str, Known] = {}
         self._step: list[Placed] = []
         self._prepare_inputs = runner._prepare_inputs
         runner._prepare_inputs = self._begin_step
@@ -84,10 +97,10 @@ class RoutingRecord:
         """Of a request that is over, right after its last step, and then forgotten: [num_tokens,
         layers, K]."""
         self._end_step()
-        known = self._of_requests.pop(vllm_id, [])
+        known = self._of_requests.pop(vllm_id, Known())
         unread = np.full((num_tokens, *self._of_step.shape[1:]), NOT_ROUTED, np.int16)
         # of a drafted step there may be tokens beyond the request's end; its last was never read
-        read = np.concatenate([*known, unread[:0]])[: max(0, num_tokens - 1)]
+        read = np.concatenate([*known.pieces, unread[:0]])[: max(0, num_tokens - 1)]
         unread[: len(read)] = read
         return unread
 
@@ -98,8 +111,8 @@ class RoutingRecord:
         row = 0
         for index, (vllm_id, count) in enumerate(zip(batch.req_ids, counts.tolist(), strict=True)):
             start = int(batch.num_computed_tokens_cpu[index])
-            known = self._of_requests.setdefault(vllm_id, [])
-            num_known = min(start, sum(map(len, known)))
+            known = self._of_requests.setdefault(vllm_id, Known())
+            num_known = min(start, known.num_tokens)
             slots = self._slots(index, num_known, start + count)
             self._step.append(Placed(vllm_id, row, start, start + count, num_known, slots))
             row += count
@@ -118,8 +131,8 @@ class RoutingRecord:
                 continue
             # the last token was sampled in this step; a draft in its place, or after it, was wrong
             end = min(placed.stop, request.num_tokens - 1)
-            slots = placed.slots[sum(map(len, known)) - placed.num_known : end - placed.num_known]
-            known.append(self._of_slots[slots])
+            slots = placed.slots[known.num_tokens - placed.num_known : end - placed.num_known]
+            known.add(self._of_slots[slots])
         self._step.clear()
 
     def _slots(self, index: int, start: int, stop: int) -> NDArray[np.int64]:
