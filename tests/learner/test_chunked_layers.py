@@ -191,6 +191,26 @@ def test_chunks_in_bfloat16_are_the_row_in_bfloat16(on_ranks):
         assert relative_error(found[name], gradient) < 0.03, name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "divided",
+    [
+        {"parallel": {"pipeline": 2}},
+        {"parallel": {"replicate": 2}},
+        {"engine": "deepspeed", "deepspeed": {"stage": 2}},
+    ],
+    ids=str,
+)
+def test_a_step_in_chunks_is_that_of_one_process_whatever_divides_the_ranks(on_ranks, divided):
+    batches = [random_batch(num_samples=15)]
+    [(_, expected)] = on_ranks(1, ranks.train, batches)
+    chunks = {"activation_checkpointing": "chunks", "tokens_per_chunk": 7}
+    found = {}
+    for _, of_rank in on_ranks(2, ranks.train, batches, **chunks, **divided):
+        found |= of_rank
+    assert_same(found, expected, 1e-3)
+
+
 def test_layers_that_are_not_known_are_not_chunked(model_folder):
     policy = load_policy(model_folder)
     policy.causal_lm.config.model_type = "bloom"
