@@ -196,6 +196,13 @@ def test_drift_is_not_measured_where_all_samples_are_of_the_current_version() ->
     load_config(minimal(), (drafting, "loop.max_lag=1"))
 
 
+def test_a_hanging_rank_is_named_before_its_neighbours_give_up() -> None:
+    config = load_config(minimal(), ("learner.collective_timeout_seconds=30",))
+    assert config.learner.longest_wait_seconds == 15
+    (line,) = complaints(minimal(), "learner.hang_seconds=120")
+    assert "learner.hang_seconds (120) must be less than" in line
+
+
 @pytest.mark.parametrize(("recipe", "given"), [("sft", 1), ("dpo", 2)])
 def test_what_the_data_source_gives_is_not_a_number_of_samples(recipe: str, given: int) -> None:
     (line,) = complaints(recipe, "loop.samples_per_group=4")
