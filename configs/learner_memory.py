@@ -22,6 +22,8 @@ FULL = 4
 LOGITS_PER_CHUNK, MIN_ROWS_PER_CHUNK = 2**22, 512
 """As in `kernels/token_logprobs.py` (a test compares)."""
 
+CHECKPOINT_COPY = "checkpoint's copy"
+
 LARGEST_BUCKET = 50_000_000
 """Elements that DeepSpeed reduces or gathers at once, as in `learner/deepspeed_engine.py`."""
 
@@ -40,6 +42,7 @@ def learner_rank(config: RunConfig, shape: ModelShape) -> tuple[tuple[str, int],
         ("gathered weights", rank.gathered()),
         ("activations", rank.kept()),
         ("work space", rank.work_space()),
+        (CHECKPOINT_COPY, rank.checkpoint_copy() * (2 if has_own_critic else 1)),
     )
 
 
@@ -110,6 +113,10 @@ class _Rank:
             "gradients": shard if stage >= 2 else whole,
             "optimiser": 2 * shard,
         }
+
+    def checkpoint_copy(self) -> int:
+        """Weights and moments as they are saved beside training, where that is the same memory."""
+        return 0 if self.config.gpus_per_rank else 3 * FULL * self.sharded(self.parameters)
 
     def gathered(self) -> int:
         """What FSDP holds whole: the vocabulary's matrices, a layer at work and the next one; a
