@@ -234,7 +234,7 @@ def _initialize(
 ) -> deepspeed.DeepSpeedEngine:
     # a rank sees no GPU but its own
     os.environ["LOCAL_RANK"] = "0"
-    # Else it compiles collectives in shared memory when it first sees gloo: a minute, a compiler,
+    # Else it compiles collectives in shared memory when it first sees gloo: minutes, a compiler,
     # and a lock file that hangs every later run if the first one was interrupted.
     deepspeed.ops.__compatible_ops__ = {}
     with redirect_stdout(StringIO()):  # stage 1 in bfloat16 prints what memory is in use
