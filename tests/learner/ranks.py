@@ -264,3 +264,8 @@ def failing_step(worker, batch):
     except Exception as error:
         return type(error).__name__, len(worker.logprobs(batch.samples))
     return None, 0
+
+
+def of_training(metrics):
+    """What does not depend on the number of ranks: all but how evenly they share the work."""
+    return {name: value for name, value in metrics.items() if name != "rank_imbalance"}

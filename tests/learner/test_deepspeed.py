@@ -47,11 +47,6 @@ def zero(stage, **settings):
     return {"engine": "deepspeed", "deepspeed": {"stage": stage, **settings}}
 
 
-def alone(metrics):
-    """What they have in common with one process, in which no rank waits for others."""
-    return {name: value for name, value in metrics.items() if name != "rank_imbalance"}
-
-
 # Programs of a rank
 
 
@@ -141,8 +136,8 @@ def test_every_parameters_gradient_equals_that_of_one_process(on_ranks, num_rank
     [(report, expected)] = on_ranks(1, ranks.gradients, batch)
     settings = zero(stage, offload_optimizer=offloads)
     for found_report, found in on_ranks(num_ranks, gradients, batch, **settings):
-        expected_metrics = pytest.approx(alone(report.metrics), rel=1e-5, abs=1e-6)
-        assert alone(found_report.metrics) == expected_metrics
+        expected_metrics = pytest.approx(ranks.of_training(report.metrics), rel=1e-5, abs=1e-6)
+        assert ranks.of_training(found_report.metrics) == expected_metrics
         assert_same(found, expected, 1e-5)
 
 
@@ -182,7 +177,9 @@ def test_steps_with_every_setting_of_the_optimizer_equal_those_of_one_process(
     (metrics, found), (others, _) = on_ranks(2, train_with_everything, batches, **settings)
     assert metrics == others
     for mine, wanted in zip(metrics, expected_metrics, strict=True):
-        assert alone(mine) == pytest.approx(alone(wanted), rel=1e-4, abs=1e-5)
+        assert ranks.of_training(mine) == pytest.approx(
+            ranks.of_training(wanted), rel=1e-4, abs=1e-5
+        )
     assert_same(found, expected, 1e-4)
 
 
@@ -313,7 +310,9 @@ def test_critic_and_reference_do_what_they_do_in_one_process(
     [(reports, policy, values)] = on_ranks(1, ranks.train_roles, *arguments, critic=critic)
     for found in on_ranks(2, ranks.train_roles, *arguments, critic=critic, **zero(stage)):
         for mine, theirs in zip(found[0], reports, strict=True):
-            assert alone(mine) == pytest.approx(alone(theirs), rel=1e-3, abs=1e-4)
+            assert ranks.of_training(mine) == pytest.approx(
+                ranks.of_training(theirs), rel=1e-3, abs=1e-4
+            )
         assert_same(found[1], policy, 1e-3)
         assert_same(found[2], values, 1e-3)
 

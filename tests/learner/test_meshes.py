@@ -50,18 +50,13 @@ ACTOR_CRITIC = Objective(
 )
 
 
-def without_ranks(metrics):
-    """Those that are of the samples, not of how ranks share the work."""
-    return {name: value for name, value in metrics.items() if not name.startswith("rank_")}
-
-
 @each_mesh
 def test_every_gradient_metric_and_logprob_is_that_of_one_process(on_ranks, num_ranks, parallel):
     batch = random_batch(num_samples=15, temperature=0.9)
     [(report, expected, logprobs)] = on_ranks(1, ranks.gradients_and_logprobs, batch)
     for found in on_ranks(num_ranks, ranks.gradients_and_logprobs, batch, parallel=parallel):
-        expected_metrics = without_ranks(report.metrics)
-        assert without_ranks(found[0].metrics) == pytest.approx(
+        expected_metrics = ranks.of_training(report.metrics)
+        assert ranks.of_training(found[0].metrics) == pytest.approx(
             expected_metrics, rel=1e-5, abs=1e-6
         )
         assert_same(found[1], expected, 1e-5)
@@ -77,8 +72,8 @@ def test_training_follows_one_process_step_by_step(on_ranks, num_ranks, parallel
     for reports, found in on_ranks(num_ranks, ranks.train, batches, parallel=parallel):
         for (report, step), (wanted, wanted_step) in zip(reports, expected_reports, strict=True):
             assert wanted_step["grad_norm"] > ranks.OPTIMIZER.max_grad_norm
-            expected_metrics = without_ranks(wanted.metrics)
-            assert without_ranks(report.metrics) == pytest.approx(
+            expected_metrics = ranks.of_training(wanted.metrics)
+            assert ranks.of_training(report.metrics) == pytest.approx(
                 expected_metrics, rel=1e-3, abs=1e-5
             )
             assert step == pytest.approx(wanted_step, rel=1e-3)
@@ -147,7 +142,9 @@ def test_critic_and_reference_do_what_they_do_in_one_process(
         num_ranks, ranks.train_roles, *arguments, critic=critic, parallel=parallel
     ):
         for report, wanted in zip(mine, reports, strict=True):
-            assert without_ranks(report) == pytest.approx(without_ranks(wanted), rel=1e-3, abs=1e-4)
+            assert ranks.of_training(report) == pytest.approx(
+                ranks.of_training(wanted), rel=1e-3, abs=1e-4
+            )
         for weights, wanted in zip(found, expected, strict=True):
             assert_same(weights, wanted, 1e-3)
 

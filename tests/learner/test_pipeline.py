@@ -153,15 +153,12 @@ def merged(found):
     return whole
 
 
-def of_training(metrics):
-    """But how evenly samples were divided over ranks."""
-    return {name: value for name, value in metrics.items() if name != "rank_imbalance"}
-
-
 def assert_same_gradients(found, expected):
     [(metrics, gradients_, logprobs)] = expected
     for mine, _, of_tokens in found:
-        assert of_training(mine) == pytest.approx(of_training(metrics), rel=1e-5, abs=1e-6)
+        assert ranks.of_training(mine) == pytest.approx(
+            ranks.of_training(metrics), rel=1e-5, abs=1e-6
+        )
         for one, other in zip(of_tokens, logprobs, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-5)
     assert_same(merged(theirs for _, theirs, _ in found), gradients_, 1e-5)
@@ -171,7 +168,9 @@ def assert_same_training(found, expected):
     [(reports, weights)] = expected
     for mine, _ in found:
         for one, other in zip(mine, reports, strict=True):
-            assert of_training(one) == pytest.approx(of_training(other), rel=1e-3, abs=1e-4)
+            assert ranks.of_training(one) == pytest.approx(
+                ranks.of_training(other), rel=1e-3, abs=1e-4
+            )
     # Adam divides by the gradient's magnitude, so rounding errors of tiny gradients become visible
     assert_same(merged(theirs for _, theirs in found), weights, 1e-3)
 
