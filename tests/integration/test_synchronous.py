@@ -82,7 +82,9 @@ class Pair:
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {
-            name: p.detach().clone() for name, p in self.learner._models.policy.named_parameters()
+            name: p.detach().clone()
+            for part in self.learner._models.policy.parts
+            for name, p in part.named_parameters()
         }
 
     # what the loop asks of its parts

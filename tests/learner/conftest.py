@@ -6,6 +6,7 @@ import concurrent.futures
 import itertools
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -86,25 +87,36 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def rank_processes():
-    """``rank_processes(n)``: n processes, started when first needed, for all learner tests:
-    importing takes seconds.
+    """Processes for all learner tests: importing takes seconds."""
+    with RankProcesses() as processes:
+        yield processes
+
+
+class RankProcesses(ExitStack):
+    """Processes that are started when first needed, and again when one has died.
 
     A process keeps its rank, as in a run: torch caches shard offsets by mesh and forgets to key
     them by rank.
     """
-    from tests.learner import ranks  # which imports this file
 
-    with ExitStack() as stack:
-        running = []
+    def __init__(self):
+        super().__init__()
+        self._running = []
 
-        def at_least(number):
-            new = [stack.enter_context(rank_process()) for _ in range(len(running), number)]
-            # else the first ones ready would wait for the others at the rendezvous
-            concurrent.futures.wait([process.submit(ranks.be_imported) for process in new])
-            running.extend(new)
-            return running[:number]
+    def at_least(self, number):
+        """``number`` of them, by rank."""
+        from tests.learner import ranks  # which imports this file
 
-        yield at_least
+        missing = range(len(self._running), number)
+        new = [self.enter_context(rank_process()) for _ in missing]
+        # else the first ones ready would wait for the others at the rendezvous
+        concurrent.futures.wait([process.submit(ranks.be_imported) for process in new])
+        self._running.extend(new)
+        return self._running[:number]
+
+    def forget(self):
+        """Start anew: a test whose process died fails, those after it do not."""
+        self._running.clear()
 
 
 @contextmanager
@@ -134,10 +146,15 @@ def on_ranks(rank_processes, model_folder, tmp_path):
             "port": ranks.free_port() if num_ranks > 1 else None,
             **settings,
         }
-        submitted = [
-            process.submit(ranks.run_rank, program, arguments, shared | {"rank": rank})
-            for rank, process in enumerate(rank_processes(num_ranks))
-        ]
-        return [future.result(timeout=120) for future in submitted]
+        processes = rank_processes.at_least(num_ranks)
+        try:
+            submitted = [
+                process.submit(ranks.run_rank, program, arguments, shared | {"rank": rank})
+                for rank, process in enumerate(processes)
+            ]
+            return [future.result(timeout=120) for future in submitted]
+        except BrokenProcessPool:
+            rank_processes.forget()
+            raise
 
     return run

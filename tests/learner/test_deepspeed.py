@@ -25,11 +25,19 @@ from paceline.learner.objective import Objective, ReferencePenalty
 from paceline.learner.shards import boxes
 from paceline.weights_sync.shared_memory import read_weights
 from tests.learner import ranks
-from tests.learner.conftest import REPOSITORY, random_batch
+from tests.learner.conftest import REPOSITORY, RankProcesses, random_batch
 from tests.learner.test_ranks import relative_error
 from tests.learner.test_worker import assert_same, spoil
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def rank_processes():
+    """Processes of their own: DeepSpeed leaves things behind in its process."""
+    with RankProcesses() as processes:
+        yield processes
+
 
 EVERYTHING = OptimizerConfig(
     learning_rate=1e-2,

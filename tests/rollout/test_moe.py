@@ -34,6 +34,18 @@ EXPERTS = {
 EXACT = 1e-4
 
 
+@pytest.fixture(scope="module", autouse=True)
+def expert_ranks():
+    """vLLM groups a process's ranks once, by experts only where its first model has any; tests make
+    engines of many models in one process. Of one rank all groups are alike."""
+    from vllm.distributed import parallel_state
+
+    with pytest.MonkeyPatch.context() as patch:
+        if parallel_state._TP is not None and parallel_state._EP is None:
+            patch.setattr(parallel_state, "_EP", parallel_state._TP)
+        yield
+
+
 @pytest.fixture(scope="module")
 def learner(tmp_path_factory):
     """Of a Qwen3-MoE with 2 layers of 4 experts; tests change its weights and publish them."""
