@@ -21,8 +21,8 @@ def require_divisible(config: RunConfig) -> None:
         return
     for problem in (
         _experts(shape, config.learner),
-        _heads(shape, parallel),
-        _features(shape, parallel),
+        _matrices(shape, parallel),
+        _sequences(shape, parallel),
         _layers(shape, parallel),
     ):
         if problem is not None:
@@ -39,16 +39,35 @@ def _experts(shape: ModelShape, learner: LearnerConfig) -> str | None:
     )
 
 
-def _heads(shape: ModelShape, parallel: ParallelConfig) -> str | None:
+def undivided_by_tensor(
+    num_ranks: int, heads: int, key_value_heads: int, intermediate: int, vocabulary: int
+) -> str | None:
+    """What of a model ``num_ranks`` tensor ranks do not divide, in one line; None for nothing."""
     for name, count in (
-        ("attention heads", shape.query_heads),
-        ("key-value heads", shape.key_value_heads),
+        ("attention heads", heads),
+        ("key-value heads", key_value_heads),
+        ("intermediate features", intermediate),
+        ("vocabulary entries", vocabulary),
     ):
-        if count % parallel.tensor:
+        if count % num_ranks:
             return (
-                f"learner.parallel.tensor ({parallel.tensor}) does not divide the model's {count} "
+                f"learner.parallel.tensor ({num_ranks}) does not divide the model's {count} "
                 f"{name}: choose a divisor"
             )
+    return None
+
+
+def _matrices(shape: ModelShape, parallel: ParallelConfig) -> str | None:
+    return undivided_by_tensor(
+        parallel.tensor,
+        shape.query_heads,
+        shape.key_value_heads,
+        shape.intermediate,
+        shape.vocabulary,
+    )
+
+
+def _sequences(shape: ModelShape, parallel: ParallelConfig) -> str | None:
     of_a_rank = shape.query_heads // parallel.tensor
     if of_a_rank % parallel.sequence:
         return (
@@ -56,19 +75,6 @@ def _heads(shape: ModelShape, parallel: ParallelConfig) -> str | None:
             f"attention heads of a tensor rank ({shape.query_heads} / {parallel.tensor}): inside "
             "attention sequence ranks divide heads; choose a divisor"
         )
-    return None
-
-
-def _features(shape: ModelShape, parallel: ParallelConfig) -> str | None:
-    for name, count in (
-        ("intermediate features", shape.intermediate),
-        ("vocabulary entries", shape.vocabulary),
-    ):
-        if count % parallel.tensor:
-            return (
-                f"learner.parallel.tensor ({parallel.tensor}) does not divide the model's {count} "
-                f"{name}: choose a divisor"
-            )
     return None
 
 

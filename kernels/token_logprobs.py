@@ -112,21 +112,49 @@ class _TokenLogprobs(torch.autograd.Function):
         if grad_logprobs is None and grad_entropy is None:
             return None, None, None, None
         hidden, weight, targets, entropy, logsumexp = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for rows in row_chunks(len(hidden), len(weight)):
-            all_logprobs_TV = (hidden[rows] @ weight.T).float() / ctx.temperature
-            all_logprobs_TV -= logsumexp[rows, None]
-            grad_logits_TV = logits_gradient(
-                all_logprobs_TV,
-                targets[rows],
-                entropy[rows],
-                None if grad_logprobs is None else grad_logprobs[rows].float() / ctx.temperature,
-                None if grad_entropy is None else grad_entropy[rows].float() / ctx.temperature,
-            ).to(weight.dtype)
-            grad_hidden[rows] = grad_logits_TV @ weight
-            grad_weight += grad_logits_TV.T @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+        grad_hidden, grad_weight = input_gradients(
+            (hidden, weight, targets),
+            (entropy, logsumexp),
+            (grad_logprobs, grad_entropy),
+            ctx.temperature,
+        )
+        return grad_hidden, grad_weight, None, None
+
+
+def input_gradients(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    statistics: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor | None, Tensor | None],
+    temperature: float,
+    is_own: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden states [T, H] and output embedding [V, H], a chunk of logits at a time.
+
+    Args:
+        inputs: hidden states [T, H], embedding [V, H] and targets [T].
+        statistics: entropy and logsumexp [T] of whole rows of logits, of which V may be a share.
+        gradients: those of log-probabilities and entropies [T]; None for what a loss left out.
+        temperature: as in the forward pass.
+        is_own: bool [T], False where the target is none of these V.
+    """
+    (hidden, weight, targets), (entropy, logsumexp) = inputs, statistics
+    scale, entropy_scale = (None if g is None else g.float() / temperature for g in gradients)
+    grad_hidden = torch.empty_like(hidden)
+    grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    for rows in row_chunks(len(hidden), len(weight)):
+        all_logprobs_TV = (hidden[rows] @ weight.T).float() / temperature
+        all_logprobs_TV -= logsumexp[rows, None]
+        grad_logits_TV = logits_gradient(
+            all_logprobs_TV,
+            targets[rows],
+            entropy[rows],
+            None if scale is None else scale[rows],
+            None if entropy_scale is None else entropy_scale[rows],
+            None if is_own is None else is_own[rows],
+        ).to(weight.dtype)
+        grad_hidden[rows] = grad_logits_TV @ weight
+        grad_weight += grad_logits_TV.T @ hidden[rows]
+    return grad_hidden, grad_weight.to(weight.dtype)
 
 
 def logits_gradient(

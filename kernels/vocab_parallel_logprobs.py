@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 
 from paceline.kernels.token_logprobs import (
     RowStatistics,
-    logits_gradient,
+    input_gradients,
     row_chunks,
     row_statistics,
 )
@@ -111,22 +111,14 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         if grad_logprobs is None and grad_entropy is None:
             return None, None, None, None, None
         hidden, weight, targets, is_own, entropy, logsumexp = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for rows in row_chunks(len(hidden), len(weight)):
-            all_logprobs_TV = (hidden[rows] @ weight.T).float() / ctx.temperature
-            all_logprobs_TV -= logsumexp[rows, None]
-            grad_logits_TV = logits_gradient(
-                all_logprobs_TV,
-                targets[rows],
-                entropy[rows],
-                None if grad_logprobs is None else grad_logprobs[rows].float() / ctx.temperature,
-                None if grad_entropy is None else grad_entropy[rows].float() / ctx.temperature,
-                is_own[rows],
-            ).to(weight.dtype)
-            grad_hidden[rows] = grad_logits_TV @ weight
-            grad_weight += grad_logits_TV.T @ hidden[rows]
+        grad_hidden, grad_weight = input_gradients(
+            (hidden, weight, targets),
+            (entropy, logsumexp),
+            (grad_logprobs, grad_entropy),
+            ctx.temperature,
+            is_own,
+        )
         if grad_hidden.numel():
             # every rank's share of the vocabulary pulls at the same hidden states
             dist.all_reduce(grad_hidden, group=ctx.group)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+        return grad_hidden, grad_weight, None, None, None

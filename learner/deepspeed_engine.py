@@ -27,11 +27,11 @@ from paceline.configs.schema.model import Precision
 from paceline.learner.mesh import RankMesh
 from paceline.learner.microbatch import Microbatch
 from paceline.learner.model import Head, PolicyModel
-from paceline.learner.optimizer import parameter_groups, set_hyperparameters
+from paceline.learner.optimizer import parameter_groups, reset_state, set_hyperparameters
 from paceline.learner.sharded import WholeModel
 from paceline.learner.shards import boxes
 from paceline.learner.training_engine import LossOf, State
-from paceline.weights_sync.layout import Layout, TensorSpec
+from paceline.weights_sync.layout import Layout
 from paceline.weights_sync.shared_memory import Shard
 
 # DeepSpeed tells of every buffer and warns of every machine without a GPU, the first time while it
@@ -63,7 +63,7 @@ class ZeroEngine:
         whole = WholeModel.of(policy)
         self.model_config = whole.config
         self.quadratic_cost = whole.quadratic_cost
-        self._shapes = whole.shapes
+        self._whole = whole
         self._policy = policy
         self._mesh = mesh
         self._stage = config.stage
@@ -82,7 +82,7 @@ class ZeroEngine:
 
     def layout(self, dtype: str) -> Layout:
         """See `TrainingEngine`."""
-        return Layout(tuple(TensorSpec(name, shape, dtype) for name, shape in self._shapes.items()))
+        return self._whole.layout(dtype)
 
     def add_gradients(
         self, microbatches: Sequence[Microbatch], head: Head, loss_of: LossOf
@@ -134,15 +134,13 @@ class ZeroEngine:
 
     def reset_optimizer(self) -> None:
         """See `TrainingEngine`."""
-        for state in self._base.state.values():
-            for tensor in state.values():
-                tensor.zero_()
+        reset_state(self._base)
 
     def shards(self) -> Iterator[Shard]:
         """See `TrainingEngine`."""
         for name, parameter in self._policy.causal_lm.named_parameters():
             start, values = self._piece(parameter)
-            for index, size in boxes(self._shapes[name], start, len(values)):
+            for index, size in boxes(self._whole.shapes[name], start, len(values)):
                 shape = [stop.stop - stop.start for stop in index]
                 piece, values = values[:size], values[size:]
                 yield Shard(name, index, piece.view(shape))

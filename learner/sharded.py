@@ -53,6 +53,11 @@ class WholeModel:
         shapes = {name: tuple(parameter.shape) for name, parameter in named}
         return cls(policy.causal_lm.config, policy.quadratic_cost(), shapes)
 
+    def layout(self, dtype: str) -> Layout:
+        """See `TrainingEngine`."""
+        on_disk = shapes_on_disk(self.shapes)
+        return Layout(tuple(TensorSpec(name, shape, dtype) for name, shape in on_disk))
+
 
 class ShardedEngine:
     """A model in parts (one, or a rank's stages of a pipeline), each sharded by the mesh.
@@ -73,7 +78,7 @@ class ShardedEngine:
         self.parts = parts
         self.model_config = whole.config
         self.quadratic_cost = whole.quadratic_cost
-        self._shapes = whole.shapes
+        self._whole = whole
         self._passes = passes
         self._mesh = mesh
         self._repeated = repeated
@@ -82,8 +87,7 @@ class ShardedEngine:
 
     def layout(self, dtype: str) -> Layout:
         """See `TrainingEngine`."""
-        on_disk = shapes_on_disk(self._shapes)
-        return Layout(tuple(TensorSpec(name, shape, dtype) for name, shape in on_disk))
+        return self._whole.layout(dtype)
 
     def add_gradients(
         self, microbatches: Sequence[Microbatch], head: Head, loss_of: LossOf
@@ -122,7 +126,7 @@ class ShardedEngine:
         for part in self.parts:
             for piece in local_shards(part.causal_lm):
                 if piece.name not in self._repeated:
-                    yield from shards_on_disk(piece, self._shapes[piece.name])
+                    yield from shards_on_disk(piece, self._whole.shapes[piece.name])
 
     def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """See `TrainingEngine`."""
@@ -196,8 +200,10 @@ def shard(
             part.to(mesh.device)
         if not trains:
             part.requires_grad_(False)
-    passes: Passes = WholePasses(policy, mesh.num_averaged)
-    if stages:
-        passes = PipelinePasses(stages, mesh, getattr(torch, precision))
+    passes: Passes = (
+        PipelinePasses(stages, mesh, getattr(torch, precision))
+        if stages
+        else WholePasses(policy, mesh.num_averaged)
+    )
     repeated = frozenset(name for stage in stages for name in stage.repeated)
     return ShardedEngine(whole, parts, passes, mesh, trains=trains, repeated=repeated)

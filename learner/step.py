@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import replace
 from functools import partial
 
@@ -30,7 +30,7 @@ from paceline.learner.training_engine import LossOf
 
 Columns = dict[str, NDArray[np.float32]]
 Arrays = list[NDArray[np.float32]]
-CRITIC_COLUMNS = ("returns", "old_values")
+CRITIC_COLUMNS = frozenset({"returns", "old_values"})
 WHERE_FROM: dict[Pass, str] = {
     "teacher": "a `teacher`",
     "reference": "`algorithm.reference`",
@@ -153,9 +153,9 @@ class TrainingStep:
         logprobs, entropy, *values = outputs
         if not microbatch.samples:
             return sum((v.sum() for v in values), logprobs.sum())
-        columns = self._columns_of(chosen[list(microbatch.samples)])
-        for name in CRITIC_COLUMNS:
-            columns.pop(name, None)
+        columns = self._columns_of(
+            chosen[list(microbatch.samples)], self._columns.keys() - CRITIC_COLUMNS
+        )
         sequences = Sequences.of_lengths(microbatch.lengths)
         found = self._algorithm.loss(LossInputs(logprobs, entropy, sequences, **columns))
         metrics.add({"loss": found.loss, **found.metrics}, found.maxima)
@@ -175,20 +175,17 @@ class TrainingStep:
         if not microbatch.samples:
             return values.sum()
         assert self._critic is not None
-        columns = self._columns_of(chosen[list(microbatch.samples)])
+        columns = self._columns_of(chosen[list(microbatch.samples)], CRITIC_COLUMNS | {"weights"})
         errors_T = value_loss(values, columns["old_values"], columns["returns"], self._critic.clip)
         metrics.add({"value_loss": errors_T.detach().sum()})
         return self._critic.coefficient * (columns["weights"] * errors_T).sum()
 
-    def _columns_of(self, samples: NDArray[np.int64]) -> dict[str, Tensor]:
-        """The columns of some samples' tokens, in their order, float32 [T]."""
+    def _columns_of(self, samples: NDArray[np.int64], names: Set[str]) -> dict[str, Tensor]:
+        """Columns of some samples' tokens, in their order, float32 [T]."""
         starts, lengths = self._tokens.starts[samples], self._tokens.lengths[samples]
         rows = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
         device = self._models.mesh.device
-        return {
-            name: torch.from_numpy(column[rows]).to(device)
-            for name, column in self._columns.items()
-        }
+        return {name: torch.from_numpy(self._columns[name][rows]).to(device) for name in names}
 
     def _with_passes(self, tokens: BatchTokens, passes: frozenset[Pass]) -> BatchTokens:
         """Compute what the algorithm wants to know of every token."""

@@ -224,7 +224,6 @@ class LearnerWorker:
                 recorded the experts [L, layers, K] that the engine chose.
             tolerance: a token whose logit is this close to the highest counts as the highest.
         """
-
         samples = [prompt_and_completion(*sequence) for sequence in sequences]
         found = self._models.evaluate(self._models.policy, samples, argmax_gaps)
         return sum(int((gaps > tolerance).sum()) for gaps in found)

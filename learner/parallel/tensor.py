@@ -28,6 +28,7 @@ from torch.distributed.tensor.parallel import (
 from transformers import PreTrainedConfig
 
 from paceline.configs.errors import ModelError
+from paceline.configs.parallel_limits import undivided_by_tensor
 from paceline.learner.mesh import RankMesh
 from paceline.learner.model import PolicyModel
 
@@ -79,17 +80,15 @@ def require_divisible(config: PreTrainedConfig, num_ranks: int) -> None:
             "learner/parallel/tensor.py that says how each of its parameters is divided; set "
             "tensor to 1"
         )
-    for name, count in (
-        ("attention heads", config.num_attention_heads),
-        ("key-value heads", config.num_key_value_heads),
-        ("intermediate features", config.intermediate_size),
-        ("vocabulary entries", config.vocab_size),
-    ):
-        if count % num_ranks:
-            raise ModelError(
-                f"learner.parallel.tensor ({num_ranks}) does not divide the model's {count} "
-                f"{name}: choose a divisor"
-            )
+    problem = undivided_by_tensor(
+        num_ranks,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.intermediate_size,
+        config.vocab_size,
+    )
+    if problem is not None:
+        raise ModelError(problem)
 
 
 def _layer_plan() -> Plan:

@@ -114,9 +114,9 @@ def test_a_loss_without_entropy_does_not_pay_for_its_gradient(monkeypatch):
     asked = []
     plain = op.logits_gradient
 
-    def watched(logprobs, targets, entropy, scale, entropy_scale):
+    def watched(logprobs, targets, entropy, scale, entropy_scale, is_own):
         asked.append(entropy_scale is not None)
-        return plain(logprobs, targets, entropy, scale, entropy_scale)
+        return plain(logprobs, targets, entropy, scale, entropy_scale, is_own)
 
     monkeypatch.setattr(op, "logits_gradient", watched)
     logprobs, _ = op.token_logprobs(*inputs(5, 10))

@@ -17,14 +17,24 @@ from paceline.configs.schema.learner import LearnerConfig, OptimizerConfig
 from paceline.configs.vocabulary import TrainBatch
 from paceline.kernels import token_logprobs
 from paceline.kernels.vocab_parallel_logprobs import vocab_parallel_logprobs
-from paceline.learner.advantages import Outcome
+from paceline.learner.advantages import GeneralizedAdvantage, Outcome
 from paceline.learner.losses.policy import Clip
-from paceline.learner.objective import Objective
+from paceline.learner.objective import Objective, ReferencePenalty
 from paceline.learner.worker import LearnerWorker
 from tests.learner.conftest import model_config
 
 LOSS = Objective(Outcome(), Clip(0.2, 0.28), "token_mean", max_tokens=64)
 """A sample's reward is its advantage: any batch tests any gradient."""
+ACTOR_CRITIC = Objective(
+    GeneralizedAdvantage(trace_decay=0.9),
+    Clip(0.2, 0.28),
+    "sequence_mean",
+    max_tokens=64,
+    reference=ReferencePenalty(0.1),
+    num_updates=2,
+    old_policy="recomputed",
+)
+"""What an algorithm can want at once: a critic, a reference, several updates and every pass."""
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant")
 
 

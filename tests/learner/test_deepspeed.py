@@ -19,9 +19,6 @@ from transformers import AutoModelForCausalLM
 from paceline.configs.errors import NonFiniteError
 from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.schema.learner import OptimizerConfig
-from paceline.learner.advantages import GeneralizedAdvantage
-from paceline.learner.losses.policy import Clip
-from paceline.learner.objective import Objective, ReferencePenalty
 from paceline.learner.shards import boxes
 from paceline.weights_sync.shared_memory import read_weights
 from tests.learner import ranks
@@ -303,17 +300,8 @@ def test_a_bfloat16_checkpoint_keeps_what_bfloat16_cannot_hold(on_ranks, tmp_pat
 def test_critic_and_reference_do_what_they_do_in_one_process(
     on_ranks, model_folder, stage, backbone
 ):
-    algorithm = Objective(
-        GeneralizedAdvantage(trace_decay=0.9),
-        Clip(0.2, 0.28),
-        "sequence_mean",
-        max_tokens=64,
-        reference=ReferencePenalty(0.1),
-        num_updates=2,
-        old_policy="recomputed",
-    )
     batches = [random_batch(seed=seed, num_samples=13) for seed in range(3)]
-    arguments = (batches, algorithm, model_folder)
+    arguments = (batches, ranks.ACTOR_CRITIC, model_folder)
     critic = CriticConfig(clip=0.2, backbone=backbone)
     [(reports, policy, values)] = on_ranks(1, ranks.train_roles, *arguments, critic=critic)
     for found in on_ranks(2, ranks.train_roles, *arguments, critic=critic, **zero(stage)):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
 from paceline.configs.schema.algorithm_parts import CriticConfig
-from paceline.learner.advantages import GeneralizedAdvantage
-from paceline.learner.losses.policy import Clip
-from paceline.learner.objective import Objective, ReferencePenalty
 from paceline.weights_sync.shared_memory import read_weights
 from tests.learner import ranks
 from tests.learner.conftest import random_batch
@@ -38,16 +36,7 @@ def on_meshes(*names):
 
 each_mesh = on_meshes(*MESHES)
 each_mixture = on_meshes("hsdp", "tensor_fsdp", "sequence_fsdp", "tensor_sequence")
-ACTOR_CRITIC = Objective(
-    GeneralizedAdvantage(trace_decay=0.9),
-    Clip(0.2, 0.28),
-    "sequence_mean",
-    max_tokens=64,
-    reference=ReferencePenalty(0.1),
-    num_updates=2,
-    old_policy="recomputed",
-    entropy_coefficient=0.1,
-)
+ACTOR_CRITIC = replace(ranks.ACTOR_CRITIC, entropy_coefficient=0.1)
 
 
 @each_mesh

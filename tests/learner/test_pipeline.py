@@ -12,7 +12,7 @@ from paceline.configs.vocabulary import TrainBatch
 from paceline.learner.advantages import GeneralizedAdvantage
 from paceline.learner.losses.policy import Clip
 from paceline.learner.model import load_policy, write_initial_model
-from paceline.learner.objective import Objective, ReferencePenalty
+from paceline.learner.objective import Objective
 from paceline.learner.parallel import stages
 from paceline.learner.parallel.stages import StageModel, stage_layers
 from paceline.weights_sync.shared_memory import read_weights
@@ -23,15 +23,6 @@ from tests.learner.test_worker import assert_same, spoil
 EMBEDDING = "model.embed_tokens.weight"
 PLAIN = {"parallel": {"pipeline": 2}}
 INTERLEAVED = {"parallel": {"pipeline": 2, "schedule": "interleaved", "stages_per_rank": 2}}
-PPO = Objective(
-    GeneralizedAdvantage(trace_decay=0.9),
-    Clip(0.2, 0.28),
-    "sequence_mean",
-    max_tokens=64,
-    reference=ReferencePenalty(0.1),
-    num_updates=2,
-    old_policy="recomputed",
-)
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +249,7 @@ def test_critic_and_reference_in_a_pipeline_do_what_they_do_on_one_process(
     on_stages, folders, settings, backbone
 ):
     batches = [random_batch(seed=seed, num_samples=13) for seed in range(10, 13)]
-    arguments = (batches, PPO, folders[1])
+    arguments = (batches, ranks.ACTOR_CRITIC, folders[1])
     critic = CriticConfig(backbone=backbone, clip=0.2)
     expected = on_stages(1, train, *arguments, critic=critic)
     assert_same_training(on_stages(2, train, *arguments, critic=critic, **settings), expected)

@@ -12,9 +12,6 @@ from transformers import AutoModelForCausalLM
 from paceline.configs.errors import ClusterError
 from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.vocabulary import TrainBatch
-from paceline.learner.advantages import GeneralizedAdvantage
-from paceline.learner.losses.policy import Clip
-from paceline.learner.objective import Objective, ReferencePenalty
 from paceline.weights_sync.shared_memory import read_weights
 from tests.learner import ranks
 from tests.learner.conftest import random_batch, random_sample, rank_process
@@ -164,17 +161,8 @@ def test_a_rank_that_waits_in_vain_names_the_rendezvous(model_folder, tmp_path):
 
 
 def test_critic_and_reference_on_two_ranks_do_what_they_do_on_one(on_ranks, model_folder):
-    algorithm = Objective(
-        GeneralizedAdvantage(trace_decay=0.9),
-        Clip(0.2, 0.28),
-        "sequence_mean",
-        max_tokens=64,
-        reference=ReferencePenalty(0.1),
-        num_updates=2,
-        old_policy="recomputed",
-    )
     batches = [random_batch(seed=seed, num_samples=13) for seed in range(3)]
-    arguments = (batches, algorithm, model_folder)
+    arguments = (batches, ranks.ACTOR_CRITIC, model_folder)
     critic = CriticConfig(clip=0.2)
     [(reports, policy, values)] = on_ranks(1, ranks.train_roles, *arguments, critic=critic)
     for found in on_ranks(2, ranks.train_roles, *arguments, critic=critic):
