@@ -106,8 +106,8 @@ def bench_async(quick: bool, output: Path) -> BenchResult:
 
 def parallel_capacity() -> float:
     """How many times the work of one process two of them do at a time, one thread each."""
-    alone = sum(side_by_side(_work, 1))
-    return sum(side_by_side(_work, 2)) / alone
+    alone = sum(side_by_side([_work]))
+    return sum(side_by_side([_work] * 2)) / alone
 
 
 def _work() -> float:

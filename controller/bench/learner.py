@@ -3,8 +3,9 @@
 Each side trains the same model on the same long-tailed groups with the same loss, precision and
 optimiser, one torch thread, in a process of its own; rounds of all sides are interleaved. The peers
 get the micro-batch size that is fastest for them. What a step is useful for is counted the same for
-all: trained tokens, and the floating-point operations that they need at least. How long a sequence
-fits a fixed memory is measured by ``learner_memory.py``.
+all: trained tokens, and the floating-point operations that they need at least. Ours is measured
+also divided over two ranks, in every way there is. How long a sequence fits a fixed memory is
+measured by ``learner_memory.py``.
 """
 
 from __future__ import annotations
@@ -17,9 +18,16 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
+from paceline.configs.schema.learner import LearnerConfig
 from paceline.controller.bench.learner_batch import BRIEF, LONG_TAILED, LearnerWorkload
 from paceline.controller.bench.learner_memory import CHUNKS, SequenceMemory, measure_memory
-from paceline.controller.bench.learner_steps import matmul_flops, paceline_steps, plain_steps
+from paceline.controller.bench.learner_steps import (
+    ALONE,
+    divided_steps,
+    matmul_flops,
+    paceline_steps,
+    plain_steps,
+)
 from paceline.controller.bench.result import BenchResult, BenchTable, Spread, Target
 from paceline.controller.bench.subprocesses import in_own_process
 from paceline.controller.bench.trl_runs import require_trl
@@ -27,6 +35,21 @@ from paceline.controller.observe.versions import collect_versions
 
 OURS, PLAIN, PEER = "paceline", "plain HF step", "TRL's step"
 SPEEDUP_TARGET, LENGTH_TARGET = 2.5, 2.5
+
+ON_TWO_RANKS: Mapping[str, LearnerConfig] = {
+    name: LearnerConfig.model_validate(
+        {"num_ranks": 2, "tokens_per_microbatch": ALONE.tokens_per_microbatch, **settings}
+    )
+    for name, settings in {
+        "samples and weights (FSDP2)": {},
+        "samples and optimiser (ZeRO-2)": {"engine": "deepspeed"},
+        "tensor": {"parallel": {"tensor": 2}},
+        "sequence": {"parallel": {"sequence": 2}},
+        # a pipeline is busy on all stages only with several microbatches
+        "pipeline": {"parallel": {"pipeline": 2}, "tokens_per_microbatch": 512},
+    }.items()
+}
+"""What the ranks divide."""
 
 Side = Callable[[LearnerWorkload, Path, int], list[float]]
 
@@ -38,12 +61,13 @@ class Plan:
     workload: LearnerWorkload
     num_rounds: int
     num_steps: int
+    meshes: Sequence[str] = tuple(ON_TWO_RANKS)
     plain_microbatch: int = 8
     peer_microbatch: int = 32
 
 
-QUICK = Plan(BRIEF, num_rounds=1, num_steps=2)
-FULL = Plan(LONG_TAILED, num_rounds=3, num_steps=1)
+QUICK = Plan(BRIEF, num_rounds=1, num_steps=2, meshes=["tensor"])
+FULL = Plan(LONG_TAILED, num_rounds=3, num_steps=2)
 
 
 def bench_learner(quick: bool, output: Path) -> BenchResult:
@@ -69,6 +93,7 @@ def sides_of(plan: Plan) -> Mapping[str, Side]:
         OURS: paceline_steps,
         PLAIN: partial(plain_steps, microbatch_size=plan.plain_microbatch),
         PEER: partial(trl_steps, microbatch_size=plan.peer_microbatch),
+        **{name: partial(divided_steps, config=ON_TWO_RANKS[name]) for name in plan.meshes},
     }
 
 
@@ -92,26 +117,12 @@ def one_round(plan: Plan, model: Path, sides: Mapping[str, Side]) -> Round:
 def report(plan: Plan, rounds: Sequence[Round], memory: SequenceMemory) -> BenchResult:
     """Tables and targets."""
     workload = plan.workload
-    num_trained = workload.batch().num_trained_tokens
-    flops = workload.required_flops()
-    sides = list(rounds[0].seconds)
-    speed = {name: Spread.of(num_trained / r.seconds[name] for r in rounds) for name in sides}
-    over_peer = {
-        name: Spread.of(r.seconds[PEER] / r.seconds[name] for r in rounds) for name in sides
-    }
-    used = {name: Spread.of(flops / r.seconds[name] / r.matmul for r in rounds) for name in sides}
-    table = BenchTable(
-        f"one step on {workload.num_samples} completions of {num_trained:,} tokens",
-        ("side", "trained tokens/s", "times TRL", "use of the matmul rate"),
-        [
-            (name, str(speed[name]), str(over_peer[name]), f"{used[name].median:.0%}")
-            for name in sides
-        ],
-    )
     return BenchResult(
         bench="learner",
         targets={
-            "trained tokens/s over TRL, long-tailed": Target(over_peer[OURS], ">=", SPEEDUP_TARGET),
+            "trained tokens/s over TRL, long-tailed": Target(
+                times_faster(rounds, OURS, PEER), ">=", SPEEDUP_TARGET
+            ),
             "longest sequence over plain checkpointing": Target(
                 Spread.of([memory.times_plain(CHUNKS)]), ">=", LENGTH_TARGET
             ),
@@ -120,15 +131,45 @@ def report(plan: Plan, rounds: Sequence[Round], memory: SequenceMemory) -> Bench
             "workload": asdict(workload),
             "seconds": [dict(r.seconds) for r in rounds],
             "matmul_flops": [r.matmul for r in rounds],
-            "required_flops": flops,
+            "required_flops": workload.required_flops(),
             "memory": asdict(memory),
         },
         seeds={"workload": workload.seed},
         versions={**collect_versions(workload.seed), "trl": metadata.version("trl")},
-        tables=[table, memory.table()],
+        tables=[sides_table(workload, rounds), meshes_table(plan.meshes, rounds), memory.table()],
         notes=[
             "What a step is useful for: every prompt once, every completion once, the vocabulary "
             "for trained tokens only; the ceiling is a float32 product of one thread, measured in "
             "each round."
         ],
+    )
+
+
+def times_faster(rounds: Sequence[Round], side: str, other: str) -> Spread:
+    """How many times as fast a side is as another, a ratio a round."""
+    return Spread.of(r.seconds[other] / r.seconds[side] for r in rounds)
+
+
+def sides_table(workload: LearnerWorkload, rounds: Sequence[Round]) -> BenchTable:
+    """One process a side."""
+    num_trained, flops = workload.batch().num_trained_tokens, workload.required_flops()
+    rows = []
+    for side in (OURS, PLAIN, PEER):
+        speed = Spread.of(num_trained / r.seconds[side] for r in rounds)
+        used = Spread.of(flops / r.seconds[side] / r.matmul for r in rounds)
+        over_peer = times_faster(rounds, side, PEER)
+        rows.append((side, str(speed), str(over_peer), f"{used.median:.0%}"))
+    return BenchTable(
+        f"one step on {workload.num_samples} completions of {num_trained:,} tokens",
+        ("side", "trained tokens/s", "times TRL", "use of the matmul rate"),
+        rows,
+    )
+
+
+def meshes_table(meshes: Sequence[str], rounds: Sequence[Round]) -> BenchTable:
+    """Two processes, by what they divide."""
+    return BenchTable(
+        "the same step on two ranks of this machine (gloo)",
+        ("what they divide", "times one rank"),
+        [(mesh, str(times_faster(rounds, mesh, OURS))) for mesh in meshes],
     )

@@ -1,10 +1,12 @@
-"""The learner's step, and a plain one: what people write by hand around a transformers model."""
+"""The learner's step, on one rank or several, and a plain one: what people write by hand around a
+transformers model."""
 
 from __future__ import annotations
 
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from paceline.configs.schema.learner import LearnerConfig, OptimizerConfig
 from paceline.configs.vocabulary import TrainSample
 from paceline.controller.bench.learner_batch import LearnerWorkload
+from paceline.controller.bench.subprocesses import side_by_side
 from paceline.learner.advantages import GroupRelative
 from paceline.learner.losses.policy import Clip
 from paceline.learner.objective import Objective
@@ -23,16 +26,24 @@ from paceline.learner.worker import LearnerWorker
 OPTIMIZER = OptimizerConfig(learning_rate=1e-5, schedule="constant", warmup_steps=0)
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 MATMUL_SIZE = 1024
+ALONE = LearnerConfig(tokens_per_microbatch=4096)
 
 
-def learner_worker(workload: LearnerWorkload, model: Path, weights: str) -> LearnerWorker:
-    """One rank that holds the model; float32, no checkpointing, as the other sides."""
+def learner_worker(
+    workload: LearnerWorkload,
+    model: Path,
+    weights: str,
+    config: LearnerConfig = ALONE,
+    rank: int = 0,
+    rendezvous: str | None = None,
+) -> LearnerWorker:
+    """A rank, in float32, without checkpointing, as the other sides."""
     return LearnerWorker(
         str(model),
         workload.model_config(),
-        LearnerConfig(tokens_per_microbatch=4096),
-        rank=0,
-        rendezvous=None,
+        config,
+        rank=rank,
+        rendezvous=rendezvous,
         weights_folder=weights,
         seed=workload.seed,
     )
@@ -45,15 +56,49 @@ def algorithm(workload: LearnerWorkload) -> Objective:
 
 
 def paceline_steps(workload: LearnerWorkload, model: Path, num_steps: int) -> list[float]:
-    """Seconds of the learner's steps, as in a run."""
+    """Seconds of the learner's steps on one rank, as in a run."""
     with tempfile.TemporaryDirectory() as weights:
-        worker, batch = learner_worker(workload, model, weights), workload.batch()
+        return rank_steps(workload, num_steps, learner_worker(workload, model, weights))
 
-        def step(index: int) -> None:
-            worker.forward_backward(batch, algorithm(workload))
-            worker.optimizer_step(index + 1, OPTIMIZER, index, num_steps)
 
-        return timed(step, num_steps)
+def divided_steps(
+    workload: LearnerWorkload, model: Path, num_steps: int, config: LearnerConfig
+) -> list[float]:
+    """Seconds of the same steps on the ranks of ``config``, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            partial(one_of_ranks, workload, model, num_steps, config, folder, rank)
+            for rank in range(config.num_ranks)
+        ]
+        return [max(seconds) for seconds in zip(*side_by_side(ranks), strict=True)]
+
+
+def one_of_ranks(
+    workload: LearnerWorkload,
+    model: Path,
+    num_steps: int,
+    config: LearnerConfig,
+    folder: str,
+    rank: int,
+) -> list[float]:
+    """Seconds of one rank's steps; ranks meet in ``folder``."""
+    torch.set_num_threads(1)
+    worker = learner_worker(workload, model, folder, config, rank, f"file://{folder}/rendezvous")
+    try:
+        return rank_steps(workload, num_steps, worker)
+    finally:
+        worker.close()
+
+
+def rank_steps(workload: LearnerWorkload, num_steps: int, worker: LearnerWorker) -> list[float]:
+    """Seconds of a rank's steps."""
+    batch = workload.batch()
+
+    def step(index: int) -> None:
+        worker.forward_backward(batch, algorithm(workload))
+        worker.optimizer_step(index + 1, OPTIMIZER, index, num_steps)
+
+    return timed(step, num_steps)
 
 
 def plain_steps(

@@ -60,14 +60,15 @@ def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
         return pool.submit(function, *arguments).result()
 
 
-def side_by_side(function: Callable[[], T], count: int) -> list[T]:
-    """The results of a function that runs in so many fresh processes at the same time."""
+def side_by_side(functions: Sequence[Callable[[], T]]) -> list[T]:
+    """The results of functions that run in fresh processes of their own at the same time."""
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         pools = [
             stack.enter_context(ProcessPoolExecutor(max_workers=1, mp_context=context))
-            for _ in range(count)
+            for _ in functions
         ]
         for start in [pool.submit(os.getpid) for pool in pools]:
             start.result()  # all of them are up before any begins
-        return [each.result() for each in [pool.submit(function) for pool in pools]]
+        running = [pool.submit(each) for pool, each in zip(pools, functions, strict=True)]
+        return [each.result() for each in running]

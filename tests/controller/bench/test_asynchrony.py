@@ -51,5 +51,5 @@ def test_rewards_are_compared_at_the_time_when_the_first_run_was_over():
 
 
 def test_what_runs_side_by_side_runs_in_processes_of_its_own():
-    processes = side_by_side(os.getpid, 2)
+    processes = side_by_side([os.getpid] * 2)
     assert len({*processes, os.getpid()}) == 3

@@ -14,6 +14,7 @@ from paceline.controller.bench.learner_batch import BRIEF, LONG_TAILED
 from paceline.controller.bench.learner_memory import CHUNKS, PLAIN, SequenceMemory
 from paceline.controller.bench.learner_steps import (
     algorithm,
+    divided_steps,
     learner_worker,
     paceline_steps,
     plain_gradients,
@@ -52,6 +53,12 @@ def test_every_side_takes_as_many_steps_as_it_is_asked_to(model: Path) -> None:
 
 
 @pytest.mark.slow
+def test_ranks_take_the_step_together(model: Path) -> None:
+    config = learner.ON_TWO_RANKS["tensor"]
+    assert len(divided_steps(TINY, model, 2, config)) == 2
+
+
+@pytest.mark.slow
 def test_the_peer_trains_on_what_it_is_handed(model: Path) -> None:
     pytest.importorskip("trl")
     from paceline.controller.bench.learner_peer import trl_steps
@@ -60,15 +67,18 @@ def test_the_peer_trains_on_what_it_is_handed(model: Path) -> None:
 
 
 def test_figures_are_ratios_of_medians_in_each_round() -> None:
-    plan = learner.Plan(TINY, num_rounds=2, num_steps=1)
+    plan = learner.Plan(TINY, num_rounds=2, num_steps=1, meshes=["tensor"])
+    sides = learner.OURS, learner.PLAIN, learner.PEER, "tensor"
     rounds = [
-        learner.Round({learner.OURS: 1.0, learner.PLAIN: 2.0, learner.PEER: 3.0}, 1e9),
-        learner.Round({learner.OURS: 2.0, learner.PLAIN: 2.0, learner.PEER: 4.0}, 1e9),
+        learner.Round(dict(zip(sides, seconds, strict=True)), 1e9)
+        for seconds in [(1.0, 2.0, 3.0, 0.5), (2.0, 2.0, 4.0, 2.0)]
     ]
     memory = SequenceMemory(
         {PLAIN: {1: 200, 2: 300}, CHUNKS: {1: 110, 2: 120}}, 400, {PLAIN: 3, CHUNKS: 30}
     )
-    speed, length = learner.report(plan, rounds, memory).targets.values()
+    result = learner.report(plan, rounds, memory)
+    speed, length = result.targets.values()
     assert (speed.measured.low, speed.measured.median, speed.measured.high) == (2.0, 2.5, 3.0)
     assert length.measured.median == 10
     assert speed.met and length.met
+    assert result.tables[1].rows == [("tensor", "1.5 (1-2)")]
