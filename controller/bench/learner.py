@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from paceline.configs.schema.learner import LearnerConfig
 from paceline.controller.bench.learner_batch import BRIEF, LONG_TAILED, LearnerWorkload
@@ -36,18 +37,18 @@ from paceline.controller.observe.versions import collect_versions
 OURS, PLAIN, PEER = "paceline", "plain HF step", "TRL's step"
 SPEEDUP_TARGET, LENGTH_TARGET = 2.5, 2.5
 
+
+def _two_ranks(**settings: Any) -> LearnerConfig:
+    return LearnerConfig.model_validate({**ALONE.model_dump(), "num_ranks": 2, **settings})
+
+
 ON_TWO_RANKS: Mapping[str, LearnerConfig] = {
-    name: LearnerConfig.model_validate(
-        {"num_ranks": 2, "tokens_per_microbatch": ALONE.tokens_per_microbatch, **settings}
-    )
-    for name, settings in {
-        "samples and weights (FSDP2)": {},
-        "samples and optimiser (ZeRO-2)": {"engine": "deepspeed"},
-        "tensor": {"parallel": {"tensor": 2}},
-        "sequence": {"parallel": {"sequence": 2}},
-        # a pipeline is busy on all stages only with several microbatches
-        "pipeline": {"parallel": {"pipeline": 2}, "tokens_per_microbatch": 512},
-    }.items()
+    "samples and weights (FSDP2)": _two_ranks(),
+    "samples and optimiser (ZeRO-2)": _two_ranks(engine="deepspeed"),
+    "tensor": _two_ranks(parallel={"tensor": 2}),
+    "sequence": _two_ranks(parallel={"sequence": 2}),
+    # all stages are busy only where there are several microbatches
+    "pipeline": _two_ranks(parallel={"pipeline": 2}, tokens_per_microbatch=512),
 }
 """What the ranks divide."""
 
