@@ -119,15 +119,20 @@ def model_shape(model: ModelConfig) -> ModelShape | None:
     Known are `architecture` with the `characters` tokenizer or a `vocab_size`, and a `path` whose
     local folder holds a `config.json`, of the model types llama, qwen2, qwen3 and qwen3_moe.
     """
-    if model.architecture is not None:
-        keys = dict(model.architecture)
-        if model.tokenizer == "characters":
-            keys["vocab_size"] = CHARACTERS_VOCABULARY
-    else:
-        keys = _read_config(Path(str(model.path)).expanduser())
+    keys = model_keys(model)
     if keys.get("model_type") not in _DEFAULTS or "vocab_size" not in keys:
         return None
     return _shape(keys)
+
+
+def model_keys(model: ModelConfig) -> dict[str, Any]:
+    """What is known of ``model``'s transformers configuration; nothing of a hub name's."""
+    if model.architecture is None:
+        return _read_config(Path(str(model.path)).expanduser())
+    keys = dict(model.architecture)
+    if model.tokenizer == "characters":
+        keys["vocab_size"] = CHARACTERS_VOCABULARY
+    return keys
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

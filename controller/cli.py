@@ -57,8 +57,10 @@ def train(
     Example: paceline train quickstart seed=1 name=quickstart-1
     """
     from paceline.configs.load import load_config
+    from paceline.configs.model_limits import require_usable_models
 
-    config = load_config(recipe, overrides or ())  # a mistake in it shows before torch is imported
+    config = load_config(recipe, overrides or ())
+    require_usable_models(config)  # what is wrong shows before torch is imported
 
     from paceline.controller.observe.summary import print_summary
     from paceline.controller.run import run_training
@@ -83,11 +85,11 @@ def check(
     Example: paceline check quickstart loop.max_lag=2
     """
     from paceline.configs.load import load_config
-    from paceline.configs.parallel_limits import require_divisible
+    from paceline.configs.model_limits import require_usable_models
     from paceline.controller.plan import print_plan
 
     config = load_config(recipe, overrides or ())
-    require_divisible(config)
+    require_usable_models(config)
     print_plan(config)
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from paceline.configs.errors import ConfigError, RunInterrupted, UserError
 from paceline.configs.load import dump_config, load_config
-from paceline.configs.parallel_limits import require_divisible
+from paceline.configs.model_limits import require_usable_models
 from paceline.configs.schema import RunConfig
-from paceline.controller.checkpoints import CheckpointFolder, RunState
+from paceline.controller.checkpoints import LEARNER, CheckpointFolder, RunState
 from paceline.controller.cluster import ray_cluster, require_resources
 from paceline.controller.ledger.journal import Journal
 from paceline.controller.ledger.opening import open_store
@@ -32,7 +32,7 @@ from paceline.controller.observe.view import open_view
 from paceline.controller.progress import Progress
 from paceline.controller.recovery import groups_fit
 from paceline.controller.session import Resumption, Session
-from paceline.controller.wiring import Preparation, prepare, started_parts
+from paceline.controller.wiring import Preparation, prepare, require_loadable, started_parts
 
 RESUME_STEP_OF_NOTHING = -1
 FIXED_SECTIONS = ("seed", "model", "data", "warm_start")
@@ -56,13 +56,17 @@ def run_training(config: RunConfig, *, resume: bool) -> RunOutcome:
     Raises:
         UserError: the folder cannot be used; nothing was written then.
     """
-    require_divisible(config)
+    require_usable_models(config)
     root = Path(config.output_dir) / config.name
     folder = RunFolder.open(root) if resume else RunFolder.create(root)
     checkpoint = CheckpointFolder(folder.checkpoints, config.checkpoint.keep).latest()
     progress, fits = Progress(), True
     if resume:
-        fits = groups_fit(keep_previous_config(folder, config), config)
+        previous = require_same_run(folder, config)
+        if checkpoint is not None:
+            require_loadable(config, checkpoint[1] / LEARNER, folder.initial)
+        keep_previous_config(folder, previous, config)
+        fits = groups_fit(previous, config)
         progress = restored_progress(folder, checkpoint[0] if checkpoint else None)
     folder.write_config(dump_config(config))
     versions = collect_versions(config.seed)
@@ -139,13 +143,11 @@ def is_revocable(store: Store, config: RunConfig) -> bool:
     return store.survives and config.checkpoint.every_steps is not None
 
 
-def keep_previous_config(folder: RunFolder, config: RunConfig) -> RunConfig:
-    """Check that a resumed configuration is of the same run; keep a copy of one it replaces.
-
-    Returns the configuration it was run with before.
+def require_same_run(folder: RunFolder, config: RunConfig) -> RunConfig:
+    """Refuse to resume another run; returns the configuration that this one was run with before.
 
     Raises:
-        ConfigError: what the run is made of changed: nothing was written.
+        ConfigError: what the run is made of changed.
     """
     previous = load_config(folder.config)
     changed = [name for name in FIXED_SECTIONS if getattr(previous, name) != getattr(config, name)]
@@ -154,10 +156,14 @@ def keep_previous_config(folder: RunFolder, config: RunConfig) -> RunConfig:
             f"--resume: {', '.join(changed)} differ from {folder.config}: resume with the same, or "
             "start a new run under another name"
         )
+    return previous
+
+
+def keep_previous_config(folder: RunFolder, previous: RunConfig, config: RunConfig) -> None:
+    """Keep a copy of a configuration that a resumed run replaces."""
     if previous != config:
         number = len(list(folder.root.glob("config.*.yaml"))) + 1
         shutil.copyfile(folder.config, folder.config.with_name(f"config.{number}.yaml"))
-    return previous
 
 
 def restored_progress(folder: RunFolder, state: RunState | None) -> Progress:

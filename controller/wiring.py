@@ -48,7 +48,12 @@ from paceline.controller.trace_channels import RayChannel, RedisChannel, TraceCh
 from paceline.controller.trace_exchange import TraceExchange
 from paceline.controller.watching import TimeLimits
 from paceline.controller.workers import WorkerPool
-from paceline.learner.model import require_same_vocabulary, write_initial_model
+from paceline.learner import checkpoint
+from paceline.learner.model import (
+    empty_policy,
+    require_same_vocabulary,
+    write_initial_model,
+)
 from paceline.reward.exact import ExactAnswerGrader
 from paceline.reward.grader import Grader
 from paceline.reward.imported import build_imported_grader
@@ -318,6 +323,25 @@ def given_traces(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
     )
     paths = (Path(path).expanduser() for path in drafting.traces)
     return tuple(trace for path in paths for trace in reader.read(path))
+
+
+def require_loadable(config: RunConfig, learner_folder: Path, initial_folder: Path) -> None:
+    """Refuse a checkpoint that the learner would refuse, before anything is started or written.
+
+    ``learner_folder`` is the learner's part of it.
+
+    Raises:
+        UserError: it is incomplete or of another model, or the model cannot be read.
+    """
+    critic = critic_of(config.algorithm)
+    is_shared = critic is not None and critic.backbone == "shared"
+    folder = config.model.path or str(initial_folder)
+    roles = {"policy": is_shared} | ({"critic": True} if critic and not is_shared else {})
+    state = {
+        role: {"model": dict(empty_policy(folder, has_values=has_values).trained_parameters())}
+        for role, has_values in roles.items()
+    }
+    checkpoint.require_loadable(str(learner_folder), state)
 
 
 @contextlib.asynccontextmanager

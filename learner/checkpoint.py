@@ -25,7 +25,7 @@ from paceline.configs.errors import CheckpointError
 from paceline.configs.schema.model import Precision
 from paceline.learner.background_save import alone_is_fine
 from paceline.learner.mesh import RankMesh
-from paceline.learner.training_engine import State, TrainingEngine
+from paceline.learner.training_engine import TrainingEngine
 
 Roles = Mapping[str, TrainingEngine]
 """Trained models by role."""
@@ -44,14 +44,8 @@ def load_checkpoint(folder: str, roles: Roles, mesh: RankMesh) -> int:
     Raises:
         CheckpointError: it is missing, incomplete or of another model.
     """
-    if not (Path(folder) / ".metadata").exists():
-        raise CheckpointError(
-            f"no complete learner checkpoint in {folder}: resume from another one"
-        )
     state = _state(roles)
-    saved = _read_metadata(folder)
-    _check_shapes(folder, saved, state)
-    _check_files(folder, saved)
+    require_loadable(folder, state)
     loaded = state | {"version": torch.tensor(0)}
     alone_is_fine()
     try:
@@ -61,6 +55,21 @@ def load_checkpoint(folder: str, roles: Roles, mesh: RankMesh) -> int:
     for role, engine in roles.items():
         engine.restore(loaded[role])
     return int(loaded["version"])
+
+
+def require_loadable(folder: str, state: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a checkpoint that cannot become a ``state`` of these names and shapes, by role.
+
+    Raises:
+        CheckpointError: it is missing, incomplete or of another model.
+    """
+    if not (Path(folder) / ".metadata").exists():
+        raise CheckpointError(
+            f"no complete learner checkpoint in {folder}: resume from another one"
+        )
+    saved = _read_metadata(folder)
+    _check_shapes(folder, saved, state)
+    _check_files(folder, saved)
 
 
 def export_model(folder: str, engine: TrainingEngine, precision: Precision, mesh: RankMesh) -> None:
@@ -133,7 +142,7 @@ def _read_metadata(folder: str) -> Metadata:
         ) from error
 
 
-def _check_shapes(folder: str, saved: Metadata, state: Mapping[str, State]) -> None:
+def _check_shapes(folder: str, saved: Metadata, state: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse another architecture's, or one that lacks weights or moments."""
     for name, tensor in _named_tensors(state):
         found = saved.state_dict_metadata.get(name)

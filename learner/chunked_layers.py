@@ -27,10 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from paceline.configs.errors import ModelError
+from paceline.configs.parallel_limits import unknown_to_chunks
 from paceline.learner.attention import PackedSegments, RowKeys, chunks_of
-
-FAMILIES = ("llama", "qwen2", "qwen3")
-"""Their layers are a norm, ``self_attn``, a norm and an MLP, and only attention mixes tokens."""
 
 
 def chunk_layers(causal_lm: PreTrainedModel, tokens_per_chunk: int) -> None:
@@ -39,11 +37,9 @@ def chunk_layers(causal_lm: PreTrainedModel, tokens_per_chunk: int) -> None:
     Raises:
         ModelError: the architecture is not one whose layers are known.
     """
-    if causal_lm.config.model_type not in FAMILIES:
-        raise ModelError(
-            f"learner.activation_checkpointing chunks knows the layers of {', '.join(FAMILIES)}, "
-            f"not of {causal_lm.config.model_type}: use layers"
-        )
+    problem = unknown_to_chunks(causal_lm.config.model_type)
+    if problem is not None:
+        raise ModelError(problem)
     base = causal_lm.base_model
     for layer in base.layers:
         _replace_forward(layer, partial(_layer_forward, tokens_per_chunk=tokens_per_chunk))

@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from paceline.configs.errors import ModelError
+from paceline.configs.parallel_limits import EXPERT_FAMILIES, divided_experts
 from paceline.configs.schema.learner import LearnerConfig
 from paceline.configs.vocabulary import NOT_ROUTED
-
-FAMILIES = ("qwen3_moe",)
-"""Architectures whose experts and routers are known."""
 
 
 class Routing:
@@ -59,7 +57,7 @@ class ExpertCounts:
 
 def has_experts(config: PreTrainedConfig) -> bool:
     """Whether the model is of an architecture with experts that are known here."""
-    return config.model_type in FAMILIES
+    return config.model_type in EXPERT_FAMILIES
 
 
 def require_whole_experts(config: PreTrainedConfig, learner: LearnerConfig) -> None:
@@ -68,14 +66,9 @@ def require_whole_experts(config: PreTrainedConfig, learner: LearnerConfig) -> N
     Raises:
         ModelError: ``learner`` asks for it.
     """
-    if not has_experts(config):
-        return
-    if learner.engine != "fsdp" or learner.parallel.model_ranks > 1:
-        raise ModelError(
-            f"{config.model_type} has experts, which tensor, pipeline and sequence ranks and "
-            "DeepSpeed do not divide: set learner.engine fsdp and leave learner.parallel at its "
-            "defaults but for replicate, or use a model without experts"
-        )
+    problem = divided_experts(config.model_type, learner)
+    if problem is not None:
+        raise ModelError(problem)
 
 
 def parameters_per_token(model: PreTrainedModel) -> int:

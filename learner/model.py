@@ -216,6 +216,18 @@ def write_initial_model(
     return folder
 
 
+def empty_policy(folder: str, *, has_values: bool) -> PolicyModel:
+    """The model of a folder without its weights: names and shapes, on torch's meta device.
+
+    Raises:
+        ModelError: there is no such model.
+    """
+    config = _read_config(folder)
+    with torch.device("meta"):
+        causal_lm = AutoModelForCausalLM.from_config(config)
+        return PolicyModel(causal_lm, has_values=has_values)
+
+
 def require_same_vocabulary(teacher: str, model_folder: str) -> None:
     """Refuse a teacher whose tokens are not the policy's.
 
@@ -253,11 +265,19 @@ def load_policy(
     register_packed_attention()
     _read_config(folder)
     try:
-        causal_lm = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=ATTENTION_NAME
+        causal_lm, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation=ATTENTION_NAME,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"the weights in {folder} cannot be loaded: {_one_line(error)}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers would begin with random ones
+        raise ModelError(
+            f"{folder} lacks {len(missing)} weights of a {causal_lm.config.model_type}, such as "
+            f"{missing[0]}: its files are of another model, or not all there"
+        )
     # Never in training mode: dropout would train on other log-probabilities than were sampled.
     policy = PolicyModel(causal_lm, has_values=has_values).eval()
     _check_packing(policy)

@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup
 from transformers import PreTrainedConfig
 
 from paceline.configs.errors import ModelError
+from paceline.configs.parallel_limits import undivided_by_sequence
 from paceline.learner.mesh import RankMesh
 
 
@@ -87,13 +88,9 @@ def sequence_ranks(config: PreTrainedConfig, mesh: RankMesh) -> SequenceRanks | 
     num_ranks, num_tensor_ranks = mesh.sizes["sequence"], mesh.sizes["tensor"]
     if num_ranks == 1:
         return None
-    num_heads = config.num_attention_heads
-    if num_heads % (num_tensor_ranks * num_ranks):
-        raise ModelError(
-            f"learner.parallel.sequence ({num_ranks}) does not divide the "
-            f"{num_heads // num_tensor_ranks} attention heads of a tensor rank ({num_heads} / "
-            f"{num_tensor_ranks}): inside attention sequence ranks divide heads; choose a divisor"
-        )
+    problem = undivided_by_sequence(num_ranks, num_tensor_ranks, config.num_attention_heads)
+    if problem is not None:
+        raise ModelError(problem)
     assert mesh.devices is not None, "sequence ranks need a process group"
     return SequenceRanks(mesh.devices.get_group("sequence"))
 

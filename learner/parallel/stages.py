@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from paceline.configs.errors import ModelError
+from paceline.configs.parallel_limits import undivided_by_pipeline
 from paceline.learner.attention import PackedSegments, Segment
 from paceline.learner.mesh import RankMesh
 from paceline.learner.model import PACKING_TOLERANCE, Head, PackedRow, PolicyModel
@@ -131,9 +132,12 @@ def divide_layers(whole: PolicyModel, mesh: RankMesh) -> list[StageModel]:
     """This rank's stages of a model on the CPU, which they share the parameters of.
 
     Raises:
-        ModelError: it computes something else in stages.
+        ModelError: it computes something else in stages, or has fewer layers than these.
     """
     num_ranks = mesh.sizes["pipeline"]
+    problem = undivided_by_pipeline(num_ranks, mesh.stages_per_rank, len(whole.decoder_layers))
+    if problem is not None:
+        raise ModelError(problem)
     layers, head = whole.decoder_layers, whole.causal_lm.get_output_embeddings().weight
     parameters_per_layer = sum(p.numel() for p in layers.parameters()) / len(layers)
     runs = stage_layers(

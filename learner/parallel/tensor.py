@@ -28,12 +28,9 @@ from torch.distributed.tensor.parallel import (
 from transformers import PreTrainedConfig
 
 from paceline.configs.errors import ModelError
-from paceline.configs.parallel_limits import undivided_by_tensor
+from paceline.configs.parallel_limits import undivided_by_tensor, unknown_to_tensor
 from paceline.learner.mesh import RankMesh
 from paceline.learner.model import PolicyModel
-
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-"""Architectures (``model_type``) whose modules are those of the plan below, and do the same."""
 
 TOKENS = Shard(1)
 HEADS = Shard(2)
@@ -73,13 +70,9 @@ def require_divisible(config: PreTrainedConfig, num_ranks: int) -> None:
     Raises:
         ModelError: names the architecture, or the number that is no multiple of the ranks.
     """
-    if config.model_type not in FAMILIES:
-        raise ModelError(
-            f"learner.parallel.tensor ({num_ranks}) does not know {config.model_type}: it divides "
-            f"{', '.join(FAMILIES)}, and another architecture needs a plan in "
-            "learner/parallel/tensor.py that says how each of its parameters is divided; set "
-            "tensor to 1"
-        )
+    problem = unknown_to_tensor(config.model_type, num_ranks)
+    if problem is not None:
+        raise ModelError(problem)
     problem = undivided_by_tensor(
         num_ranks,
         config.num_attention_heads,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,30 @@ def test_what_does_not_divide_the_model_is_refused(num_ranks, parallel, expected
     config = load_config("quickstart", overrides(num_ranks, **parallel))
     with pytest.raises(ConfigError, match=expected):
         require_divisible(config)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "expected"),
+    [
+        ("phi3", ["learner.parallel.tensor=2"], r"does not know phi3.*needs a plan in learner/"),
+        ("mistral", ["learner.activation_checkpointing=chunks"], "not of mistral, which needs"),
+        ("qwen3_moe", ["learner.parallel.pipeline=2"], "qwen3_moe has experts"),
+        ("qwen3_moe", ["learner.engine=deepspeed"], "qwen3_moe has experts"),
+        ("mistral", ["learner.parallel.pipeline=4"], r"4 pipeline stages .* 2 layers"),
+        ("olmo2", ["learner.parallel.sequence=8"], "does not divide the 4 attention heads"),
+    ],
+)
+def test_an_architecture_that_nobody_can_divide_so_is_named(
+    tmp_path, model_type, overrides, expected
+):
+    """Given inline or as a folder; of neither are the parameters counted here."""
+    overrides = ["learner.num_ranks=8", *overrides]
+    inline = load_config("quickstart", [f"model.architecture.model_type={model_type}", *overrides])
+    (tmp_path / "config.json").write_text(json.dumps(inline.model.architecture))
+    of_path = ["model.architecture=null", f"model.path={tmp_path}", *overrides]
+    for config in (inline, load_config("quickstart", of_path)):
+        with pytest.raises(ConfigError, match=expected):
+            require_divisible(config)
 
 
 @pytest.mark.parametrize(

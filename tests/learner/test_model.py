@@ -10,7 +10,7 @@ import torch
 
 from paceline.configs.errors import ModelError
 from paceline.configs.schema.model import ModelConfig
-from paceline.learner.model import load_policy, write_initial_model
+from paceline.learner.model import empty_policy, load_policy, write_initial_model
 from tests.learner.conftest import VOCAB_SIZE, model_config
 
 
@@ -84,6 +84,22 @@ def test_a_folder_without_weights_is_refused_in_one_line(model_folder, tmp_path)
     with pytest.raises(ModelError, match="weights in .* cannot be loaded") as caught:
         load_policy(str(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_all_there_are_refused_instead_of_made_up(model_folder, tmp_path):
+    """Qwen3's norms of queries and keys, which a Qwen2 has not."""
+    write_initial_model(model_config("qwen2"), VOCAB_SIZE, 1, 0, str(tmp_path))
+    shutil.copy(f"{model_folder}/config.json", tmp_path)
+    with pytest.raises(ModelError, match=r"lacks 4 weights of a qwen3, such as model\.layers\.0"):
+        load_policy(str(tmp_path))
+
+
+def test_a_model_without_weights_has_the_names_and_shapes_of_the_loaded_one(model_folder):
+    for has_values in (False, True):
+        empty = dict(empty_policy(model_folder, has_values=has_values).trained_parameters())
+        whole = dict(load_policy(model_folder, has_values=has_values).trained_parameters())
+        assert {n: p.shape for n, p in empty.items()} == {n: p.shape for n, p in whole.items()}
+        assert all(parameter.is_meta for parameter in empty.values())
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(model_folder, tmp_path):
