@@ -108,7 +108,7 @@ class RankProcesses(ExitStack):
         from tests.learner import ranks  # which imports this file
 
         missing = range(len(self._running), number)
-        new = [self.enter_context(rank_process()) for _ in missing]
+        new = [self.enter_context(rank_process("forkserver")) for _ in missing]
         # else the first ones ready would wait for the others at the rendezvous
         concurrent.futures.wait([process.submit(ranks.be_imported) for process in new])
         self._running.extend(new)
@@ -120,12 +120,18 @@ class RankProcesses(ExitStack):
 
 
 @contextmanager
-def rank_process():
-    """A process that can import what the tests can."""
+def rank_process(start="spawn"):
+    """A process that can import what the tests can.
+
+    Spawned, it imports it all, with the environment of this moment, which takes seconds; of the
+    "forkserver" it has most of that already, and ends as fast.
+    """
+    context = multiprocessing.get_context(start)
+    context.set_forkserver_preload(["hypothesis", "pytest", "paceline.learner.worker"])
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(REPOSITORY)
         patch.setenv("OMP_NUM_THREADS", "1")
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        with ProcessPoolExecutor(1, context) as process:
             yield process
 
 

@@ -148,7 +148,7 @@ def test_bfloat16_trains_float32_masters_and_publishes_bfloat16(on_ranks, tmp_pa
 def test_a_rank_that_waits_in_vain_names_the_rendezvous(model_folder, tmp_path):
     """In a process of its own: one that failed to meet the others counts its groups differently."""
     port = ranks.free_port()
-    with rank_process() as alone, pytest.raises(ClusterError) as error:
+    with rank_process("forkserver") as alone, pytest.raises(ClusterError) as error:
         alone.submit(
             ranks.make_worker,
             model_folder,
