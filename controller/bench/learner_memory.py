@@ -50,7 +50,7 @@ class MemoryPlan:
     """Lengths at which each side is measured, and the memory, in bytes, that is to be filled."""
 
     lengths: Mapping[str, tuple[int, ...]]
-    memory: int = 2**29
+    memory: int = 2**28
     tokens_per_chunk: int = 256
 
 
