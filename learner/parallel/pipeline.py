@@ -21,15 +21,12 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 from torch.distributed.tensor import DTensor
 
+from paceline.configs.pipeline_stages import ROUND_PER_RANK
 from paceline.learner.mesh import RankMesh
 from paceline.learner.microbatch import Microbatch
 from paceline.learner.model import Head
 from paceline.learner.parallel.stages import StageModel
 from paceline.learner.training_engine import LossOf
-
-ROUND_PER_RANK = 8
-"""Torch allocates what is sent for every microbatch of a round at once: a round has at most this
-many for each rank of the pipeline, of which its ends wait for one."""
 
 FinishOf = Callable[[Microbatch, tuple[Tensor, ...]], Tensor]
 

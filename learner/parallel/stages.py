@@ -8,9 +8,7 @@ and loaded by them.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from torch.nn.functional import pad
 
 from paceline.configs.errors import ModelError
 from paceline.configs.parallel_limits import undivided_by_pipeline
+from paceline.configs.pipeline_stages import stage_layers
 from paceline.learner.attention import PackedSegments, Segment
 from paceline.learner.mesh import RankMesh
 from paceline.learner.model import PACKING_TOLERANCE, Head, PackedRow, PolicyModel
@@ -107,25 +106,6 @@ class StageModel(PolicyModel):
                     is_wanted = self.is_first or (self.is_last and self.is_tied)
                 if not is_wanted:
                     setattr(parent, name, PassThrough())
-
-
-def stage_layers(num_layers: int, num_stages: int, head_cost: float) -> list[range]:
-    """Which layers each stage has, none of them none, so that the costliest stage costs least.
-
-    The last one also has the head, worth ``head_cost`` layers. What cannot be divided evenly goes
-    to later stages: earlier ones hold the activations of more microbatches.
-    """
-    assert 1 < num_stages <= num_layers, f"{num_layers} layers cannot be {num_stages} stages"
-    num_others = num_stages - 1
-
-    def costliest(num_last: int) -> tuple[float, int]:
-        others = math.ceil((num_layers - num_last) / num_others)
-        return max(others, num_last + head_cost), -num_last
-
-    num_last = min(range(1, num_layers - num_others + 1), key=costliest)
-    fewest, remainder = divmod(num_layers - num_last, num_others)
-    sizes = [fewest + (index >= num_others - remainder) for index in range(num_others)]
-    return [range(*ends) for ends in pairwise(accumulate([*sizes, num_last], initial=0))]
 
 
 def divide_layers(whole: PolicyModel, mesh: RankMesh) -> list[StageModel]:

@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from paceline.configs.errors import ModelError
+from paceline.configs.pipeline_stages import stage_layers
 from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.vocabulary import TrainBatch
 from paceline.learner.advantages import GeneralizedAdvantage
@@ -14,7 +15,7 @@ from paceline.learner.losses.policy import Clip
 from paceline.learner.model import load_policy, write_initial_model
 from paceline.learner.objective import Objective
 from paceline.learner.parallel import stages
-from paceline.learner.parallel.stages import StageModel, stage_layers
+from paceline.learner.parallel.stages import StageModel
 from paceline.weights_sync.shared_memory import read_weights
 from tests.learner import ranks
 from tests.learner.conftest import VOCAB_SIZE, model_config, random_batch, random_sample
