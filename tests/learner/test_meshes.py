@@ -37,6 +37,9 @@ def on_meshes(*names):
 each_mesh = on_meshes(*MESHES)
 each_mixture = on_meshes("hsdp", "tensor_fsdp", "sequence_fsdp", "tensor_sequence")
 ACTOR_CRITIC = replace(ranks.ACTOR_CRITIC, entropy_coefficient=0.1)
+LONG_ROWS = {"tokens_per_microbatch": 256}
+"""A rank's share in one row, where many passes are made: tensor ranks take their time for each.
+That several rows add up, the gradients and the first three steps show."""
 
 
 @each_mesh
@@ -74,7 +77,8 @@ def test_losses_of_twenty_steps_are_those_of_one_process(on_ranks, num_ranks, pa
     batches = [random_batch(seed=seed, num_samples=8) for seed in range(20)]
     [(expected, _)] = on_ranks(1, ranks.train, batches)
     losses = [report.metrics["loss"] for report, _ in expected]
-    for reports, _ in on_ranks(num_ranks, ranks.train, batches, parallel=parallel):
+    settings = {"parallel": parallel, **LONG_ROWS}
+    for reports, _ in on_ranks(num_ranks, ranks.train, batches, **settings):
         found = [report.metrics["loss"] for report, _ in reports]
         assert found == pytest.approx(losses, rel=1e-2, abs=1e-3)
 
@@ -105,11 +109,11 @@ def test_a_checkpoint_moves_between_this_mesh_and_two_fsdp_ranks(
 ):
     batches = [random_batch(seed=seed) for seed in range(4)]
     folder = str(tmp_path / "checkpoint")
-    meshes = [(num_ranks, parallel), (2, {})]
+    meshes = [(num_ranks, {"parallel": parallel, **LONG_ROWS}), (2, LONG_ROWS)]
     saving, loading = meshes if saves else reversed(meshes)
     [(_, expected)] = on_ranks(1, ranks.train, batches)
-    on_ranks(saving[0], ranks.train_and_save, batches[:2], folder, parallel=saving[1])
-    resumed = on_ranks(loading[0], ranks.load_and_train, folder, batches[2:], parallel=loading[1])
+    on_ranks(saving[0], ranks.train_and_save, batches[:2], folder, **saving[1])
+    resumed = on_ranks(loading[0], ranks.load_and_train, folder, batches[2:], **loading[1])
     for version, (_, found) in resumed:
         assert version == 2
         assert_same(found, expected, 1e-3)
@@ -127,9 +131,8 @@ def test_critic_and_reference_do_what_they_do_in_one_process(
     arguments = (batches, ACTOR_CRITIC, model_folder)
     critic = CriticConfig(backbone=backbone, clip=0.2)
     [(reports, *expected)] = on_ranks(1, ranks.train_roles, *arguments, critic=critic)
-    for mine, *found in on_ranks(
-        num_ranks, ranks.train_roles, *arguments, critic=critic, parallel=parallel
-    ):
+    settings = {"critic": critic, "parallel": parallel, **LONG_ROWS}
+    for mine, *found in on_ranks(num_ranks, ranks.train_roles, *arguments, **settings):
         for report, wanted in zip(mine, reports, strict=True):
             assert ranks.of_training(report) == pytest.approx(
                 ranks.of_training(wanted), rel=1e-3, abs=1e-4
