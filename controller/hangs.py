@@ -2,15 +2,20 @@
 
 A collective ends on all its ranks or on none. So where one rank stands still, the others soon wait
 for it, or for one that waits for it; whoever has begun fewer collectives than its neighbours, and
-has no neighbour that began fewer still, is where the chain ends.
+has no neighbour that began fewer still, is where the chain ends. A rank that nobody waits for may
+work as long as it likes; one that stands still in Python then neither computes nor reads or writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from paceline.configs.vocabulary import RankProgress
+
+BUSY_SHARE = 0.1
+"""Of a CPU's time that a rank at work takes, or waits for."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,8 @@ class RankStatus:
     """A rank during a call, or between two (``call`` None); ``number`` counts its calls.
 
     ``seconds`` in this call, ``place`` the innermost line of its thread, ``waits_in`` the
-    collective that line is in, ``stacks`` those of all its threads.
+    collective that line is in, ``stacks`` those of all its threads. ``busy_seconds`` are those
+    that its process ran or it waited for a CPU, ``disk_blocks`` what its process read and wrote.
     """
 
     call: str | None
@@ -28,21 +34,28 @@ class RankStatus:
     place: str
     waits_in: str | None
     stacks: str
+    busy_seconds: float
+    disk_blocks: int
 
     @property
     def mark(self) -> tuple[object, ...]:
         """What changes as long as the rank gets on."""
         return (self.number, self.progress.doing, tuple(sorted(self.progress.collectives.items())))
 
+    def works_since(self, before: RankStatus, seconds: float) -> bool:
+        """Whether it computed or used the disk in the ``seconds`` since ``before``."""
+        busy = self.busy_seconds - before.busy_seconds
+        return busy >= BUSY_SHARE * seconds or self.disk_blocks != before.disk_blocks
+
 
 @dataclass(frozen=True)
 class Hang:
-    """Ranks that others wait for, with what all said last; ``ranks`` is empty where every rank
-    waits and none is behind, ``silent`` where theirs is that they do not answer."""
+    """Ranks that do not answer (``silent``), that the others wait for (``behind``; none where every
+    rank waits and none is behind) or that do nothing (``idle``), with what all said last."""
 
     ranks: tuple[int, ...]
     seconds: float
-    silent: bool
+    kind: Literal["silent", "behind", "idle"]
     statuses: Mapping[int, RankStatus | None]
 
     def message(self) -> str:
@@ -61,15 +74,16 @@ class Hang:
 
     def _describe(self, rank: int) -> str:
         status = self.statuses[rank]
-        if self.silent or status is None:
+        if self.kind == "silent" or status is None:
             last = "" if status is None else f", last seen {_where(status)}"
             return (
                 f"learner rank {rank} does not answer for {self.seconds:.0f} s, its process is "
                 f"stopped or stuck{last}"
             )
+        does = "does nothing" if self.kind == "idle" else "holds up the others"
         return (
-            f"learner rank {rank} holds up the others for {self.seconds:.0f} s: "
-            f"{_where(status)}, at {status.place}"
+            f"learner rank {rank} {does} for {self.seconds:.0f} s: {_where(status)}, at "
+            f"{status.place}"
         )
 
     def report(self) -> str:
@@ -79,7 +93,8 @@ class Hang:
             if status is None:
                 parts.append(f"== learner rank {rank}: never answered")
                 continue
-            late = ", does not answer since" if self.silent and rank in self.ranks else ""
+            is_silent = self.kind == "silent" and rank in self.ranks
+            late = ", does not answer since" if is_silent else ""
             waits = f", waits in {status.waits_in}" if status.waits_in else ""
             parts.append(
                 f"== learner rank {rank}: {_where(status)} for {status.seconds:.0f} s{waits}, at "
@@ -102,12 +117,14 @@ class HangWatch:
         self._seconds = seconds
         self._last: dict[int, RankStatus] = {}
         self._since: dict[int, float] = {}
+        self._idle_since: dict[int, float] = {}
         self._answered: dict[int, float] = {}
 
     def observe(self, now: float, look: Mapping[int, RankStatus | None]) -> Hang | None:
         """What a look at ``now`` shows; None is a rank that did not answer.
 
-        Ranks that work long are no hang as long as nobody waits for them in a collective.
+        Ranks that work long are no hang as long as nobody waits for them in a collective; those
+        that do nothing are.
         """
         for rank, status in look.items():
             self._answered.setdefault(rank, now)
@@ -115,13 +132,15 @@ class HangWatch:
                 continue
             before = self._last.get(rank)
             if before is None or before.mark != status.mark:
-                self._since[rank] = now
+                self._since[rank] = self._idle_since[rank] = now
+            elif status.works_since(before, now - self._answered[rank]):
+                self._idle_since[rank] = now
             self._answered[rank] = now
             self._last[rank] = status
         known = {rank: self._last.get(rank) for rank in look}
         quiet = {rank: now - self._answered[rank] for rank in look}
         if silent := [rank for rank, seconds in quiet.items() if seconds >= self._seconds]:
-            return Hang(tuple(silent), max(quiet[rank] for rank in silent), True, known)
+            return Hang(tuple(silent), max(quiet[rank] for rank in silent), "silent", known)
         if None in look.values():
             return None
         statuses = {rank: status for rank, status in known.items() if status is not None}
@@ -130,9 +149,13 @@ class HangWatch:
         if still < self._seconds:
             return None
         blamed = held_up_by(statuses)
-        if not any(statuses[rank].waits_in for rank in active) and not blamed:
+        if blamed or any(statuses[rank].waits_in for rank in active):
+            return Hang(tuple(blamed), still, "behind", known)
+        idle = {rank: now - self._idle_since[rank] for rank in active}
+        if all(seconds < self._seconds for seconds in idle.values()):
             return None
-        return Hang(tuple(blamed), still, False, known)
+        ranks = tuple(rank for rank, seconds in idle.items() if seconds >= self._seconds)
+        return Hang(ranks, min(idle[rank] for rank in ranks), "idle", known)
 
 
 def held_up_by(statuses: Mapping[int, RankStatus]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -12,7 +13,7 @@ from paceline.configs.vocabulary import RankProgress
 from paceline.controller.hangs import HangWatch, RankStatus, held_up_by
 
 REST = RankStatus(
-    "forward_backward", 1, 0.0, RankProgress(3, "update 1 of 1"), "f (a.py:1)", None, "stack"
+    "forward_backward", 1, 0.0, RankProgress(3, "update 1 of 1"), "f (a.py:1)", None, "stack", 0, 0
 )
 
 
@@ -110,7 +111,7 @@ def test_a_rank_is_named_once_it_kept_the_others_waiting_long_enough_and_not_bef
     looks = [{0: WAITS, 1: HANGS}] * 4
     *before, found = watched((0, 4, 9.9, 10), *looks)
     assert before == [None] * 3
-    assert (found.ranks, found.seconds, found.silent) == ((1,), 10, False)
+    assert (found.ranks, found.seconds, found.kind) == ((1,), 10, "behind")
     assert found.message() == (
         "learner rank 1 holds up the others for 10 s: in forward_backward (update 1 of 1, policy, "
         "microbatch 1 of 2) of step 3, at f (a.py:1); waiting: rank 0 in all_reduce in "
@@ -127,16 +128,41 @@ def test_ranks_that_get_on_are_no_hang_however_long_the_call_takes():
     assert watched(range(0, 60, 10), *looks) == [None] * 6
 
 
-def test_long_work_that_nobody_waits_for_is_no_hang():
-    resting = status(call=None, world=6)
-    assert watched((0, 50, 100), *[{0: HANGS, 1: resting}] * 3) == [None] * 3
-    assert watched((0, 50, 100), *[{0: HANGS}] * 3) == [None] * 3
+RESTS = status(call=None, world=6)
+
+
+@pytest.mark.parametrize("others", [{}, {1: RESTS}], ids=["alone", "with-another"])
+@pytest.mark.parametrize("sign", ["busy_seconds", "disk_blocks"])
+def test_long_work_that_nobody_waits_for_is_no_hang(others, sign):
+    looks = [{0: replace(HANGS, **{sign: 10 * n}), **others} for n in range(3)]
+    assert watched((0, 50, 100), *looks) == [None] * 3
+
+
+@pytest.mark.parametrize("others", [{}, {1: RESTS}], ids=["alone", "with-another"])
+def test_a_rank_that_nobody_waits_for_and_that_does_nothing_is_named(others):
+    """Its process answers, which costs it a little time."""
+    looks = [{0: replace(HANGS, busy_seconds=0.1 * n), **others} for n in range(4)]
+    *before, found = watched((0, 4, 9.9, 14), *looks)
+    assert before == [None] * 3
+    assert (found.ranks, found.seconds, found.kind) == ((0,), 14, "idle")
+    assert found.message() == (
+        "learner rank 0 does nothing for 14 s: in forward_backward (update 1 of 1, policy, "
+        "microbatch 1 of 2) of step 3, at f (a.py:1)"
+    )
+
+
+def test_a_rank_counts_as_idle_from_when_it_last_worked():
+    work = (0, 5, 5, 5, 5)
+    looks = [{0: replace(HANGS, busy_seconds=seconds)} for seconds in work]
+    *before, found = watched((0, 8, 12, 17, 18), *looks)
+    assert before == [None] * 4
+    assert (found.ranks, found.seconds) == ((0,), 10)
 
 
 def test_a_rank_that_does_not_answer_is_named_with_where_it_was_seen_last():
     found = watched((0, 4, 10), {0: WAITS, 1: HANGS}, {0: WAITS, 1: None}, {0: WAITS, 1: None})
     assert found[:2] == [None, None]
-    assert (found[2].ranks, found[2].silent) == ((1,), True)
+    assert (found[2].ranks, found[2].kind) == ((1,), "silent")
     assert "learner rank 1 does not answer for 10 s" in found[2].message()
     assert "last seen in forward_backward" in found[2].message()
 

@@ -41,9 +41,13 @@ def rank_class():
             import torch
             import torch.distributed as dist
 
+            from paceline.learner.progress import collectives_begun
+
             self.rank, self.torch, self.dist = rank, torch, dist
+            self.collectives_begun = collectives_begun  # imported before anybody asks
             self.doing = ""
-            dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+            if rendezvous is not None:
+                dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
 
         def publish(self, what):
             self.doing = "first sum"
@@ -56,18 +60,28 @@ def rank_class():
             if what == "stop" and self.rank == 1:
                 os.kill(os.getpid(), signal.SIGSTOP)
             if what == "work":
-                time.sleep(2 * HANG_SECONDS)
+                self.work()
             self.dist.all_reduce(self.torch.ones(1))
             return os.getpid()
+
+        def work(self):
+            """A third of the time, without the GIL: it answers on a machine busy with others."""
+            matrix, until = self.torch.ones(1000, 1000), time.monotonic() + 2 * HANG_SECONDS
+            while time.monotonic() < until:
+                matrix @ matrix
+                time.sleep(0.05)
+
+        def export(self, what):
+            self.doing = what
+            (self.work if what == "work" else self.nap)()
 
         def nap(self):
             time.sleep(3600)
 
         def progress(self):
             from paceline.configs.vocabulary import RankProgress
-            from paceline.learner.progress import collectives_begun
 
-            return RankProgress(7, self.doing, collectives_begun())
+            return RankProgress(7, self.doing, self.collectives_begun())
 
         def close(self):
             return None
@@ -75,9 +89,9 @@ def rank_class():
     return Rank
 
 
-async def ranks_in(folder, **options):
+async def ranks_in(folder, num_ranks=2):
     return await start_learner_ranks(
-        rank_class(), 2, hang_seconds=HANG_SECONDS, reports=folder, **RESOURCES, **options
+        rank_class(), num_ranks, hang_seconds=HANG_SECONDS, reports=folder, **RESOURCES
     )
 
 
@@ -138,6 +152,25 @@ def test_ranks_that_work_longer_than_a_hang_may_take_are_left_alone(tmp_path):
 
     run(scenario())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_alone_may_work_long_and_is_named_when_it_only_hangs(tmp_path):
+    async def scenario():
+        ranks = await ranks_in(tmp_path, num_ranks=1)
+        await ranks.export("work")
+        began = time.monotonic()
+        with pytest.raises(ClusterError) as caught:
+            await ranks.export("a nap")
+        seconds = time.monotonic() - began
+        await ranks.close()
+        return str(caught.value), seconds
+
+    error, seconds = run(scenario())
+    assert seconds < 2.5 * HANG_SECONDS
+    assert "learner rank 0 does nothing for" in error
+    assert "in export (a nap) of step 7, at nap (" in error
+    (report,) = tmp_path.glob("hang-*.txt")
+    assert "in nap" in report.read_text()
 
 
 def test_ranks_that_no_nodes_have_room_for_are_refused_with_what_to_do(tmp_path, monkeypatch):

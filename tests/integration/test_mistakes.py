@@ -77,8 +77,9 @@ def test_an_unreadable_recipe(tmp_path, text, parts):
         ("loop.num_stepz=3", ["loop.num_stepz", "did you mean num_steps"]),
         ("loop.max_lag=soon", ["loop.max_lag", "integer", "'soon'"]),
         ("rollout.sampling.max_tokens=32", ["rollout.sampling.max_tokens", "model.max_length"]),
+        ("model={architecture: null, path: ./weights}", ["./weights", "Hugging Face format"]),
     ],
-    ids=["unknown-key", "wrong-type", "contradiction"],
+    ids=["unknown-key", "wrong-type", "contradiction", "no-model"],
 )
 def test_a_setting_that_cannot_be(tmp_path, override, parts):
     assert_one_line(run(*train("bad", override), cwd=tmp_path), *parts)
@@ -93,7 +94,6 @@ def test_a_recipe_that_is_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        (["model.architecture=null", "model.path=./weights"], ["./weights", "Hugging Face format"]),
         (["model.tokenizer=./tokenizer"], ["./tokenizer", "tokenizer.json"]),
         (
             ["data.source={type: dataset, path: ./problems.jsonl}", EXACT],
@@ -103,7 +103,6 @@ def test_a_recipe_that_is_not_there(tmp_path):
         (["cluster.address=127.0.0.1:{port}"], ["127.0.0.1:", "ray start --head"]),
     ],
     ids=[
-        "no-model",
         "broken-tokenizer",
         "no-dataset",
         "prompt-too-long",
