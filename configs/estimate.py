@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from paceline.configs.learner_memory import BYTES, learner_rank
+from paceline.configs.learner_memory import learner_memory
 from paceline.configs.model_shape import ModelShape, model_shape
+from paceline.configs.rank_part import BYTES
 from paceline.configs.schema import RunConfig
 from paceline.configs.schema.rollout import RolloutConfig
 from paceline.configs.schema.teacher import TeacherConfig
@@ -49,6 +50,7 @@ class MemoryEstimate:
 class Estimate:
     """What `paceline check` tells; memory and parameters are None where the shape is unknown.
 
+    ``learner_host`` is what a rank with a GPU holds in host memory, None for one without.
     ``engine_sequences`` is how many sequences of full length the KV cache of a CPU engine holds;
     None for GPU engines, whose cache is what `gpu_memory_utilization` leaves.
     """
@@ -56,6 +58,7 @@ class Estimate:
     placement: Placement
     num_parameters: int | None
     learner_rank: MemoryEstimate | None
+    learner_host: MemoryEstimate | None
     engine: MemoryEstimate | None
     engine_sequences: int | None
 
@@ -64,11 +67,13 @@ def estimate(config: RunConfig) -> Estimate:
     """Estimate placement and memory from the configuration alone."""
     shape = model_shape(config.model)
     if shape is None:
-        return Estimate(placement(config), None, None, None, None)
+        return Estimate(placement(config), None, None, None, None, None)
+    rank, host = _learner(config, shape)
     return Estimate(
         placement=placement(config),
         num_parameters=shape.num_parameters,
-        learner_rank=MemoryEstimate((("base", _LEARNER_BASE), *learner_rank(config, shape))),
+        learner_rank=rank,
+        learner_host=host,
         engine=_engine(config, shape),
         engine_sequences=_engine_sequences(config, shape),
     )
@@ -90,6 +95,15 @@ def placement(config: RunConfig) -> Placement:
         gpus=sum(engine.num_workers * engine.gpus_per_worker for engine in engines)
         + learner.num_ranks * learner.gpus_per_rank,
     )
+
+
+def _learner(config: RunConfig, shape: ModelShape) -> tuple[MemoryEstimate, MemoryEstimate | None]:
+    """Where a rank computes, and in host memory beside its GPU."""
+    found, base = learner_memory(config, shape), ("base", _LEARNER_BASE)
+    rank, host = found.rank.items(), found.host.items()
+    if not config.learner.gpus_per_rank:
+        return MemoryEstimate((base, *rank)), None
+    return MemoryEstimate(tuple(rank)), MemoryEstimate((base, *host))
 
 
 def _engine(config: RunConfig, shape: ModelShape) -> MemoryEstimate:

@@ -50,6 +50,7 @@ def plan_rows(config: RunConfig) -> list[tuple[str, str]]:
             f"{found.placement.cpus:g} CPUs, {found.placement.gpus:g} GPUs in all",
         ),
         ("memory, learner rank", memory(found.learner_rank)),
+        *host_rows(found),
         ("memory, engine", memory(found.engine)),
     ]
 
@@ -73,6 +74,13 @@ def teacher_rows(config: RunConfig) -> list[tuple[str, str]]:
         return []
     on = placed(teacher.num_workers, teacher.gpus_per_worker)
     return [("teacher workers", f"{on}, {teacher.path}")]
+
+
+def host_rows(found: Estimate) -> list[tuple[str, str]]:
+    """The line of a learner rank's host memory, where it computes on a GPU."""
+    if found.learner_host is None:
+        return []
+    return [("memory, its host", memory(found.learner_host))]
 
 
 def placed(count: int, gpus: float) -> str:

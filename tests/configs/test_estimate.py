@@ -97,6 +97,27 @@ def test_optimiser_state_is_sixteen_bytes_a_parameter_divided_among_the_ranks() 
         assert state == 16 * 410_368 // ranks
 
 
+def test_what_is_off_loaded_is_counted_in_host_memory_not_on_the_gpu() -> None:
+    def state(**learner: Any) -> tuple[int, int]:
+        kept = {"weights", "master weights", "gradients", "optimiser"}
+        told = estimate(changed(learner={"gpus_per_rank": 1, **learner}))
+        assert told.learner_rank is not None
+        assert told.learner_host is not None
+        gpu, host = (
+            sum(size for part, size in memory.parts if part in kept)
+            for memory in (told.learner_rank, told.learner_host)
+        )
+        return gpu // 410_368, host // 410_368
+
+    zero = {"engine": "deepspeed", "num_ranks": 2}
+    assert state() == (16, 0)
+    assert state(offload_optimizer=True) == (0, 16)
+    assert state(**zero, deepspeed={"stage": 2}) == (4 + 8, 0)
+    # the master shard, its gradients twice and both moments; the model's weights stay
+    assert state(**zero, deepspeed={"stage": 2, "offload_optimizer": True}) == (4, 10)
+    assert estimate(changed()).learner_host is None
+
+
 def test_checkpointing_and_smaller_microbatches_save_activations() -> None:
     def activations(**learner: Any) -> int:
         memory = estimate(changed(learner=learner)).learner_rank
