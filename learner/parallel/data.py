@@ -46,6 +46,9 @@ def _shard_mesh(mesh: RankMesh) -> DeviceMesh:
     """One dimension to shard over; before it, where there are any, the replicas."""
     assert mesh.devices is not None, "sharding needs a process group"
     shards = mesh.devices["shard", "sequence"]._flatten("shards")
+    if mesh.sizes["tensor"] > 1:
+        # norms are summed over both at once
+        mesh.devices["shard", "sequence", "tensor"]._flatten("matrix_shards")
     if mesh.sizes["replicate"] == 1:
         return shards
     return DeviceMesh._concatenate([mesh.devices["replicate"], shards])
