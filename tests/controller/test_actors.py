@@ -14,7 +14,6 @@ import ray
 
 from paceline.configs.errors import ClusterError, DataError
 from paceline.configs.schema.learner import OptimizerConfig
-from paceline.configs.schema.run import ClusterConfig
 from paceline.configs.vocabulary import RankProgress, StepReport, WeightVersion
 from paceline.controller.actors import (
     LateClass,
@@ -24,21 +23,14 @@ from paceline.controller.actors import (
     start_actor,
     start_rollout_worker,
 )
-from paceline.controller.cluster import ray_cluster
 from paceline.controller.learner_ranks import start_learner_ranks
 from paceline.controller.parts import WorkerLost
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 RESOURCES = {"cpus": 0, "gpus": 0}
 LIMIT_SECONDS = 120.0
 """How long anything here may take on a busy machine."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with ray_cluster(ClusterConfig(object_store_mb=80)):
-        yield
 
 
 def run(coroutine):

@@ -11,22 +11,14 @@ import time
 import pytest
 
 from paceline.configs.errors import ClusterError
-from paceline.configs.schema.run import ClusterConfig
 from paceline.controller import learner_ranks
-from paceline.controller.cluster import ray_cluster
 from paceline.controller.learner_ranks import start_learner_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 HANG_SECONDS = 4.0
 LIMIT_SECONDS = 120.0
 RESOURCES = {"cpus": 0, "gpus": 0, "environment": {"OMP_NUM_THREADS": "1"}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster():
-    with ray_cluster(ClusterConfig(object_store_mb=80)):
-        yield
 
 
 def run(coroutine):

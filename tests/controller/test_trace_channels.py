@@ -9,10 +9,8 @@ import pytest
 import ray
 import redis
 
-from paceline.configs.schema.run import ClusterConfig
 from paceline.configs.vocabulary import Trace
-from paceline.controller.actors import RolloutActor, start_actor
-from paceline.controller.cluster import ray_cluster
+from paceline.controller.actors import RolloutActor, kill, start_actor
 from paceline.controller.trace_channels import KEEP_SECONDS, Block, RayChannel, RedisChannel
 from paceline.spec.trace_file import pack, unpack
 from tests.redis_server import RedisServer
@@ -31,7 +29,7 @@ BLOCK = Block(TRACES, forget_before=3)
 
 
 @pytest.fixture(scope="module")
-def worker():
+def worker(local_ray):
     """An actor that repeats what it was told of."""
 
     class Listener:
@@ -42,10 +40,10 @@ def worker():
         def told(self):
             return self.learned
 
-    with ray_cluster(ClusterConfig(object_store_mb=80)):
-        actor = start_actor(0, 0, {})
-        ray.get(actor.build.remote(Listener))
-        yield RolloutActor(actor, 0)
+    actor = start_actor(0, 0, {})
+    ray.get(actor.build.remote(Listener))
+    yield RolloutActor(actor, 0)
+    kill(actor)
 
 
 @pytest.fixture(scope="module")
