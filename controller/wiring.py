@@ -328,15 +328,18 @@ def given_traces(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
 def require_loadable(config: RunConfig, learner_folder: Path, initial_folder: Path) -> None:
     """Refuse a checkpoint that the learner would refuse, before anything is started or written.
 
-    ``learner_folder`` is the learner's part of it.
+    ``learner_folder`` is the learner's part of it. Where the run's initial model was removed, only
+    that it is whole is looked at: the model will be written anew.
 
     Raises:
         UserError: it is incomplete or of another model, or the model cannot be read.
     """
     critic = critic_of(config.algorithm)
     is_shared = critic is not None and critic.backbone == "shared"
-    folder = config.model.path or str(initial_folder)
     roles = {"policy": is_shared} | ({"critic": True} if critic and not is_shared else {})
+    if config.model.path is None and not initial_folder.exists():
+        roles = {}
+    folder = config.model.path or str(initial_folder)
     state = {
         role: {"model": dict(empty_policy(folder, has_values=has_values).trained_parameters())}
         for role, has_values in roles.items()
