@@ -13,6 +13,7 @@ from paceline.configs.learner_memory import CHECKPOINT_COPY, learner_memory
 from paceline.configs.load import load_config
 from paceline.configs.model_shape import model_shape
 from paceline.configs.schema import RunConfig
+from paceline.configs.schema.learner import LearnerConfig
 from paceline.configs.vocabulary import TrainBatch
 from paceline.controller.bench.resident_memory import (
     PAGES_AT_ONCE,
@@ -37,8 +38,7 @@ ARCHITECTURE = {
     "head_dim": 64,
 }
 """14 million parameters with tied embeddings, 17 without."""
-NUM_ROWS, SAMPLES_PER_ROW = 4, 4
-"""Of a step."""
+SAMPLES_PER_ROW = 4
 EXPERTS = {
     "model_type": "qwen3_moe",
     "moe_intermediate_size": 192,
@@ -69,17 +69,20 @@ def run_config(
         "max_length": num_tokens // SAMPLES_PER_ROW,
         "precision": precision,
     }
-    values["loop"] |= {"groups_per_step": NUM_ROWS, "samples_per_group": SAMPLES_PER_ROW}
     values["learner"] |= {"tokens_per_microbatch": num_tokens, **learner}
+    divided = LearnerConfig.model_validate(values["learner"])
+    # a second row finds gradients; a pipeline is filled
+    num_rows = 2 * divided.num_data_ranks * divided.parallel.pipeline
+    values["loop"] |= {"groups_per_step": num_rows, "samples_per_group": SAMPLES_PER_ROW}
     return RunConfig.model_validate(values)
 
 
-def full_rows(num_tokens):
-    """A batch of microbatches without padding."""
+def full_rows(num_rows, num_tokens):
+    """A batch of so many microbatches without padding."""
     generator = np.random.default_rng(0)
     length = num_tokens // SAMPLES_PER_ROW
     # the last token of a sequence is not read
-    samples = [random_sample(generator, 16, length - 15) for _ in range(NUM_ROWS * SAMPLES_PER_ROW)]
+    samples = [random_sample(generator, 16, length - 15) for _ in range(num_rows * SAMPLES_PER_ROW)]
     return TrainBatch(0, (0,), tuple(samples))
 
 
@@ -92,12 +95,12 @@ def processes():
 def measured_peak(config, folder, tiny_folder, weights_folder, rank, ports):
     """In a rank's process: bytes that it holds at most while it trains, less what was there when
     nothing was loaded but code."""
-    settings = config.learner.model_dump()
-    folders_and_settings = [
-        (tiny_folder, settings | {"parallel": {}}),  # loads code
-        (folder, settings),
+    settings, num_tokens = config.learner.model_dump(), config.learner.tokens_per_microbatch
+    runs = [
+        (tiny_folder, settings | {"parallel": {}}, 64),  # loads code
+        (folder, settings, num_tokens),
     ]
-    for port, (model_folder, learner) in zip(ports, folders_and_settings, strict=True):
+    for port, (model_folder, learner, row_length) in zip(ports, runs, strict=True):
         gc.collect()
         base = resident_bytes()
         worker = ranks.make_worker(
@@ -108,13 +111,13 @@ def measured_peak(config, folder, tiny_folder, weights_folder, rank, ports):
             precision=config.model.precision,
             **learner,
         )
-        num_tokens = 64 if model_folder == tiny_folder else config.learner.tokens_per_microbatch
-        batch = full_rows(num_tokens)
+        batch = full_rows(config.loop.groups_per_step, row_length)
         forget_peak()
         worker.forward_backward(batch, ranks.LOSS)
         worker.optimizer_step(1, ranks.OPTIMIZER, 0, 1)
         peak = peak_bytes() - base
         worker.close()
+        del worker
         ranks.forget_deepspeeds_past()
     return peak
 
@@ -148,8 +151,8 @@ def forecast(config):
         {"activation_checkpointing": "layers", "vocabulary": 1024},
         {"num_tokens": 3072, "vocabulary": 1024, **CHUNKS},
         {"precision": "bfloat16", "tied": False},
-        {"num_ranks": 2},
         {"num_ranks": 2, **CHUNKS},
+        {"num_ranks": 2},
         {"num_ranks": 2, "architecture": EXPERTS},
         {"num_ranks": 2, "parallel": {"tensor": 2}},
         {"num_ranks": 2, "parallel": {"sequence": 2}},
