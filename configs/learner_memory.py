@@ -20,6 +20,7 @@ Parts = dict[str, int]
 """Bytes, by what takes them."""
 
 CHECKPOINT_COPY = "checkpoint's copy"
+LOADING = "more while it loads"
 
 LARGEST_BUCKET = 50_000_000
 """Elements that DeepSpeed reduces or gathers at once, as in `learner/deepspeed_engine.py`."""
@@ -63,8 +64,20 @@ def _memory(config: RunConfig, part: RankPart) -> LearnerMemory:
     host[CHECKPOINT_COPY] = 3 * FULL * part.sharded(part.parameters) * num_trained
     rank[CHECKPOINT_COPY] = host[CHECKPOINT_COPY] if part.config.engine == "deepspeed" else 0
     if part.config.gpus_per_rank:
+        host[LOADING] = _more_to_load(part, 0, host)
         return LearnerMemory(rank, host)
-    return LearnerMemory({name: rank.get(name, 0) + host.get(name, 0) for name in rank | host}, {})
+    together = {name: rank.get(name, 0) + host.get(name, 0) for name in rank | host}
+    num_before = num_trained - (reference is None)
+    together[LOADING] = _more_to_load(part, num_before, together)
+    return LearnerMemory(together, {})
+
+
+def _more_to_load(part: RankPart, num_before: int, later: Parts) -> int:
+    """What the last model takes beyond ``later`` while it is loaded: it is whole on every rank
+    until the rank's shard is cut out, beside ``num_before`` models with their moments."""
+    shard = FULL * part.sharded(part.parameters)
+    loading = FULL * part.shape.num_parameters + shard + 3 * shard * num_before
+    return max(0, loading - sum(later.values()))
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,16 @@ def test_what_is_off_loaded_is_counted_in_host_memory_not_on_the_gpu() -> None:
     assert estimate(changed()).learner_host is None
 
 
+def test_a_host_must_hold_the_whole_model_while_it_loads_however_many_ranks_share_it() -> None:
+    def host(ranks: int) -> int:
+        memory = estimate(changed(learner={"gpus_per_rank": 1, "num_ranks": ranks})).learner_host
+        assert memory is not None
+        return sum(size for part, size in memory.parts if part != "base")
+
+    assert host(1) == 12 * 410_368  # the copy of a checkpoint, later, is larger
+    assert host(64) == 4 * (410_368 + 410_368 // 64)
+
+
 def test_checkpointing_and_smaller_microbatches_save_activations() -> None:
     def activations(**learner: Any) -> int:
         memory = estimate(changed(learner=learner)).learner_rank
