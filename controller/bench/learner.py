@@ -67,7 +67,7 @@ class Plan:
     peer_microbatch: int = 32
 
 
-QUICK = Plan(BRIEF, num_rounds=1, num_steps=2, meshes=["tensor"])
+QUICK = Plan(BRIEF, num_rounds=1, num_steps=1, meshes=[])
 FULL = Plan(LONG_TAILED, num_rounds=3, num_steps=2)
 
 
@@ -112,7 +112,7 @@ def one_round(plan: Plan, model: Path, sides: Mapping[str, Side]) -> Round:
         name: statistics.median(in_own_process(side, plan.workload, model, plan.num_steps))
         for name, side in sides.items()
     }
-    return Round(seconds, in_own_process(matmul_flops))
+    return Round(seconds, matmul_flops())
 
 
 def report(plan: Plan, rounds: Sequence[Round], memory: SequenceMemory) -> BenchResult:
@@ -137,7 +137,11 @@ def report(plan: Plan, rounds: Sequence[Round], memory: SequenceMemory) -> Bench
         },
         seeds={"workload": workload.seed},
         versions={**collect_versions(workload.seed), "trl": metadata.version("trl")},
-        tables=[sides_table(workload, rounds), meshes_table(plan.meshes, rounds), memory.table()],
+        tables=[
+            sides_table(workload, rounds),
+            *([meshes_table(plan.meshes, rounds)] if plan.meshes else []),
+            memory.table(),
+        ],
         notes=[
             "What a step is useful for: every prompt once, every completion once, the vocabulary "
             "for trained tokens only; the ceiling is a float32 product of one thread, measured in "

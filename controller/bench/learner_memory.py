@@ -30,7 +30,7 @@ from paceline.controller.bench.resident_memory import (
     resident_bytes,
 )
 from paceline.controller.bench.result import BenchTable
-from paceline.controller.bench.subprocesses import in_own_process
+from paceline.controller.bench.subprocesses import side_by_side
 
 PLAIN, LAYERS, CHUNKS = "plain HF step, checkpointing", "paceline, layers", "paceline, chunks"
 LONGEST = 2**17
@@ -100,11 +100,12 @@ def measure_memory(quick: bool, output: Path) -> SequenceMemory:
         CHUNKS: partial(paceline_step, "chunks", plan.tokens_per_chunk),
     }
     with environment({**PAGES_AT_ONCE, "OMP_NUM_THREADS": "1"}):
-        peaks = {
-            side: in_own_process(peaks_of, sides[side], model, lengths)
-            for side, lengths in plan.lengths.items()
-        }
-    longest = {side: longest_within(plan.memory, found) for side, found in peaks.items()}
+        measured = plan.lengths.items()
+        found = side_by_side(
+            [partial(peaks_of, sides[side], model, lengths) for side, lengths in measured]
+        )
+    peaks = dict(zip(plan.lengths, found, strict=True))
+    longest = {side: longest_within(plan.memory, sizes) for side, sizes in peaks.items()}
     return SequenceMemory(peaks, plan.memory, longest)
 
 

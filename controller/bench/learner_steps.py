@@ -156,8 +156,9 @@ def plain_loss(
 
 
 def matmul_flops(num_rounds: int = 8) -> float:
-    """Floating-point operations a second of a large float32 product: this machine's ceiling, with
-    as many threads as a step has."""
+    """Floating-point operations a second of a large float32 product: this machine's ceiling, on one
+    thread as a step's."""
+    torch.set_num_threads(1)
     one, other = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE).unbind()
     seconds = min(timed(lambda _: one @ other, num_rounds))
     return 2 * MATMUL_SIZE**3 / seconds
