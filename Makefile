@@ -16,23 +16,20 @@ install-gpu: ## Set .venv up for CUDA
 	@$(PYTHON) scripts/install.py gpu
 
 quickstart: install ## Train a small model from scratch: install, warm start, GRPO, report (SEED=n for another)
-	$(BIN)/paceline train configs/quickstart.yaml seed=$(SEED) data.seed=$(SEED) \
+	$(BIN)/paceline train configs/recipes/quickstart.yaml seed=$(SEED) data.seed=$(SEED) \
 		name=quickstart-seed$(SEED)-$$(date +%Y%m%d-%H%M%S)
 
 test: install ## Run the whole test suite
 	@$(PYTHON) scripts/install_redis.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest
 
-lint: install .ns/paceline ## Check style, formatting, types and the import rules
+lint: install ## Check style, formatting, types and the import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	PYTHONPATH=.ns $(BIN)/lint-imports
+	$(BIN)/lint-imports
 
 bench-quick: install ## Compare a training step with a peer's, roughly, in about a minute
 	$(BIN)/paceline bench e2e --quick
-
-.ns/paceline:
-	@mkdir -p .ns && ln -sfn .. $@
 
 .PHONY: help install install-gpu quickstart test lint bench-quick

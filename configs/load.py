@@ -20,9 +20,10 @@ from paceline.configs.yaml_text import Document, KeyPath, dump_document, parse_d
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a configuration file, lay ``key.path=value`` overrides over it, and validate it.
 
-    ``path`` may name a packaged recipe (``quickstart`` or ``configs/quickstart.yaml``) where no
-    such file exists. A file may extend one other, named relative to it: ``extends: other.yaml``.
-    Files and overrides are merged key by key; a section whose ``type`` changes is replaced whole.
+    ``path`` may name a packaged recipe (``quickstart`` or ``configs/recipes/quickstart.yaml``)
+    where no such file exists. A file may extend one other, named relative to it: ``extends:
+    other.yaml``. Files and overrides are merged key by key; a section whose ``type`` changes is
+    replaced whole.
 
     Raises:
         ConfigError: one line for every mistake: where it was written, the key, the value got.
@@ -41,7 +42,7 @@ def dump_config(config: RunConfig) -> str:
 
 def packaged_recipes() -> dict[str, Path]:
     """The recipes that ship with Paceline, by name."""
-    folder = Path(str(resources.files("paceline.configs")))
+    folder = Path(str(resources.files("paceline.configs"))) / "recipes"
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
@@ -57,7 +58,7 @@ def find_config(path: str | Path, relative_to: Path | None = None) -> Path:
         return file
     recipes = packaged_recipes()
     name = wanted.name.removesuffix(".yaml")
-    if wanted.parent in (Path(), Path("configs")) and name in recipes:
+    if wanted.parent in (Path(), Path("configs"), Path("configs/recipes")) and name in recipes:
         return recipes[name]
     problem = "is a folder" if file.is_dir() else "no such file"
     raise ConfigError(

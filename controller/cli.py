@@ -56,14 +56,14 @@ def train(
 
     Example: paceline train quickstart seed=1 name=quickstart-1
     """
+    from paceline.configs.limits.model_limits import require_usable_models
     from paceline.configs.load import load_config
-    from paceline.configs.model_limits import require_usable_models
 
     config = load_config(recipe, overrides or ())
     require_usable_models(config)  # what is wrong shows before torch is imported
 
-    from paceline.controller.observe.summary import print_summary
-    from paceline.controller.run import run_training
+    from paceline.controller.observe.files.summary import print_summary
+    from paceline.controller.run.run import run_training
 
     outcome = run_training(config, resume=resume)
     print_summary(outcome.summary, outcome.report)
@@ -84,9 +84,9 @@ def check(
 
     Example: paceline check quickstart loop.max_lag=2
     """
+    from paceline.configs.limits.model_limits import require_usable_models
     from paceline.configs.load import load_config
-    from paceline.configs.model_limits import require_usable_models
-    from paceline.controller.plan import print_plan
+    from paceline.controller.run.plan import print_plan
 
     config = load_config(recipe, overrides or ())
     require_usable_models(config)
@@ -109,7 +109,7 @@ def evaluate(
 
     config = load_config(recipe, overrides or ())
 
-    from paceline.controller.standalone_evaluation import evaluate_model
+    from paceline.controller.run.standalone_evaluation import evaluate_model
 
     evaluate_model(config, model)
 
@@ -119,8 +119,8 @@ def report(
     run: Annotated[Path, typer.Argument(help="A run's folder, for example runs/quickstart.")],
 ) -> None:
     """Write a run's `report.html` anew from the files in its folder, finished or not."""
-    from paceline.controller.observe.folder import RunFolder
-    from paceline.controller.observe.report import write_report
+    from paceline.controller.observe.files.folder import RunFolder
+    from paceline.controller.observe.report.report import write_report
 
     Console().print(str(write_report(RunFolder.open(run))), soft_wrap=True, highlight=False)
 
@@ -131,7 +131,7 @@ def compare(
     output: Annotated[Path, typer.Option(help="Where the drawing goes.")] = Path("comparison.svg"),
 ) -> None:
     """Held-out accuracy of several runs by step: a table, and curves in an SVG file."""
-    from paceline.controller.observe.comparison import compare_runs
+    from paceline.controller.observe.report.comparison import compare_runs
 
     compare_runs(runs, output)
 
@@ -160,7 +160,7 @@ def reproduce(
 
     Exit code 2 where it fails again, with what was wrong.
     """
-    from paceline.controller.incidents import reproduce as do_again
+    from paceline.controller.run.incidents import reproduce as do_again
 
     metrics = do_again(incident).metrics
     Console().print("this time the step can be taken:", dict(metrics))
@@ -175,7 +175,7 @@ def bench(
     ),
 ) -> None:
     """Measure Paceline side by side with others; prints a table and, last, one JSON line."""
-    from paceline.controller.bench.registry import run_bench
+    from paceline.controller.bench.harness.registry import run_bench
 
     raise typer.Exit(run_bench(name, quick, output))
 

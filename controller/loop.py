@@ -2,7 +2,7 @@
 
 Synchronous training is ``max_lag: 0``, supervised warm start is demonstrations in place of
 ``generate``; both run this very loop. Everything it calls is a part handed to it by
-``controller/wiring.py``.
+``controller/wiring/services.py``.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from paceline.configs.vocabulary import Prompt, UnfinishedGroup
-from paceline.controller.assembly import AssembledBatch, Collector, NoSignalError
-from paceline.controller.buffer import WorkBuffer
-from paceline.controller.clock import StepClock
-from paceline.controller.freshness import FreshnessBudget
+from paceline.controller.groups.assembly import AssembledBatch, Collector, NoSignalError
+from paceline.controller.groups.buffer import WorkBuffer
+from paceline.controller.groups.clock import StepClock
+from paceline.controller.groups.freshness import FreshnessBudget
+from paceline.controller.groups.pacing import Flow
 from paceline.controller.ledger.events import Kind
-from paceline.controller.pacing import Flow
 from paceline.controller.parts import (
     Algorithm,
     Generate,

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from paceline.configs.vocabulary import Group, StepReport, TrainBatch, UnfinishedGroup
-from paceline.controller.buffer import Work
-from paceline.controller.pacing import Flow
+from paceline.controller.groups.buffer import Work
+from paceline.controller.groups.pacing import Flow
 from paceline.weights_sync.handle import WeightHandle
 
 if TYPE_CHECKING:
-    from paceline.controller.assembly import AssembledBatch
+    from paceline.controller.groups.assembly import AssembledBatch
     from paceline.controller.loop import Loop
 
 Algorithm = Any
-"""What the learner optimises, see ``learner/objective.py``; the controller only carries it."""
+"""What the learner optimises (``learner/objective/objective.py``); the controller carries it."""
 
 
 class WorkerLost(Exception):

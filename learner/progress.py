@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
-from paceline.learner.background_save import GROUP_NAME
+from paceline.learner.checkpoints.background_save import GROUP_NAME
 
 
 def collectives_begun() -> dict[str, int]:

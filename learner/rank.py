@@ -20,15 +20,15 @@ from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.schema.learner import LearnerConfig
 from paceline.configs.schema.model import ModelConfig
 from paceline.configs.vocabulary import TrainSample
-from paceline.learner.bundles import bundle_samples
-from paceline.learner.experts import require_whole_experts
-from paceline.learner.heads import logprobs_and_entropy
-from paceline.learner.mesh import RankMesh, join_process_group
-from paceline.learner.microbatch import Microbatch, build_microbatch
-from paceline.learner.model import Head, load_policy, no_head
-from paceline.learner.packing import imbalance, plan_packing
-from paceline.learner.sharded import ShardedEngine, shard
-from paceline.learner.training_engine import TrainingEngine
+from paceline.learner.batch.bundles import bundle_samples
+from paceline.learner.batch.microbatch import Microbatch, build_microbatch
+from paceline.learner.batch.packing import imbalance, plan_packing
+from paceline.learner.engines.mesh import RankMesh, join_process_group
+from paceline.learner.engines.sharded import ShardedEngine, shard
+from paceline.learner.engines.training_engine import TrainingEngine
+from paceline.learner.model.experts import require_whole_experts
+from paceline.learner.model.heads import logprobs_and_entropy
+from paceline.learner.model.model import Head, load_policy, no_head
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class RankModels:
         require_whole_experts(policy.causal_lm.config, self._config)
         if self._config.engine == "deepspeed":
             # importing DeepSpeed takes seconds
-            from paceline.learner.deepspeed_engine import ZeroEngine
+            from paceline.learner.engines.deepspeed_engine import ZeroEngine
 
             return ZeroEngine(policy, self.mesh, self._precision, self._config.deepspeed)
         offload = self._config.offload_optimizer

@@ -15,18 +15,18 @@ from torch import Tensor
 from paceline.configs.errors import BatchError, NonFiniteError
 from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.vocabulary import TrainBatch
-from paceline.learner.advantages import Pass
-from paceline.learner.experts import router_metrics
-from paceline.learner.heads import logprobs_and_entropy
-from paceline.learner.losses.inputs import LossInputs, Sequences
-from paceline.learner.losses.value import value_loss
-from paceline.learner.metrics import StepMetrics
-from paceline.learner.microbatch import Microbatch
-from paceline.learner.model import no_head
-from paceline.learner.objective import Algorithm, check_advantages, derived_metrics
+from paceline.learner.batch.microbatch import Microbatch
+from paceline.learner.batch.tokens import BatchTokens, batch_tokens
+from paceline.learner.engines.metrics import StepMetrics
+from paceline.learner.engines.training_engine import LossOf
+from paceline.learner.model.experts import router_metrics
+from paceline.learner.model.heads import logprobs_and_entropy
+from paceline.learner.model.model import no_head
+from paceline.learner.objective.advantages import Pass
+from paceline.learner.objective.losses.inputs import LossInputs, Sequences
+from paceline.learner.objective.losses.value import value_loss
+from paceline.learner.objective.objective import Algorithm, check_advantages, derived_metrics
 from paceline.learner.rank import RankModels
-from paceline.learner.tokens import BatchTokens, batch_tokens
-from paceline.learner.training_engine import LossOf
 
 Columns = dict[str, NDArray[np.float32]]
 Arrays = list[NDArray[np.float32]]

@@ -26,12 +26,12 @@ from paceline.configs.vocabulary import (
     TrainSample,
     WeightVersion,
 )
-from paceline.learner.background_save import BackgroundSave
-from paceline.learner.checkpoint import checkpoint_state, export_model, load_checkpoint
-from paceline.learner.heads import argmax_gaps
-from paceline.learner.inspection import prompt_and_completion
-from paceline.learner.mesh import require_determinism
-from paceline.learner.objective import Algorithm
+from paceline.learner.batch.inspection import prompt_and_completion
+from paceline.learner.checkpoints.background_save import BackgroundSave
+from paceline.learner.checkpoints.checkpoint import checkpoint_state, export_model, load_checkpoint
+from paceline.learner.engines.mesh import require_determinism
+from paceline.learner.model.heads import argmax_gaps
+from paceline.learner.objective.objective import Algorithm
 from paceline.learner.progress import collectives_begun
 from paceline.learner.rank import RankModels
 from paceline.learner.step import TrainingStep

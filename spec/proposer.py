@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from paceline.configs.schema.rollout import DraftingConfig
 from paceline.configs.vocabulary import DRAFTED_FROM_HISTORY, DRAFTED_FROM_SIBLINGS, Trace
-from paceline.spec.budget import within_batch
-from paceline.spec.draft_counters import DraftCounters
+from paceline.spec.budget.budget import within_batch
+from paceline.spec.budget.draft_counters import DraftCounters
+from paceline.spec.budget.planner import DraftPlanner, Running, Verified
 from paceline.spec.history import Drafts, History
-from paceline.spec.planner import DraftPlanner, Running, Verified
 from paceline.spec.traces import OVERLAP_TOKENS, problem_name
 
 Integers = NDArray[np.int64]

@@ -216,7 +216,7 @@ class ImportedAlgorithm(Section):
 
     type: Literal["import"]
     import_path: str
-    """`package.module:name` of what builds an `Algorithm` (`learner/objective.py`)."""
+    """`package.module:name` of what builds an `Algorithm` (`learner/objective/objective.py`)."""
 
     parameters: dict[str, Any] = {}
     """Keyword arguments it is called with."""

@@ -21,18 +21,18 @@ from typing import Any, Literal
 import numpy as np
 
 from paceline.configs.vocabulary import Group, Prompt, Trajectory, VersionSpan, WeightVersion
-from paceline.controller.bench.redis_server import redis_server
-from paceline.controller.bench.result import BenchResult, BenchTable, Spread, Target
-from paceline.controller.bench.subprocesses import in_own_process
-from paceline.controller.buffer import WorkBuffer
-from paceline.controller.freshness import FreshnessBudget
+from paceline.controller.bench.harness.redis_server import redis_server
+from paceline.controller.bench.harness.result import BenchResult, BenchTable, Spread, Target
+from paceline.controller.bench.harness.subprocesses import in_own_process
+from paceline.controller.groups.buffer import WorkBuffer
+from paceline.controller.groups.freshness import FreshnessBudget
 from paceline.controller.ledger.events import Kind
 from paceline.controller.ledger.journal import Journal
 from paceline.controller.ledger.memory import MemoryStore
 from paceline.controller.ledger.redis_streams import RedisStore
 from paceline.controller.ledger.sqlite import SQLiteStore
 from paceline.controller.ledger.store import Store
-from paceline.controller.observe.versions import collect_versions
+from paceline.controller.observe.files.versions import collect_versions
 
 StoreName = Literal["memory", "sqlite", "redis"]
 

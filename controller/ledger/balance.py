@@ -17,8 +17,8 @@ from paceline.controller.ledger.events import Event, Kind, LedgerError
 from paceline.controller.ledger.opening import open_store
 from paceline.controller.ledger.state import LedgerState, Status
 from paceline.controller.ledger.store import Store
-from paceline.controller.observe.folder import RunFolder
-from paceline.controller.observe.summary import RunSummary
+from paceline.controller.observe.files.folder import RunFolder
+from paceline.controller.observe.files.summary import RunSummary
 
 STORED = (Status.FINISHED, Status.BATCHED, Status.TRAINED)
 """Where a group stands whose samples must be there."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from paceline.learner.shards import layout_of, local_shards
+from paceline.learner.checkpoints.shards import layout_of, local_shards
 from paceline.weights_sync.handle import WeightHandle
 from paceline.weights_sync.shared_memory import SharedMemoryPublisher
 

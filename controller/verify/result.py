@@ -11,8 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from paceline.controller.observe.jsonl import plain
-from paceline.controller.verify.distribution import SUSPICIOUS, ChiSquare
+from paceline.controller.observe.files.jsonl import plain
+from paceline.controller.verify.checks.distribution import SUSPICIOUS, ChiSquare
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,15 @@ import torch
 from transformers import AutoConfig
 
 from paceline.configs.errors import ModelError
-from paceline.controller.observe.versions import collect_versions
-from paceline.controller.verify.coupled_checks import coupled_distribution, coupled_tokens
-from paceline.controller.verify.greedy_checks import greedy_tokens, stops
-from paceline.controller.verify.result import CheckResult, Verification
-from paceline.controller.verify.sampling_checks import (
+from paceline.controller.observe.files.versions import collect_versions
+from paceline.controller.verify.checks.coupled import coupled_distribution, coupled_tokens
+from paceline.controller.verify.checks.greedy import greedy_tokens, stops
+from paceline.controller.verify.checks.sampling import (
     sampled_distribution,
     stopped_distribution,
     weight_swap,
 )
+from paceline.controller.verify.result import CheckResult, Verification
 from paceline.controller.verify.subject import FULL, QUICK, Subject
 from paceline.controller.verify.tiny_model import Language, train_tiny_model
 from paceline.weights_sync.shared_folder import shared_folder

@@ -10,6 +10,7 @@ import torch
 
 from paceline.configs.schema.rollout import DraftingConfig, RolloutConfig
 from paceline.configs.vocabulary import Completion, RolloutRequest, SamplingParameters
+from paceline.controller.verify.checks.evidence import Sample
 from paceline.controller.verify.drafters import (
     NUM_DRAFTED,
     Script,
@@ -18,7 +19,6 @@ from paceline.controller.verify.drafters import (
     drafting,
     nothing,
 )
-from paceline.controller.verify.evidence import Sample
 from paceline.controller.verify.reference import Reference
 from paceline.rollout.vllm_engine import VLLMEngine
 

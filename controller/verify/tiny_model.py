@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from paceline.configs.schema.model import ModelConfig
-from paceline.learner.model import write_initial_model
+from paceline.learner.model.model import write_initial_model
 
 NUM_SYMBOLS = 40
 NUM_TOPICS = 6

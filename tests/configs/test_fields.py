@@ -42,7 +42,7 @@ def test_the_reference_in_docs_is_the_schemas() -> None:
 def test_checking_a_configuration_imports_no_framework() -> None:
     script = (
         "import sys\n"
-        "from paceline.configs.estimate import estimate\n"
+        "from paceline.configs.forecast.estimate import estimate\n"
         "from paceline.configs.load import load_config\n"
         "estimate(load_config('quickstart'))\n"
         "heavy = {'torch', 'ray', 'vllm', 'transformers', 'reasoning_gym'} & set(sys.modules)\n"

@@ -51,14 +51,14 @@ def complaints(path: Path | str, *overrides: str) -> list[str]:
 @pytest.mark.parametrize("recipe", sorted(packaged_recipes()))
 def test_every_recipe_loads_from_anywhere_by_name_or_path_and_survives_a_dump(recipe: str) -> None:
     config = load_config(recipe)
-    assert load_config(f"configs/{recipe}.yaml") == config
+    assert load_config(f"configs/recipes/{recipe}.yaml") == config
     write("dumped.yaml", dump_config(config))
     assert load_config("dumped.yaml") == config
 
 
 def test_a_file_of_ones_own_goes_before_a_packaged_recipe() -> None:
-    minimal(name="configs/quickstart.yaml")
-    assert load_config("configs/quickstart.yaml").name == "test"
+    minimal(name="configs/recipes/quickstart.yaml")
+    assert load_config("configs/recipes/quickstart.yaml").name == "test"
     assert load_config("quickstart").name == "quickstart"
 
 

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.configs.vocabulary import StepReport, WeightVersion
-from paceline.controller.assembly import Collector
-from paceline.controller.buffer import WorkBuffer
-from paceline.controller.freshness import freshness_budget
+from paceline.controller.groups.assembly import Collector
+from paceline.controller.groups.buffer import WorkBuffer
+from paceline.controller.groups.freshness import freshness_budget
+from paceline.controller.groups.pacing import Pacer
+from paceline.controller.groups.signal_filter import SignalFilter
 from paceline.controller.loop import Loop
-from paceline.controller.pacing import Pacer
 from paceline.controller.parts import WorkerLost
-from paceline.controller.signal_filter import SignalFilter
 from paceline.weights_sync.handle import WeightHandle
 from paceline.weights_sync.layout import Layout
 from tests.controller.builders import make_group, make_prompt

@@ -9,17 +9,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SETUPTOOLS: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"][
-    "setuptools"
-]
-ROOMS: list[str] = sorted(SETUPTOOLS["package-dir"].values())
+LINKS = ROOT / "src" / "paceline"
+ROOMS: list[str] = sorted(link.name for link in LINKS.iterdir() if link.is_symlink())
 
 
 def packages_on_disk() -> set[str]:
@@ -35,12 +31,13 @@ def modules_on_disk() -> list[str]:
     return sorted(name.removesuffix(".__init__") for name in names)
 
 
-def test_every_folder_with_python_files_is_packaged_and_nothing_else() -> None:
-    assert set(SETUPTOOLS["packages"]) == packages_on_disk()
-
-
-def test_rooms_are_imported_under_their_own_names() -> None:
-    assert SETUPTOOLS["package-dir"] == {f"paceline.{room}": room for room in ROOMS}
+def test_every_folder_at_the_top_with_an_importable_package_is_linked_under_its_own_name() -> None:
+    folders = {file.parent.name for file in ROOT.glob("*/*.py")} - {"scripts", "tests"}
+    assert set(ROOMS) == folders
+    for room in ROOMS:
+        assert str((LINKS / room).readlink()) == f"../../{room}", (
+            "an absolute link is this machine's"
+        )
 
 
 def test_every_package_but_kernels_says_in_its_init_what_it_is() -> None:
@@ -76,6 +73,7 @@ def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for room in ROOMS:
         skip = shutil.ignore_patterns("__pycache__", "*.so")
         shutil.copytree(ROOT / room, source / room, ignore=skip)
+    shutil.copytree(ROOT / "src", source / "src", symlinks=True)
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
@@ -125,9 +123,19 @@ def test_every_module_imports_from_the_wheel(installed_wheel: Path) -> None:
 @pytest.mark.slow
 def test_the_wheel_carries_the_recipes_and_the_type_stubs(installed_wheel: Path) -> None:
     (packaged,) = installed_wheel.parents[1].glob("lib/python*/site-packages/paceline")
-    recipes = {path.name for path in (ROOT / "configs").glob("*.yaml")}
-    assert {path.name for path in (packaged / "configs").glob("*.yaml")} == recipes
+    recipes = {path.name for path in (ROOT / "configs" / "recipes").glob("*.yaml")}
+    assert {path.name for path in (packaged / "configs" / "recipes").glob("*.yaml")} == recipes
     assert (packaged / "spec" / "_native.pyi").exists()
+    assert (packaged / "py.typed").exists()
+
+
+@pytest.mark.slow
+def test_every_folder_with_python_files_is_in_the_wheel_and_nothing_else(
+    installed_wheel: Path,
+) -> None:
+    (packaged,) = installed_wheel.parents[1].glob("lib/python*/site-packages/paceline")
+    folders = {path.parent.relative_to(packaged.parent) for path in packaged.rglob("*.py")}
+    assert {".".join(folder.parts) for folder in folders} == packages_on_disk() | {"paceline"}
 
 
 @pytest.mark.slow

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from paceline.controller.observe.folder import RunFolder
-from paceline.controller.observe.recorder import read_records
-from paceline.controller.observe.records import EvaluationRecord, StepRecord
-from paceline.controller.observe.summary import RunSummary
+from paceline.controller.observe.files.folder import RunFolder
+from paceline.controller.observe.files.recorder import read_records
+from paceline.controller.observe.files.records import EvaluationRecord, StepRecord
+from paceline.controller.observe.files.summary import RunSummary
 from paceline.rollout.process_environment import engine_environment
 
 SCRIPTS = Path(sysconfig.get_path("scripts"))

@@ -17,9 +17,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "algorithms.md"
 BROKEN = """
 from dataclasses import dataclass
 import numpy as np
-from paceline.learner.advantages import Estimate, Outcome
-from paceline.learner.losses.policy import Reinforce
-from paceline.learner.objective import Objective
+from paceline.learner.objective.advantages import Estimate, Outcome
+from paceline.learner.objective.losses.policy import Reinforce
+from paceline.learner.objective.objective import Objective
 
 @dataclass(frozen=True)
 class Broken(Outcome):

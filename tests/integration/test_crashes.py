@@ -13,7 +13,7 @@ from paceline.configs.load import load_config
 from paceline.controller.ledger.balance import Audit, audit
 from paceline.controller.ledger.events import Kind
 from paceline.controller.ledger.opening import open_store
-from paceline.controller.observe.records import StepRecord
+from paceline.controller.observe.files.records import StepRecord
 from tests.integration.commands import PATIENCE_SECONDS, Command, Run, run, run_in
 from tests.integration.conftest import train
 from tests.redis_server import RedisServer

@@ -8,10 +8,10 @@ import time
 import pytest
 
 from paceline.configs.load import load_config
-from paceline.controller.observe.jsonl import read_lines
-from paceline.controller.observe.report import write_report
-from paceline.controller.tokenizer import load_tokenizer
-from paceline.controller.wiring import prompt_set
+from paceline.controller.data.tokenizer import load_tokenizer
+from paceline.controller.observe.files.jsonl import read_lines
+from paceline.controller.observe.report.report import write_report
+from paceline.controller.wiring.services import prompt_set
 from tests.integration.commands import PATIENCE_SECONDS, Command, Run, run_in
 from tests.integration.conftest import train
 

@@ -13,11 +13,11 @@ import pytest
 
 from paceline.configs.load import load_config
 from paceline.configs.vocabulary import RolloutRequest, SamplingParameters
-from paceline.controller.checkpoints import TRACES
-from paceline.controller.cluster import ray_cluster
-from paceline.controller.observe.jsonl import read_lines
-from paceline.controller.routing import demand_of
-from paceline.controller.wiring import Parts, prepare, started_parts
+from paceline.controller.engines.routing import demand_of
+from paceline.controller.observe.files.jsonl import read_lines
+from paceline.controller.run.checkpoints import TRACES
+from paceline.controller.run.cluster import ray_cluster
+from paceline.controller.wiring.services import Parts, prepare, started_parts
 from tests.integration.commands import PATIENCE_SECONDS, Command, run, run_in
 from tests.integration.conftest import train
 

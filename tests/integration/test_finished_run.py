@@ -13,8 +13,8 @@ import yaml
 from tensorboardX.proto.event_pb2 import Event
 
 from paceline.configs.load import load_config
-from paceline.controller.checkpoints import CheckpointFolder
-from paceline.controller.observe.jsonl import read_json, read_lines
+from paceline.controller.observe.files.jsonl import read_json, read_lines
+from paceline.controller.run.checkpoints import CheckpointFolder
 from tests.integration.commands import PATIENCE_SECONDS, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE_SECONDS)]

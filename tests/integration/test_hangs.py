@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from paceline.controller.observe.jsonl import read_lines
+from paceline.controller.observe.files.jsonl import read_lines
 from tests.integration.commands import PATIENCE_SECONDS, Command, run_in
 from tests.integration.commands import run as run_command
 from tests.integration.conftest import train

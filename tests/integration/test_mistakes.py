@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from paceline.controller.observe.folder import RunFolder
-from paceline.controller.observe.summary import RunSummary
+from paceline.controller.observe.files.folder import RunFolder
+from paceline.controller.observe.files.summary import RunSummary
 from tests.integration.commands import PATIENCE_SECONDS, Ended, run
 from tests.integration.conftest import train
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from paceline.controller.observe.jsonl import read_lines
+from paceline.controller.observe.files.jsonl import read_lines
 from tests.integration.commands import PATIENCE_SECONDS, Command, Ended, Run, run, run_in
 from tests.integration.conftest import LEARNS_QUICKLY, train
 

@@ -25,17 +25,17 @@ from paceline.configs.vocabulary import (
     Trajectory,
     WeightVersion,
 )
-from paceline.controller.assembly import Collector
-from paceline.controller.buffer import WorkBuffer
-from paceline.controller.freshness import freshness_budget
-from paceline.controller.generation import Rollouts, request_seed
+from paceline.controller.groups.assembly import Collector
+from paceline.controller.groups.buffer import WorkBuffer
+from paceline.controller.groups.freshness import freshness_budget
+from paceline.controller.groups.generation import Rollouts, request_seed
+from paceline.controller.groups.pacing import Pacer
+from paceline.controller.groups.signal_filter import SignalFilter
 from paceline.controller.loop import Loop
-from paceline.controller.pacing import Pacer
-from paceline.controller.signal_filter import SignalFilter
-from paceline.learner.advantages import GroupRelative, Outcome
-from paceline.learner.losses.policy import Clip
-from paceline.learner.model import write_initial_model
-from paceline.learner.objective import Objective
+from paceline.learner.model.model import write_initial_model
+from paceline.learner.objective.advantages import GroupRelative, Outcome
+from paceline.learner.objective.losses.policy import Clip
+from paceline.learner.objective.objective import Objective
 from paceline.learner.worker import LearnerWorker
 from paceline.rollout.worker import RolloutWorker
 from tests.rollout.conftest import STOP, build_engine, tiny_model_config

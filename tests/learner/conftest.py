@@ -16,7 +16,7 @@ from hypothesis import settings
 
 from paceline.configs.schema.model import ModelConfig
 from paceline.configs.vocabulary import TrainBatch, TrainSample
-from paceline.learner.model import write_initial_model
+from paceline.learner.model.model import write_initial_model
 
 # a busy machine is no failure
 settings.register_profile("paceline", deadline=None)

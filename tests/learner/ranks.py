@@ -17,9 +17,9 @@ from paceline.configs.schema.learner import LearnerConfig, OptimizerConfig
 from paceline.configs.vocabulary import TrainBatch
 from paceline.kernels import token_logprobs
 from paceline.kernels.vocab_parallel_logprobs import vocab_parallel_logprobs
-from paceline.learner.advantages import GeneralizedAdvantage, Outcome
-from paceline.learner.losses.policy import Clip
-from paceline.learner.objective import Objective, ReferencePenalty
+from paceline.learner.objective.advantages import GeneralizedAdvantage, Outcome
+from paceline.learner.objective.losses.policy import Clip
+from paceline.learner.objective.objective import Objective, ReferencePenalty
 from paceline.learner.worker import LearnerWorker
 from tests.learner.conftest import model_config
 

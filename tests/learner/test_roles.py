@@ -12,11 +12,11 @@ import torch
 from paceline.configs.errors import BatchError, CheckpointError
 from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.vocabulary import TrainBatch
-from paceline.controller.algorithms import imitation, preferences
-from paceline.learner.advantages import GeneralizedAdvantage, Outcome, TeacherGap
-from paceline.learner.losses.corrections import SecondMoment
-from paceline.learner.losses.policy import Clip, SequenceClip
-from paceline.learner.objective import Objective, ReferencePenalty
+from paceline.controller.wiring.algorithms import imitation, preferences
+from paceline.learner.objective.advantages import GeneralizedAdvantage, Outcome, TeacherGap
+from paceline.learner.objective.losses.corrections import SecondMoment
+from paceline.learner.objective.losses.policy import Clip, SequenceClip
+from paceline.learner.objective.objective import Objective, ReferencePenalty
 from tests.learner.conftest import continue_prompt, random_batch
 from tests.learner.ranks import LOSS, OPTIMIZER, gradients, make_worker, weights
 from tests.learner.test_worker import assert_same

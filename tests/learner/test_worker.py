@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from paceline.configs.errors import BatchError, CheckpointError, ClusterError, NonFiniteError
 from paceline.configs.vocabulary import TrainBatch
-from paceline.controller.algorithms import imitation
-from paceline.learner.model import write_initial_model
+from paceline.controller.wiring.algorithms import imitation
+from paceline.learner.model.model import write_initial_model
 from paceline.weights_sync.shared_memory import read_weights
 from tests.learner.conftest import VOCAB_SIZE, model_config, random_batch, random_sample
 from tests.learner.ranks import (

@@ -14,8 +14,8 @@ import torch
 from paceline.configs.schema.model import ModelConfig
 from paceline.configs.schema.rollout import RolloutConfig
 from paceline.configs.vocabulary import Completion, RolloutRequest, SamplingParameters
-from paceline.learner.model import write_initial_model
-from paceline.learner.shards import layout_of, local_shards
+from paceline.learner.checkpoints.shards import layout_of, local_shards
+from paceline.learner.model.model import write_initial_model
 from paceline.weights_sync.shared_memory import SharedMemoryPublisher
 
 MAX_LENGTH = 64

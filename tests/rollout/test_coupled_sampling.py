@@ -16,7 +16,7 @@ from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from paceline.configs.schema.rollout import DraftingConfig, RolloutConfig
-from paceline.learner.model import write_initial_model
+from paceline.learner.model.model import write_initial_model
 from paceline.rollout import coupled_sampling
 from paceline.rollout.coupled_sampling import CoupledSampler, CoupledVerifier, noisy_argmax
 from paceline.spec import noise

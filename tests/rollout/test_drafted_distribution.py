@@ -12,7 +12,7 @@ import torch
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_only
 
 from paceline.configs.vocabulary import SamplingParameters
-from paceline.controller.verify import distribution
+from paceline.controller.verify.checks import distribution
 from paceline.rollout.vllm_patches import expand_batch_to_tokens
 
 SUSPICIOUS = 1e-4

@@ -7,7 +7,7 @@ import pytest
 
 from paceline.configs.schema.rollout import DraftingConfig, RolloutConfig
 from paceline.configs.vocabulary import DRAFTED_FROM_SIBLINGS
-from paceline.learner.model import write_initial_model
+from paceline.learner.model.model import write_initial_model
 from tests.rollout.conftest import (
     LONG,
     STOP,

@@ -10,7 +10,7 @@ import pytest
 from paceline.configs.errors import ModelError
 from paceline.configs.schema.learner import LearnerConfig
 from paceline.configs.vocabulary import NOT_ROUTED, Prompt, TrainSample, Trajectory
-from paceline.learner.model import write_initial_model
+from paceline.learner.model.model import write_initial_model
 from paceline.learner.worker import LearnerWorker
 from tests.rollout.conftest import (
     LONG,

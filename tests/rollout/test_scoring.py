@@ -9,7 +9,7 @@ import pytest
 
 from paceline.configs.schema.rollout import RolloutConfig
 from paceline.configs.vocabulary import Completion, WeightVersion
-from paceline.learner.model import write_initial_model
+from paceline.learner.model.model import write_initial_model
 from tests.rollout.conftest import (
     MAX_LENGTH,
     STOP,

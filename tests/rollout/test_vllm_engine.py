@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from paceline.configs.errors import DataError, ModelError
-from paceline.learner.model import write_initial_model
+from paceline.learner.model.model import write_initial_model
 from paceline.weights_sync.handle import WeightSyncError
 from tests.rollout.conftest import (
     MAX_LENGTH,

@@ -9,7 +9,7 @@ import pytest
 
 from paceline.configs.schema.rollout import DraftingConfig
 from paceline.configs.vocabulary import DRAFTED_FROM_HISTORY, DRAFTED_FROM_SIBLINGS, Trace
-from paceline.spec.cost_model import Prediction, StepCosts
+from paceline.spec.budget.cost_model import Prediction, StepCosts
 from paceline.spec.noise import gumbel, position_streams
 from paceline.spec.proposer import DraftRequest, SuffixProposer
 from paceline.spec.traces import problem_name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from paceline.controller.bench.algorithms import (
+from paceline.controller.bench.e2e.algorithms import (
     CLIPPED,
     CORRECTED,
     DECOUPLED,
@@ -16,7 +16,7 @@ from paceline.controller.bench.algorithms import (
     Curve,
     _result,
 )
-from paceline.controller.bench.paceline_runs import resolve
+from paceline.controller.bench.e2e.paceline_runs import resolve
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from paceline.controller.bench.asynchrony import QUICK, Measured, _result
-from paceline.controller.bench.result import Spread
-from paceline.controller.bench.subprocesses import side_by_side
+from paceline.controller.bench.e2e.asynchrony import QUICK, Measured, _result
+from paceline.controller.bench.harness.result import Spread
+from paceline.controller.bench.harness.subprocesses import side_by_side
 
 
 def measured(lag, rate, ages, curve=((1.0, 0.1), (2.0, 0.5))):

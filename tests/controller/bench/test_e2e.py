@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from paceline.controller.bench import e2e, e2e_report, trl_runs
-from paceline.controller.bench.result import BenchError
-from paceline.controller.bench.timing import Window
+from paceline.controller.bench.e2e import e2e, trl_runs
+from paceline.controller.bench.e2e import report as e2e_report
+from paceline.controller.bench.harness.result import BenchError
+from paceline.controller.bench.harness.timing import Window
 
 
 def window(samples_per_second: float) -> Window:

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from paceline.configs.schema import RunConfig
-from paceline.controller.bench.e2e import FULL, PACELINE_VARIANTS
-from paceline.controller.bench.e2e_report import ASYNCHRONOUS, DEFAULTS, SYNCHRONOUS
-from paceline.controller.bench.paceline_runs import resolve
-from paceline.controller.bench.trl_job import Problem, TRLJob
-from paceline.controller.bench.trl_runs import training_problems
-from paceline.controller.bench.workload import LONG, SHORT, Workload
+from paceline.controller.bench.e2e.e2e import FULL, PACELINE_VARIANTS
+from paceline.controller.bench.e2e.paceline_runs import resolve
+from paceline.controller.bench.e2e.report import ASYNCHRONOUS, DEFAULTS, SYNCHRONOUS
+from paceline.controller.bench.e2e.trl_job import Problem, TRLJob
+from paceline.controller.bench.e2e.trl_runs import training_problems
+from paceline.controller.bench.e2e.workload import LONG, SHORT, Workload
 
 WORKLOADS = pytest.mark.parametrize("workload", [SHORT, LONG], ids=lambda w: w.name)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from paceline.controller.bench import learner
-from paceline.controller.bench.learner_batch import BRIEF, LONG_TAILED
-from paceline.controller.bench.learner_memory import CHUNKS, PLAIN, SequenceMemory
-from paceline.controller.bench.learner_steps import (
+from paceline.controller.bench.learner import learner
+from paceline.controller.bench.learner.batch import BRIEF, LONG_TAILED
+from paceline.controller.bench.learner.memory import CHUNKS, PLAIN, SequenceMemory
+from paceline.controller.bench.learner.steps import (
     algorithm,
     divided_steps,
     learner_worker,
@@ -61,7 +61,7 @@ def test_ranks_take_the_step_together(model: Path) -> None:
 @pytest.mark.slow
 def test_the_peer_trains_on_what_it_is_handed(model: Path) -> None:
     pytest.importorskip("trl")
-    from paceline.controller.bench.learner_peer import trl_steps
+    from paceline.controller.bench.learner.peer import trl_steps
 
     assert len(trl_steps(TINY, model, 2, microbatch_size=8)) == 2
 

@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import pytest
 
-from paceline.controller.bench.learner_memory import (
+from paceline.controller.bench.harness.resident_memory import (
+    forget_peak,
+    peak_bytes,
+    resident_bytes,
+)
+from paceline.controller.bench.learner.memory import (
     CHUNKS,
     PLAIN,
     SequenceMemory,
     longest_within,
     measure_memory,
 )
-from paceline.controller.bench.resident_memory import forget_peak, peak_bytes, resident_bytes
 
 MIB = 2**20
 

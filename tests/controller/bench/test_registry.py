@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from paceline.configs.errors import ConfigError
-from paceline.controller.bench import registry
-from paceline.controller.bench.result import BenchResult, BenchTable, Spread, Target
+from paceline.controller.bench.harness import registry
+from paceline.controller.bench.harness.result import BenchResult, BenchTable, Spread, Target
 
 
 def result_with(value: float) -> BenchResult:

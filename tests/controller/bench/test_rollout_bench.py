@@ -10,21 +10,22 @@ import pytest
 import torch
 
 from paceline.configs.vocabulary import Completion, VersionSpan
-from paceline.controller.bench import rollout, rollout_training
-from paceline.controller.bench.rollout_engine import Epoch, Step
-from paceline.controller.bench.rollout_modes import COUPLED, ORACLE, OURS, PEER, PLAIN
-from paceline.controller.bench.rollout_oracle import NUM_TOKENS, ReplayDrafter
-from paceline.controller.bench.rollout_report import (
+from paceline.controller.bench.rollout import rollout
+from paceline.controller.bench.rollout import training as rollout_training
+from paceline.controller.bench.rollout.engine import Epoch, Step
+from paceline.controller.bench.rollout.modes import COUPLED, ORACLE, OURS, PEER, PLAIN
+from paceline.controller.bench.rollout.oracle import NUM_TOKENS, ReplayDrafter
+from paceline.controller.bench.rollout.report import (
     Setting,
     report,
     same_samples,
     step_costs,
     targets_of,
 )
-from paceline.controller.bench.rollout_task import draw_problem, spread_problems
-from paceline.controller.bench.rollout_training import END_TOKEN, Training, trained_versions
-from paceline.controller.bench.rollout_weights import publish_versions
-from paceline.controller.bench.widened_model import Shape, build, widened
+from paceline.controller.bench.rollout.task import draw_problem, spread_problems
+from paceline.controller.bench.rollout.training import END_TOKEN, Training, trained_versions
+from paceline.controller.bench.rollout.weights import publish_versions
+from paceline.controller.bench.rollout.widened_model import Shape, build, widened
 
 SMALL = Shape(64, 96, num_layers=2, num_heads=4, num_key_value_heads=2)
 LARGE = Shape(144, 160, num_layers=3, num_heads=6, num_key_value_heads=3)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from paceline.controller.bench.result import BenchError
-from paceline.controller.bench.subprocesses import run_logged
+from paceline.controller.bench.harness.result import BenchError
+from paceline.controller.bench.harness.subprocesses import run_logged
 
 
 def test_a_process_runs_with_as_many_threads_as_asked_for(tmp_path: Path) -> None:

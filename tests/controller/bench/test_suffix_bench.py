@@ -8,12 +8,12 @@ import json
 import numpy as np
 import pytest
 
-from paceline.controller.bench import suffix
-from paceline.controller.bench.result import BenchError
-from paceline.controller.bench.suffix import Measured, Size, bench_suffix, measure
-from paceline.controller.bench.suffix_drafters import MAX_DRAFT, Drafted
-from paceline.controller.bench.suffix_replay import Replay, num_right, replay
-from paceline.controller.bench.suffix_streams import COPIED, Rollouts, recorded, synthetic
+from paceline.controller.bench.harness.result import BenchError
+from paceline.controller.bench.suffix import suffix
+from paceline.controller.bench.suffix.drafters import MAX_DRAFT, Drafted
+from paceline.controller.bench.suffix.replay import Replay, num_right, replay
+from paceline.controller.bench.suffix.streams import COPIED, Rollouts, recorded, synthetic
+from paceline.controller.bench.suffix.suffix import Measured, Size, bench_suffix, measure
 
 TINY = Size(num_problems=10, num_generations=3, num_samples=8, length=64)
 HAS_PEER = importlib.util.find_spec("arctic_inference") is not None

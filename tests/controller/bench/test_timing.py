@@ -2,9 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from paceline.controller.bench.result import BenchError
-from paceline.controller.bench.timing import controller_overhead, paceline_window, peer_window
-from paceline.controller.observe.records import StepRecord
+from paceline.controller.bench.harness.result import BenchError
+from paceline.controller.bench.harness.timing import (
+    controller_overhead,
+    paceline_window,
+    peer_window,
+)
+from paceline.controller.observe.files.records import StepRecord
 
 SAMPLES_PER_GROUP = 16
 

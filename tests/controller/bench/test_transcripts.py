@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from paceline.configs.errors import ConfigError
-from paceline.controller.bench.transcripts import Transcripts
+from paceline.controller.bench.e2e.transcripts import Transcripts
 
 
 def source(seed: int = 0) -> Transcripts:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from paceline.configs.schema.model import ModelConfig
-from paceline.controller.bench.paceline_runs import resolve
-from paceline.controller.bench.trl_job import Problem
-from paceline.controller.bench.trl_runs import train_trl
-from paceline.controller.bench.workload import SHORT
-from paceline.controller.tokenizer import load_tokenizer
-from paceline.learner.model import write_initial_model
+from paceline.controller.bench.e2e.paceline_runs import resolve
+from paceline.controller.bench.e2e.trl_job import Problem
+from paceline.controller.bench.e2e.trl_runs import train_trl
+from paceline.controller.bench.e2e.workload import SHORT
+from paceline.controller.data.tokenizer import load_tokenizer
+from paceline.learner.model.model import write_initial_model
 
 pytest.importorskip("trl")
 

@@ -14,8 +14,8 @@ from paceline.controller.ledger.balance import audit
 from paceline.controller.ledger.events import Event, Kind
 from paceline.controller.ledger.opening import open_store
 from paceline.controller.ledger.state import fold
-from paceline.controller.observe.folder import RunFolder
-from paceline.controller.observe.summary import RunSummary
+from paceline.controller.observe.files.folder import RunFolder
+from paceline.controller.observe.files.summary import RunSummary
 from tests.controller.builders import make_group
 from tests.controller.ledger.appender import life_of
 

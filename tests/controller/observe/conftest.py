@@ -9,9 +9,9 @@ from random import Random
 
 import pytest
 
-from paceline.controller.observe.folder import RunFolder
-from paceline.controller.observe.jsonl import write_json_lines
-from paceline.controller.observe.records import (
+from paceline.controller.observe.files.folder import RunFolder
+from paceline.controller.observe.files.jsonl import write_json_lines
+from paceline.controller.observe.files.records import (
     EvaluationRecord,
     ExampleRecord,
     Generation,
@@ -19,7 +19,7 @@ from paceline.controller.observe.records import (
     StepRecord,
     standard_error,
 )
-from paceline.controller.observe.summary import RunSummary
+from paceline.controller.observe.files.summary import RunSummary
 
 WARM_STEPS = 140
 TRAIN_STEPS = 240

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from paceline.configs.errors import ConfigError
-from paceline.controller.observe.comparison import compare_runs, drawing, held_out_curve
-from paceline.controller.observe.folder import RunFolder
+from paceline.controller.observe.files.folder import RunFolder
+from paceline.controller.observe.report.comparison import compare_runs, drawing, held_out_curve
 from tests.controller.observe.conftest import write_synthetic_run
 
 

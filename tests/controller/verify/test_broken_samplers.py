@@ -6,8 +6,8 @@ import pytest
 import torch
 from vllm.v1.sample import rejection_sampler
 
-from paceline.controller.verify.greedy_checks import greedy_tokens
-from paceline.controller.verify.sampling_checks import adversaries, sampled_by
+from paceline.controller.verify.checks.greedy import greedy_tokens
+from paceline.controller.verify.checks.sampling import adversaries, sampled_by
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from paceline.configs.vocabulary import SamplingParameters
-from paceline.controller.verify.distribution import (
+from paceline.controller.verify.checks.distribution import (
     SLACK,
     SUSPICIOUS,
     as_often_as,

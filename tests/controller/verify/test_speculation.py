@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from paceline.configs.vocabulary import Completion, RolloutRequest, SamplingParameters, VersionSpan
-from paceline.controller.verify import sampling_checks
-from paceline.controller.verify.coupled_checks import coupled_tokens
+from paceline.controller.verify.checks import sampling as sampling_checks
+from paceline.controller.verify.checks.coupled import coupled_tokens
+from paceline.controller.verify.checks.evidence import Sample, examine
+from paceline.controller.verify.checks.greedy import greedy_tokens, stops, undrafted_texts
+from paceline.controller.verify.checks.judging import distribution_faults, logprob_faults
+from paceline.controller.verify.checks.sampling import ends_rightly, sampled_by, weight_swap
 from paceline.controller.verify.drafters import nothing
-from paceline.controller.verify.evidence import Sample, examine
-from paceline.controller.verify.greedy_checks import greedy_tokens, stops, undrafted_texts
-from paceline.controller.verify.judging import distribution_faults, logprob_faults
-from paceline.controller.verify.sampling_checks import ends_rightly, sampled_by, weight_swap
 from paceline.controller.verify.speculation import CHECKS
 from paceline.controller.verify.subject import OWN_DRAFTING
 from paceline.controller.verify.tiny_model import Language

@@ -10,7 +10,7 @@ import pytest
 
 from paceline.configs.errors import ConfigError, ModelError
 from paceline.controller.verify import speculation, suite
-from paceline.controller.verify.distribution import SUSPICIOUS, ChiSquare
+from paceline.controller.verify.checks.distribution import SUSPICIOUS, ChiSquare
 from paceline.controller.verify.result import CheckResult, Verification
 
 RIGHT = CheckResult("greedy tokens", "ours", "texts", 10, 8, 6, [ChiSquare("T=1", 9.0, 15, 0.8)])

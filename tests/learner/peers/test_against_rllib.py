@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import ray
 
-from paceline.learner.advantages import GeneralizedAdvantage
-from tests.learner.token_tables import tokens_of
+from paceline.learner.objective.advantages import GeneralizedAdvantage
+from tests.learner.batch.token_tables import tokens_of
 
 
 @pytest.fixture(scope="module")

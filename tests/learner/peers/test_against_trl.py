@@ -36,13 +36,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.configs.schema.algorithm import PolicyAlgorithm
-from paceline.controller.algorithms import policy_optimization, preferences
-from paceline.learner.advantages import GroupRelative
-from paceline.learner.losses.inputs import LossInputs, Sequences
-from paceline.learner.losses.value import value_loss
+from paceline.controller.wiring.algorithms import policy_optimization, preferences
+from paceline.learner.objective.advantages import GroupRelative
+from paceline.learner.objective.losses.inputs import LossInputs, Sequences
+from paceline.learner.objective.losses.value import value_loss
+from tests.learner.batch.token_tables import nothing, tokens_of
 from tests.learner.peers import reference_losses
 from tests.learner.peers.trl_steps import Samples, dpo_loss, grpo_step, rloo_step
-from tests.learner.token_tables import nothing, tokens_of
 
 MAX_TOKENS = 12
 SEEDS = st.integers(0, 10_000)

@@ -1,0 +1,1 @@
+"""What cannot be trained as configured, refused before anything starts."""

@@ -1,0 +1,1 @@
+"""What every benchmark uses: registry, result, subprocesses, timing."""

@@ -1,0 +1,1 @@
+"""The learner's step beside a peer's: tokens a second, and memory."""

@@ -1,0 +1,86 @@
+"""TRL's GRPOTrainer on samples that are handed to it: its step without its generation."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig
+
+from paceline.controller.bench.e2e.trl_trainer import StepTimes, TimedTrainer
+from paceline.controller.bench.learner.batch import LearnerWorkload
+from paceline.controller.bench.learner.steps import CLIP_HIGH, CLIP_LOW, OPTIMIZER
+
+
+class ReplayingTrainer(TimedTrainer):
+    """GRPOTrainer whose completions are given."""
+
+    def __init__(self, completion_ids: list[list[int]], **keywords: Any) -> None:
+        self._given = completion_ids
+        super().__init__(**keywords)
+
+    def _generate_single_turn(self, prompt_ids: Any, *_: Any, **__: Any) -> Any:
+        assert len(prompt_ids) == len(self._given), "a step generates the whole batch at once"
+        return self._given, None
+
+
+def trl_steps(
+    workload: LearnerWorkload, model: Path, num_steps: int, microbatch_size: int
+) -> list[float]:
+    """Seconds of TRL's steps on the workload's batch, after one that is not timed."""
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    samples = workload.batch().samples
+    firsts = samples[:: workload.samples_per_group]
+    prompts = [tokenizer.decode(s.token_ids[: workload.num_prompt]) for s in firsts]
+    completions = [s.token_ids[workload.num_prompt :].tolist() for s in samples]
+    rewards = [s.reward for s in samples]
+    times = StepTimes()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = ReplayingTrainer(
+            completions,
+            model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+            processing_class=tokenizer,
+            reward_funcs=lambda completions, **_: rewards,
+            args=_settings(workload, folder, num_steps, microbatch_size),
+            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+            callbacks=[times],
+        )
+        times.trainer = trainer
+        trainer.train()
+    lengths = [len(s.token_ids) for s in samples]
+    for step in times.steps:
+        assert step["real_tokens"] == sum(lengths), "the peer trained on something else"
+    return [step["seconds"] for step in times.steps[1:]]
+
+
+def _settings(
+    workload: LearnerWorkload, folder: str, num_steps: int, microbatch_size: int
+) -> GRPOConfig:
+    return GRPOConfig(
+        output_dir=folder,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        per_device_train_batch_size=microbatch_size,
+        gradient_accumulation_steps=workload.num_samples // microbatch_size,
+        num_generations=workload.samples_per_group,
+        max_completion_length=workload.longest,
+        max_steps=num_steps + 1,
+        shuffle_dataset=False,
+        learning_rate=OPTIMIZER.learning_rate,
+        lr_scheduler_type="constant",
+        max_grad_norm=OPTIMIZER.max_grad_norm,
+        beta=0.0,
+        loss_type="dapo",
+        epsilon=CLIP_LOW,
+        epsilon_high=CLIP_HIGH,
+        seed=workload.seed,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )

@@ -1,0 +1,1 @@
+"""Sampling with and without drafts, beside stock vLLM's."""

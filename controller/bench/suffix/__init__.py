@@ -1,0 +1,1 @@
+"""The suffix drafter beside arctic-inference's."""

@@ -1,0 +1,1 @@
+"""The life of a group of samples: admitted, sampled, graded, collected into a batch."""

@@ -1,0 +1,220 @@
+"""What a run shows while it works: a live view on a terminal, plain lines everywhere else."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol, TextIO
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+
+from paceline.controller.observe.files.records import EvaluationRecord, SampleRecord, StepRecord
+from paceline.controller.observe.view.lines import evaluation_line, step_line
+from paceline.controller.observe.view.panel import run_panel
+from paceline.controller.observe.view.state import Progress, RunPlan
+from paceline.controller.observe.view.terminal import is_terminal, reserved_terminal
+from paceline.controller.observe.view.text import printable
+
+REFRESHES_PER_SECOND = 4
+
+
+class View(Protocol):
+    """Shows records as they come. Started once, closed once; closing it gives the screen back."""
+
+    def start(self) -> None:
+        """Begin to show."""
+
+    def step(self, record: StepRecord) -> None:
+        """A step finished."""
+
+    def evaluation(self, record: EvaluationRecord) -> None:
+        """An evaluation finished."""
+
+    def samples(self, records: Sequence[SampleRecord]) -> None:
+        """Rollouts worth showing arrived."""
+
+    def workers(self, states: Mapping[str, str]) -> None:
+        """What each worker is doing."""
+
+    def message(self, text: str) -> None:
+        """What the run is doing now, or something that happened."""
+
+    def replay(self, records: Sequence[StepRecord | EvaluationRecord]) -> None:
+        """Learn what a resumed run had done before, without showing it line by line."""
+
+    def close(self) -> None:
+        """Stop showing; closing twice is harmless."""
+
+
+def open_view(plan: RunPlan, live: bool, log: Path, stream: TextIO | None = None) -> View:
+    """A live view where ``live`` and the stream (standard output) is a terminal, else plain lines.
+
+    While a live view is shown, everything else that this process or its children write to standard
+    output or error goes to ``log``.
+    """
+    stream = stream or sys.stdout
+    if live and is_terminal(stream):
+        return LiveView(plan, log)
+    return PlainView(plan, stream)
+
+
+class PlainView:
+    """One line for the first and the last step of a phase and for a step every ``every_seconds``.
+
+    Made for what is no terminal: a file, a CI log, the log of a Ray job.
+    """
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        stream: TextIO,
+        every_seconds: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._progress = Progress(plan)
+        self._stream = stream
+        self._every_seconds = every_seconds
+        self._clock = clock
+        self._last_shown = -float("inf")
+
+    def start(self) -> None:
+        """Nothing to prepare."""
+
+    def step(self, record: StepRecord) -> None:
+        """Show the step where it is the first or last of its phase, or enough time has passed."""
+        previous = self._progress.last
+        self._progress.step(record)
+        is_first = previous is None or previous.phase != record.phase
+        is_due = self._clock() - self._last_shown >= self._every_seconds
+        if is_first or is_due or record.step == self._progress.total:
+            self._last_shown = self._clock()
+            self._show(step_line(record, self._progress))
+
+    def evaluation(self, record: EvaluationRecord) -> None:
+        """Show the evaluation."""
+        self._progress.evaluation(record)
+        self._show(evaluation_line(record))
+
+    def samples(self, records: Sequence[SampleRecord]) -> None:
+        """Samples are left to ``samples.jsonl``."""
+
+    def workers(self, states: Mapping[str, str]) -> None:
+        """Workers change with every step: they are for the live view."""
+
+    def message(self, text: str) -> None:
+        """Show the message."""
+        self._show(text)
+
+    def replay(self, records: Sequence[StepRecord | EvaluationRecord]) -> None:
+        """Learn what a resumed run had done before."""
+        _replay(self._progress, records)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def _show(self, line: str) -> None:
+        encoding = self._stream.encoding or "utf-8"
+        safe = printable(line).encode(encoding, "backslashreplace").decode(encoding)
+        self._stream.write(safe + "\n")
+        self._stream.flush()
+
+
+class LiveView:
+    """A picture of the run that is redrawn in place, at most four times a second."""
+
+    def __init__(
+        self, plan: RunPlan, log: Path, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._progress = Progress(plan)
+        self._log = log
+        self._clock = clock
+        # The clock follows the records' own `seconds`: a resumed run's starts above zero.
+        self._seconds, self._seen_at = 0.0, clock()
+        self._lock = threading.Lock()
+        self._open = ExitStack()
+        self._console: Console | None = None
+
+    def start(self) -> None:
+        """Take the terminal over and draw the first picture."""
+        terminal = self._open.enter_context(reserved_terminal(self._log))
+        try:
+            self._console = Console(file=terminal)
+            self._open.enter_context(
+                Live(
+                    console=self._console,
+                    get_renderable=self._picture,
+                    refresh_per_second=REFRESHES_PER_SECOND,
+                    redirect_stdout=False,
+                    redirect_stderr=False,
+                )
+            )
+        except BaseException:
+            self._open.close()
+            raise
+
+    def step(self, record: StepRecord) -> None:
+        """Draw the step."""
+        with self._lock:
+            self._progress.step(record)
+            self._seconds, self._seen_at = record.seconds, self._clock()
+
+    def evaluation(self, record: EvaluationRecord) -> None:
+        """Draw the evaluation."""
+        with self._lock:
+            self._progress.evaluation(record)
+
+    def samples(self, records: Sequence[SampleRecord]) -> None:
+        """Draw the last few of them."""
+        with self._lock:
+            self._progress.add_samples(records)
+
+    def workers(self, states: Mapping[str, str]) -> None:
+        """Draw what each worker is doing."""
+        with self._lock:
+            self._progress.workers = dict(states)
+
+    def message(self, text: str) -> None:
+        """Draw the message until the next one."""
+        with self._lock:
+            self._progress.message = text
+
+    def replay(self, records: Sequence[StepRecord | EvaluationRecord]) -> None:
+        """Learn what a resumed run had done before."""
+        with self._lock:
+            _replay(self._progress, records)
+            self._seconds = max((record.seconds for record in records), default=0.0)
+
+    def close(self) -> None:
+        """Draw the last picture, leave it on the screen and give the terminal back."""
+        self._open.close()
+
+    def _picture(self) -> RenderableType:
+        assert self._console is not None
+        width, height = self._console.size = _terminal_size(self._console)
+        with self._lock:
+            seconds = self._seconds + self._clock() - self._seen_at
+            return run_panel(self._progress, seconds, width, height)
+
+
+def _replay(progress: Progress, records: Sequence[StepRecord | EvaluationRecord]) -> None:
+    for record in records:
+        if isinstance(record, StepRecord):
+            progress.step(record)
+        else:
+            progress.evaluation(record)
+    # Time stood still between the interrupted run and this one: estimate from new steps alone.
+    progress.recent.clear()
+
+
+def _terminal_size(console: Console) -> os.terminal_size:
+    """The terminal's size: rich asks descriptors 0 to 2, none of which need be the terminal."""
+    try:
+        return os.get_terminal_size(console.file.fileno())
+    except OSError:
+        return os.terminal_size((80, 25))

@@ -1,0 +1,1 @@
+"""A run's life: folder, cluster, phases, checkpoints, recovery, summary."""

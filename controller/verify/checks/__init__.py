@@ -1,0 +1,1 @@
+"""The checks of a verification, and how their evidence is judged."""

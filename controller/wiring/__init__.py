@@ -1,0 +1,1 @@
+"""From a configuration to started parts: the only folder that names other rooms' classes."""

@@ -1,0 +1,1 @@
+"""Checkpoints that any mesh can load, and weights for publication."""

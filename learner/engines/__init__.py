@@ -1,0 +1,1 @@
+"""How ranks divide a model: one interface, sharded and DeepSpeed engines, mesh, optimiser."""

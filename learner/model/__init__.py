@@ -1,0 +1,1 @@
+"""The model: loading, attention over packed rows, heads, chunked layers, experts."""

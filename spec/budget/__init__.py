@@ -1,0 +1,1 @@
+"""How much is drafted, and whether it pays: costs, chances, lengths, budgets."""
