@@ -93,9 +93,10 @@ class Collector:
         self._temperature = temperature
 
     async def collect(self, step: int) -> AssembledBatch:
-        """Take groups until the step has its share; dropped ones free their slot at once.
+        """Take groups until the step has its share.
 
-        After ``max_draws`` times its share a step makes do with what it has.
+        After ``max_draws`` times its share a step trains on fewer groups and holds the slots of
+        dropped ones in their stead. Dropped groups beyond those free their slots at once.
 
         Raises:
             NoSignalError: it then has nothing at all.

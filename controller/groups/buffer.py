@@ -64,12 +64,21 @@ class WorkBuffer:
     Every wait ends when its condition holds or the buffer is closed; a closed buffer answers None.
     Each operation costs the same however many groups are in it, but for the heaps' logarithm.
 
-    Example, P = 2 and S = 1, so 4 slots::
+    Example, P = 2 and S = 1, so 4 slots:
 
-        for prompt in four: await buffer.admit(prompt)     # 4 / 4 slots
-        await buffer.finish(group0)                        # still 4 / 4
-        await buffer.take()                                # group0 leaves; its slot is still held
-        buffer.release((0,))                               # its weights are served: 3 / 4
+    >>> from paceline.controller.groups.freshness import freshness_budget
+    >>> async def life_of_group_0() -> tuple[int, int]:
+    ...     buffer = WorkBuffer(freshness_budget(groups_per_step=2, max_lag=1))
+    ...     for position in range(4):
+    ...         await buffer.admit(lambda: (position, Prompt("sum", "1+1=", (1, 2, 1, 3))))
+    ...     work = await buffer.claim()
+    ...     await buffer.finish(Group(work.group_id, work.prompt, ()))
+    ...     await buffer.take()  # group 0 leaves for training; its slot is still held
+    ...     held = buffer.occupancy()["slots"]
+    ...     await buffer.release((0,))  # engines serve the weights it was trained into
+    ...     return held, buffer.occupancy()["slots"]
+    >>> asyncio.run(life_of_group_0())
+    (4, 3)
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""From a configured algorithm to what the learner optimises: `wiring.py`'s part for algorithms.
+"""From a configured algorithm to what the learner optimises.
 
 A new part of an algorithm is a file with its class, a section with its options under the same names
 in ``configs/schema/algorithm_parts.py``, and a line in one of the tables here.
@@ -96,8 +96,8 @@ def algorithm(config: RunConfig) -> tuple[SignalFilter, Algorithm]:
 
 def policy_optimization(config: PolicyAlgorithm, max_tokens: int) -> Objective:
     """The objective put together of the configured parts."""
-    per_token = [c for c in config.corrections if c.type != "second_moment"]
-    of_batch = [c for c in config.corrections if c.type == "second_moment"]
+    parts = {c.type: built(CORRECTIONS, c) for c in config.corrections}
+    second_moment = parts.pop("second_moment", None)
     reference, overlong = config.reference, config.overlong
     return Objective(
         advantage=built(ADVANTAGES, config.advantage),
@@ -105,8 +105,8 @@ def policy_optimization(config: PolicyAlgorithm, max_tokens: int) -> Objective:
         aggregation=config.aggregation,
         max_tokens=max_tokens,
         old_policy=config.old_policy,
-        corrections=tuple(built(CORRECTIONS, correction) for correction in per_token),
-        second_moment=built(CORRECTIONS, of_batch[0]) if of_batch else None,
+        corrections=tuple(parts.values()),
+        second_moment=second_moment,
         reference=ReferencePenalty(reference.coefficient, reference.estimator, reference.place)
         if reference
         else None,

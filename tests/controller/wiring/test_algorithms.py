@@ -84,6 +84,11 @@ def test_a_resolved_configuration_loads_back_to_the_same(name, tmp_path):
             "algorithm.corrections.0.kap: unknown key",
         ),
         ("algorithm={zero_signal: keep, type: rloo, loops: 3}", "algorithm.loops: unknown key"),
+        (
+            "algorithm={type: decoupled_ppo, corrections: [{type: second_moment}, "
+            "{type: mask_mastered}, {type: second_moment, threshold: 1e-4}]}",
+            "algorithm.corrections: second_moment is given 2 times; give each type once",
+        ),
     ],
 )
 def test_contradictory_parts_are_refused_in_one_line(overrides, said):
