@@ -2,7 +2,7 @@
 
 Synchronous training is ``max_lag: 0``, supervised warm start is demonstrations in place of
 ``generate``; both run this very loop. Everything it calls is a part handed to it by
-``controller/wiring/services.py``.
+``controller/wiring/``.
 """
 
 from __future__ import annotations

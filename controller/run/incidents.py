@@ -23,7 +23,7 @@ from paceline.controller.observe.files.folder import RunFolder
 from paceline.controller.observe.files.jsonl import read_json, write_json
 from paceline.controller.parts import Algorithm
 from paceline.controller.ranks.learner_ranks import LearnerRanks
-from paceline.controller.wiring.services import LEARNER_WORKER
+from paceline.controller.wiring.processes import LEARNER_WORKER
 
 T = TypeVar("T")
 

@@ -32,12 +32,8 @@ from paceline.controller.run.metering import RunTotals
 from paceline.controller.run.progress import Progress
 from paceline.controller.run.recovery import groups_fit
 from paceline.controller.run.session import Resumption, Session
-from paceline.controller.wiring.services import (
-    Preparation,
-    prepare,
-    require_loadable,
-    started_parts,
-)
+from paceline.controller.wiring.preparation import RunInputs, prepare, require_loadable
+from paceline.controller.wiring.services import started_services
 
 RESUME_STEP_OF_NOTHING = -1
 FIXED_SECTIONS = ("seed", "model", "data", "warm_start")
@@ -82,16 +78,14 @@ def run_training(config: RunConfig, *, resume: bool) -> RunOutcome:
     with RunRecorder(folder, view, config.observability.tensorboard) as recorder:
         try:
             recorder.message("preparing prompts, tokenizer and initial model")
-            prepared = prepare(config, folder.initial)
+            inputs = prepare(config, folder.initial)
             resumption = checkpoint and Resumption(*checkpoint, fits)
             with contextlib.closing(open_store(config.store, folder.root, config.name)) as store:
                 journal = Journal(store, revocable=is_revocable(store, config))
                 recorder.message("starting Ray, grader, learner and rollout workers")
                 with log_to(recorder), ray_cluster(config.cluster):
                     require_resources(config)
-                    work = conduct(
-                        config, prepared, folder, recorder, progress, journal, resumption
-                    )
+                    work = conduct(config, inputs, folder, recorder, progress, journal, resumption)
                     asyncio.run(work)
             status = "solved" if progress.solved else "finished"
         except (RunInterrupted, KeyboardInterrupt) as interruption:
@@ -106,14 +100,14 @@ def run_training(config: RunConfig, *, resume: bool) -> RunOutcome:
 
 async def conduct(
     config: RunConfig,
-    prepared: Preparation,
+    inputs: RunInputs,
     folder: RunFolder,
     recorder: RunRecorder,
     progress: Progress,
     journal: Journal,
     resumption: Resumption | None,
 ) -> None:
-    """Start the parts and run the session; Ctrl-C and SIGTERM end it after the step."""
+    """Start the services and run the session; Ctrl-C and SIGTERM end it after the step."""
     stop = asyncio.Event()
     me = asyncio.current_task()
     assert me is not None
@@ -129,11 +123,11 @@ async def conduct(
     for number in (signal.SIGINT, signal.SIGTERM):
         event_loop.add_signal_handler(number, request_stop)
     try:
-        async with started_parts(config, prepared) as parts:
+        async with started_services(config, inputs) as services:
             progress.enter("other")
             if stop.is_set():
                 raise RunInterrupted
-            session = Session(parts, folder, recorder, progress, journal, stop)
+            session = Session(services, folder, recorder, progress, journal, stop)
             await session.run(resumption)
     except asyncio.CancelledError:
         raise RunInterrupted from None

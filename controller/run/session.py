@@ -35,7 +35,9 @@ from paceline.controller.run.metering import StepMeter
 from paceline.controller.run.phases import DriftHook, TrainingObserver, WarmStartObserver
 from paceline.controller.run.progress import Progress
 from paceline.controller.run.recovery import Recovered, recover, require_empty
-from paceline.controller.wiring import algorithms, services
+from paceline.controller.wiring import algorithms
+from paceline.controller.wiring.processes import max_claims
+from paceline.controller.wiring.services import NoEngines, Services
 
 
 @dataclass(frozen=True)
@@ -56,28 +58,28 @@ SOLVED_REWARD = 0.99
 
 
 class Session:
-    """A run with its parts started. ``stop`` may be set at any time to end it after the step."""
+    """A run with its services started. ``stop`` may be set at any time to end it after the step."""
 
     def __init__(
         self,
-        parts: services.Parts,
+        services: Services,
         folder: RunFolder,
         recorder: Recorder,
         progress: Progress,
         journal: Journal,
         stop: asyncio.Event,
     ) -> None:
-        self._parts = parts
-        self._config: RunConfig = parts.config
+        self._services = services
+        self._config: RunConfig = services.config
         self._folder = folder
         self._recorder = recorder
         self._progress = progress
         self._journal = journal
         self._stop = stop
         self._started = progress.began
-        self._feed = parts.prepared.prompts.feed()
+        self._feed = services.inputs.prompts.feed()
         self._checkpoints = CheckpointFolder(folder.checkpoints, self._config.checkpoint.keep)
-        self._held_out = parts.prepared.prompts.held_out
+        self._held_out = services.inputs.prompts.held_out
         self._recovered = Recovered()
         drafting = self._config.rollout.drafting
         max_drift = None if drafting is None else drafting.max_drift
@@ -89,7 +91,7 @@ class Session:
         self._buffer = WorkBuffer(self._budget, journal, loop.buffer_mb << 20, group_bytes)
 
     async def run(self, resume_from: Resumption | None) -> None:
-        """Everything between started parts and a finished run.
+        """Everything between started services and a finished run.
 
         Raises:
             RunInterrupted: a stop was asked for; the run was saved as far as it got.
@@ -106,14 +108,14 @@ class Session:
             await self._evaluate_whole("before", 0)
             if self._config.checkpoint.every_steps is not None:
                 await self._save(0)
-        if self._parts.exchange is not None:
-            await self._parts.exchange.settled()
+        if self._services.exchange is not None:
+            await self._services.exchange.settled()
         with self._progress.spending("train"):
             await self._train()
         await self._evaluate_whole("after", self._progress.step)
         self._recorder.message("writing the final model")
-        await self._parts.learner.export(str(self._folder.final))
-        self._parts.prepared.tokenizer.save_pretrained(str(self._folder.final))
+        await self._services.learner.export(str(self._folder.final))
+        self._services.inputs.tokenizer.save_pretrained(str(self._folder.final))
 
     async def _warm_start(self, config: WarmStartConfig) -> None:
         """Supervised steps of the same loop, until validation is good enough."""
@@ -126,7 +128,7 @@ class Session:
             warmup_steps=config.warmup_steps,
             final_fraction=0.0,
         )
-        await self._parts.learner.begin(optimizer, config.max_steps)
+        await self._services.learner.begin(optimizer, config.max_steps)
         signal, algorithm = algorithms.imitation()
         budget = FreshnessBudget(2 * config.batch_size, 1, config.batch_size)
         buffer = WorkBuffer(budget)
@@ -139,11 +141,11 @@ class Session:
         )
         loop = Loop(
             prompts=self._feed,
-            generate=self._parts.demonstrations(),
+            generate=self._services.demonstrations(),
             collector=Collector(buffer, signal, config.batch_size),
             algorithm=algorithm,
-            learner=self._parts.learner,
-            weights=services.NoEngines(),
+            learner=self._services.learner,
+            weights=NoEngines(),
             observer=observer,
             budget=budget,
             buffer=buffer,
@@ -165,7 +167,7 @@ class Session:
 
     async def _train(self) -> None:
         """Reinforcement learning: the loop with everything in its place."""
-        config, parts, progress = self._config, self._parts, self._progress
+        config, services, progress = self._config, self._services, self._progress
         if progress.step >= config.loop.num_steps:
             self._recorder.message(
                 f"all {config.loop.num_steps} steps were done before: nothing is trained; raise "
@@ -175,12 +177,12 @@ class Session:
         loop_config, recovered = config.loop, self._recovered
         self._buffer.restore(recovered.works, recovered.slots)
         signal, algorithm = algorithms.algorithm(config)
-        temperature = services.training_temperature(config)
+        temperature = algorithms.training_temperature(config)
         observer = TrainingObserver(
             recorder=self._recorder,
             meter=StepMeter("train", self._started),
             totals=progress.totals,
-            pool=parts.pool,
+            pool=services.pool,
             samples_per_step=config.observability.samples_per_step,
             observe_outcomes=self._feed.observe,
             observe_drift=self._drift_window(),
@@ -193,7 +195,7 @@ class Session:
         )
         loop = Loop(
             prompts=self._feed,
-            generate=parts.training_groups(),
+            generate=services.training_groups(),
             collector=Collector(
                 self._buffer,
                 signal,
@@ -202,13 +204,13 @@ class Session:
                 recovered.batches,
             ),
             algorithm=algorithm,
-            learner=CautiousLearner(parts.learner, self._folder.incidents),
-            weights=parts.weights,
+            learner=CautiousLearner(services.learner, self._folder.incidents),
+            weights=services.weights,
             observer=observer,
             budget=self._budget,
             buffer=self._buffer,
             pace=Pacer(self._budget) if loop_config.pacing else Unpaced(self._budget),
-            max_claims=services.max_claims(config),
+            max_claims=max_claims(config),
             num_steps=loop_config.num_steps,
             first_step=progress.step,
             stop=self._stop,
@@ -217,7 +219,7 @@ class Session:
             f"training: {loop_config.num_steps - progress.step} steps, "
             f"policy age at most {self._budget.max_age}"
         )
-        observer.meter.restart(await parts.pool.counters())
+        observer.meter.restart(await services.pool.counters())
         try:
             await loop.run()
         except Exception:
@@ -237,8 +239,8 @@ class Session:
     def _drift_window(self) -> DriftHook | None:
         if self._drift is None:
             return None
-        assert self._parts.exchange is not None, "the schema has max_drift where engines draft"
-        return DriftWindow(self._drift, self._parts.exchange.forget).observe
+        assert self._services.exchange is not None, "the schema has max_drift where engines draft"
+        return DriftWindow(self._drift, self._services.exchange.forget).observe
 
     async def _restore(self, resumption: Resumption) -> None:
         """Continue from a checkpoint, with what the ledger knows of the time since."""
@@ -253,17 +255,17 @@ class Session:
         self._feed.position = self._recovered.next_position
         self._recorder.message(f"recovered {self._recovered}")
         await self._begin_training()
-        await self._parts.learner.load(str(resumption.folder / LEARNER))
+        await self._services.learner.load(str(resumption.folder / LEARNER))
         await self._warm_up(resumption.folder / TRACES)
         await self._serve(state.step)
 
     async def _warm_up(self, path: Path) -> None:
         """Have engines draft from what they knew; without it they only begin slower."""
-        exchange = self._parts.exchange
+        exchange = self._services.exchange
         if exchange is None:
             return
         try:
-            await self._parts.load_traces(path)
+            await self._services.load_traces(path)
         except CheckpointError as error:
             self._recorder.message(f"drafting starts cold: {error}")
         exchange.recall(self._recovered.groups)
@@ -277,18 +279,18 @@ class Session:
         kept in the run's folder, where a resumed run finds it.
         """
         optimizer, num_steps = self._config.learner.optimizer, self._config.loop.num_steps
-        await self._parts.learner.begin(optimizer, num_steps)
+        await self._services.learner.begin(optimizer, num_steps)
         reference = reference_of(self._config.algorithm)
         if reference is None:
             return
         folder = reference.path or str(self._folder.reference)
         if reference.path is None and not self._folder.reference.exists():
-            await self._parts.learner.export(folder)
-        await self._parts.learner.load_reference(folder, reference.offload)
+            await self._services.learner.export(folder)
+        await self._services.learner.load_reference(folder, reference.offload)
 
     async def _serve(self, version: int) -> None:
         """Bring the learner's weights to every engine as ``version``."""
-        await self._parts.weights.push(await self._parts.weights.publish(version))
+        await self._services.weights.push(await self._services.weights.publish(version))
 
     async def _save(self, step: int) -> None:
         """Begin a checkpoint; called with every trained group's slot released."""
@@ -304,30 +306,30 @@ class Session:
             before=self._progress.before,
             drift=() if self._drift is None else tuple(self._drift.distances),
         )
-        parts: dict[str, Save] = {LEARNER: self._parts.learner.save}
-        if self._parts.exchange is not None:
-            parts[TRACES] = self._parts.save_traces
+        parts: dict[str, Save] = {LEARNER: self._services.learner.save}
+        if self._services.exchange is not None:
+            parts[TRACES] = self._services.save_traces
         await self._checkpoints.save(state, parts, self._journal.settle)
 
     async def _validate(self, step: int) -> float:
         """Greedy accuracy on the warm start's validation prompts."""
         await self._serve(step)
-        prompts = self._parts.prepared.prompts.validation
-        found = accuracy(await self._parts.evaluator().greedy(prompts))
+        prompts = self._services.inputs.prompts.validation
+        found = accuracy(await self._services.evaluator().greedy(prompts))
         self._record_evaluation("validation", step, found, None, len(prompts))
         return found
 
     async def _evaluate_during(self, step: int) -> None:
         with self._progress.spending("evaluation"):
-            greedy = accuracy(await self._parts.evaluator().greedy(self._held_out))
+            greedy = accuracy(await self._services.evaluator().greedy(self._held_out))
         self._record_evaluation("during", step, greedy, None, len(self._held_out))
 
     async def _evaluate_whole(self, label: EvaluationLabel, step: int) -> None:
         """Greedy and T=1 accuracy, and example generations for the report."""
         self._recorder.message(f"evaluating {len(self._held_out)} held-out prompts")
         with self._progress.spending("evaluation"):
-            greedy = await self._parts.evaluator().greedy(self._held_out)
-            sampled = await self._parts.evaluator().sampled(self._held_out)
+            greedy = await self._services.evaluator().greedy(self._held_out)
+            sampled = await self._services.evaluator().sampled(self._held_out)
         self._record_evaluation(
             label, step, accuracy(greedy), accuracy(sampled), len(self._held_out)
         )
@@ -374,7 +376,7 @@ class Session:
         self._recorder.evaluation(record)
 
     async def _self_check(self, step: int) -> None:
-        checked = await self._parts.self_check(f"version {step}")
+        checked = await self._services.self_check(f"version {step}")
         self._recorder.message(
             f"self-check of version {step}: {checked} greedy tokens equal the learner's"
         )

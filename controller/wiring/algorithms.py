@@ -22,6 +22,7 @@ from paceline.configs.schema.algorithm import (
 )
 from paceline.configs.schema.algorithm_parts import CorrectionConfig
 from paceline.configs.schema.base import Section
+from paceline.configs.schema.run import given_completions
 from paceline.controller.groups.signal_filter import EVERYTHING, SignalFilter
 from paceline.controller.parts import Algorithm
 from paceline.learner.objective.advantages import (
@@ -149,3 +150,9 @@ def built(table: Mapping[str, Callable[..., Any]], section: Section | Correction
     """The part that a section of the schema names, with the section's options."""
     options = section.model_dump()
     return table[options.pop("type")](**options)
+
+
+def training_temperature(config: RunConfig) -> float:
+    """That of the learner's log-probabilities: as in sampling, or 1 where nothing is sampled."""
+    is_sampled = given_completions(config.algorithm) is None
+    return config.rollout.sampling.temperature if is_sampled else 1.0

@@ -20,7 +20,8 @@ from paceline.configs.load import load_config
 from paceline.configs.schema.data import CurriculumConfig, PromptFormat
 from paceline.configs.vocabulary import Prompt, Record, StepReport, WeightVersion
 from paceline.controller.data.curriculum import Curriculum, Estimate, Outcome, difficulty
-from paceline.controller.data.prompts import PromptFeed, PromptRenderer, PromptSet
+from paceline.controller.data.feed import PromptFeed, PromptSet
+from paceline.controller.data.rendering import PromptRenderer
 from paceline.controller.data.tokenizer import characters_tokenizer
 from paceline.controller.groups.assembly import Collector
 from paceline.controller.groups.buffer import WorkBuffer

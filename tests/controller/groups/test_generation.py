@@ -8,7 +8,7 @@ import pytest
 
 from paceline.configs.errors import GraderError
 from paceline.configs.vocabulary import SamplingParameters, UnfinishedGroup
-from paceline.controller.data.prompts import Demonstration
+from paceline.controller.data.rendering import Demonstration
 from paceline.controller.groups.buffer import Work
 from paceline.controller.groups.generation import (
     Demonstrations,

@@ -16,7 +16,9 @@ from paceline.controller.ledger.memory import MemoryStore
 from paceline.controller.run.progress import Progress
 from paceline.controller.run.recovery import Recovered
 from paceline.controller.run.session import Session
-from paceline.controller.wiring.services import Parts, prompt_set, trace_exchange
+from paceline.controller.wiring.drafting import trace_exchange
+from paceline.controller.wiring.preparation import prompt_set
+from paceline.controller.wiring.services import Services
 from paceline.spec.trace_file import load_traces, save_traces
 from paceline.spec.traces import traces_of
 from tests.controller.builders import make_completion, make_group
@@ -26,10 +28,10 @@ from tests.controller.builders import make_completion, make_group
 def session(tmp_path):
     config = load_config("debug", ("data.num_held_out=4", "rollout.drafting={}"))
     tokenizer = characters_tokenizer()
-    prepared = SimpleNamespace(prompts=prompt_set(config, tokenizer), tokenizer=tokenizer)
+    inputs = SimpleNamespace(prompts=prompt_set(config, tokenizer), tokenizer=tokenizer)
     unused = SimpleNamespace()
     session = Session(
-        Parts(config, prepared, unused, unused, unused, exchange=trace_exchange(config, ())),
+        Services(config, inputs, unused, unused, unused, exchange=trace_exchange(config, ())),
         SimpleNamespace(checkpoints=tmp_path),
         SimpleNamespace(message=(messages := []).append),
         Progress(),
@@ -41,7 +43,7 @@ def session(tmp_path):
 
 
 def versions(session):
-    return [trace.version for trace in session._parts.exchange.sampled()]
+    return [trace.version for trace in session._services.exchange.sampled()]
 
 
 def test_engines_know_what_the_checkpoint_and_the_ledger_have(session, tmp_path):
@@ -68,6 +70,6 @@ def test_without_what_the_checkpoint_had_drafting_starts_cold_and_says_so(
 def test_what_was_given_is_not_saved_with_what_was_sampled(session, tmp_path):
     """It is given anew, by the files that the configuration then names."""
     sampled, given = (list(traces_of((1, 2), make_completion(version))) for version in (3, -1))
-    session._parts.exchange.give([*sampled, *given])
-    asyncio.run(session._parts.save_traces(str(tmp_path / "traces")))
+    session._services.exchange.give([*sampled, *given])
+    asyncio.run(session._services.save_traces(str(tmp_path / "traces")))
     assert [trace.version for trace in load_traces(tmp_path / "traces")] == [3]
