@@ -225,7 +225,8 @@ class WorkerPool:
                 if answer != (handle.version, handle.checksum):
                     raise WeightSyncError(
                         f"worker {seat.index} acknowledged version {answer[0]} with checksum "
-                        f"{answer[1]:016x}, expected {handle.version} with {handle.checksum:016x}"
+                        f"{answer[1] or 0:016x}, expected {handle.version} with "
+                        f"{handle.checksum:016x}"
                     )
                 seat.served = handle
         seat.joined = seat.served is not None

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-import inspect
-import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,9 +14,9 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from paceline.configs.errors import ClusterError, UserError
-from paceline.configs.vocabulary import Completion, RolloutRequest, WeightVersion
+from paceline.configs.vocabulary import Completion, RolloutRequest
 from paceline.controller.parts import WorkerLost
-from paceline.weights_sync.handle import WeightHandle
+from paceline.weights_sync.handle import Acknowledgement, WeightHandle
 
 T = TypeVar("T")
 
@@ -40,72 +38,54 @@ class LateClass:
         return getattr(importlib.import_module(module), name)(*arguments, **keywords)
 
 
-class ActorHost:
-    """The actor class of every actor: holds one object in its process and carries calls to it.
-
-    The object is built by a call, not by the actor's constructor: Ray would turn an error of the
-    latter into text, and a user's mistake must arrive as the error it is.
-    """
-
-    async def build(self, factory: Callable[[], Any]) -> None:
-        """Build the object this process is for."""
-        self._object = factory()
-
-    async def call(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the object; coroutines of several calls run side by side."""
-        result = getattr(self._object, method)(*arguments)
-        return await result if inspect.isawaitable(result) else result
-
-    def address(self) -> tuple[str, int]:
-        """This node's address and a port that was free a moment ago."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
-
-
 def start_actor(
+    actor_class: Callable[..., Any],
+    *arguments: Any,
     cpus: float,
     gpus: float,
     environment: Mapping[str, str],
-    host: type[ActorHost] = ActorHost,
     **options: Any,
 ) -> Any:
-    """Start an empty host with its resources reserved; returns Ray's handle."""
-    return (
-        ray.remote(host)
-        .options(
-            num_cpus=cpus, num_gpus=gpus, runtime_env={"env_vars": dict(environment)}, **options
-        )
-        .remote()
-    )
+    """Start an actor with its resources reserved; return Ray's handle."""
+    options |= {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": dict(environment)}}
+    return ray.remote(actor_class).options(**options).remote(*arguments)
 
 
 async def start_rollout_worker(
     index: int,
-    factory: Callable[[], Any],
+    worker_class: Callable[[Callable[[], Any]], Any],
+    build_engine: Callable[[], Any],
     *,
     cpus: float,
     gpus: float,
     environment: Mapping[str, str],
     max_requests: int,
-    actor_class: type[RolloutActor] | None = None,
+    handle_class: type[RolloutActor] | None = None,
 ) -> RolloutActor:
     """Start a rollout worker for ``max_requests`` at a time; returns once its engine is up.
+
+    ``worker_class`` is `RolloutWorker`, which this room does not know.
 
     Raises:
         UserError: the engine cannot be built as configured.
         ClusterError: its process died.
     """
-    # Ray makes calls beyond its limit wait: an interrupt must not wait for what it interrupts.
-    max_concurrency = 2 * max_requests + CONTROL_CALLS
-    actor_class = actor_class or RolloutActor
-    actor = start_actor(cpus, gpus, environment, max_concurrency=max_concurrency)
+    handle_class = handle_class or RolloutActor
+    actor = start_actor(
+        worker_class,
+        build_engine,
+        cpus=cpus,
+        gpus=gpus,
+        environment=environment,
+        # Ray makes calls beyond its limit wait: an interrupt must not wait for what it interrupts.
+        max_concurrency=2 * max_requests + CONTROL_CALLS,
+    )
     try:
-        await result_of(actor.build.remote(factory), ClusterError, actor_class.named(index))
+        await result_of(actor.ready.remote(), ClusterError, handle_class.named(index))
     except BaseException:
         kill(actor)
         raise
-    return actor_class(actor, index)
+    return handle_class(actor, index)
 
 
 async def result_of(reference: Awaitable[T], dead: type[Exception], who: str) -> T:
@@ -162,23 +142,23 @@ class RolloutActor:
 
     async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
         """All completions of a request, unfinished ones where its turn ended first."""
-        return await self._call(self._actor.call.remote("generate", request))
+        return await self._call(self._actor.generate.remote(request))
 
     async def interrupt(self, request_id: str) -> bool:
         """Have a pending request answered now, with what there is; False: it is not there."""
-        return await self._call(self._actor.call.remote("interrupt", request_id))
+        return await self._call(self._actor.interrupt.remote(request_id))
 
-    async def update_weights(self, handle: WeightHandle) -> tuple[WeightVersion, int]:
-        """Load a version; answers what is then served."""
-        return await self._call(self._actor.call.remote("update_weights", handle))
+    async def update_weights(self, handle: WeightHandle) -> Acknowledgement:
+        """Load a version; return what the engine serves then."""
+        return await self._call(self._actor.update_weights.remote(handle))
 
     async def learn(self, block: Any, reader: int) -> None:
         """Have it draft from a published block of traces, but for the reader's own."""
-        await self._call(self._actor.call.remote("learn", block, reader))
+        await self._call(self._actor.learn.remote(block, reader))
 
     async def counters(self) -> dict[str, float]:
         """Running totals of its engine."""
-        return await self._call(self._actor.call.remote("counters"))
+        return await self._call(self._actor.counters.remote())
 
     async def close(self) -> None:
         """Stop the actor; one that is already dead is fine."""

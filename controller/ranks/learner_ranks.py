@@ -59,7 +59,9 @@ async def start_learner_ranks(
     """
     room = await reserve(num_ranks, cpus, gpus, placement)
     actors = [
-        start_actor(cpus, gpus, environment, RankHost, **in_bundle(room, rank))
+        start_actor(
+            RankHost, cpus=cpus, gpus=gpus, environment=environment, **in_bundle(room, rank)
+        )
         for rank in range(num_ranks)
     ]
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import resource
+import socket
 import sys
 import threading
 import time
@@ -15,17 +16,22 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import ray
+
 from paceline.configs.vocabulary import RankProgress
-from paceline.controller.engines.worker_actor import ActorHost
 from paceline.controller.ranks.hangs import RankStatus
 
 CARRIERS = ("/torch/_ops.py", "/torch/utils/", "/torch/distributed/c10d_logger.py")
 """Files whose functions only carry a call on to where it waits."""
 
 
-class RankHost(ActorHost):
-    """The host of one rank: its calls run one after the other on a thread of their own, so that
-    the process answers while one of them runs."""
+class RankHost:
+    """The actor of one rank: its calls run one after the other on a thread of their own, so that
+    the process answers while one of them runs.
+
+    The rank is built by a call, not by the constructor: Ray would turn an error of the constructor
+    of an actor into text, and a user's mistake must arrive as the error it is.
+    """
 
     def __init__(self) -> None:
         self._object: Any = None
@@ -39,6 +45,12 @@ class RankHost(ActorHost):
     async def build(self, factory: Callable[[], Any]) -> None:
         """Build the rank on the thread that will run its calls: torch keeps settings by thread."""
         self._object = await self._on_thread("build", factory)
+
+    def address(self) -> tuple[str, int]:
+        """Return this node's address and a port that was free a moment ago."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """Call a method after the calls before it."""

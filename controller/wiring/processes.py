@@ -29,9 +29,9 @@ from paceline.reward.math_answer import MathAnswerGrader
 from paceline.reward.pool import GraderPool
 from paceline.reward.reasoning_gym_task import ReasoningGymTaskGrader
 from paceline.rollout.process_environment import engine_environment
+from paceline.rollout.worker import RolloutWorker
 
 LEARNER_WORKER = LateClass("paceline.learner.worker:LearnerWorker")
-ROLLOUT_WORKER = LateClass("paceline.rollout.worker:RolloutWorker")
 VLLM_ENGINE = LateClass("paceline.rollout.vllm_engine:VLLMEngine")
 CPU_LEARNER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -128,7 +128,7 @@ async def start_teacher(config: RunConfig, stack: contextlib.AsyncExitStack) -> 
 async def start_engines(
     rollout: RolloutConfig,
     engine: Callable[[], Any],
-    actor: type[RolloutActor],
+    handle_class: type[RolloutActor],
     stack: contextlib.AsyncExitStack,
     exchange: TraceExchange | None = None,
 ) -> WorkerPool:
@@ -138,12 +138,13 @@ async def start_engines(
     async def start(index: int) -> RolloutActor:
         return await start_rollout_worker(
             index,
-            functools.partial(ROLLOUT_WORKER, engine),
+            RolloutWorker,
+            engine,
             cpus=rollout.cpus_per_worker,
             gpus=rollout.gpus_per_worker,
             environment=engine_environment(on_gpu=rollout.gpus_per_worker > 0),
             max_requests=max_samples,
-            actor_class=actor,
+            handle_class=handle_class,
         )
 
     workers = await gather_or_cancel(*(start(index) for index in range(rollout.num_workers)))
@@ -153,7 +154,7 @@ async def start_engines(
         max_restarts=rollout.max_restarts,
         max_samples=max_samples,
         limits=TimeLimits(rollout.claim_seconds, rollout.answer_seconds),
-        section=actor.section,
+        section=handle_class.section,
         exchange=exchange,
     )
     stack.push_async_callback(pool.close)

@@ -6,7 +6,6 @@ import asyncio
 
 import numpy as np
 import pytest
-import ray
 import redis
 
 from paceline.configs.vocabulary import Trace
@@ -40,8 +39,7 @@ def worker(local_ray):
         def told(self):
             return self.learned
 
-    actor = start_actor(0, 0, {})
-    ray.get(actor.build.remote(Listener))
+    actor = start_actor(Listener, cpus=0, gpus=0, environment={})
     yield RolloutActor(actor, 0)
     kill(actor)
 
@@ -62,7 +60,7 @@ def channel(request):
 
 async def read(worker, place, reader):
     await worker.learn(place, reader)
-    return await worker._actor.call.remote("told")
+    return await worker._actor.told.remote()
 
 
 def test_a_worker_reads_all_but_its_own(channel, worker):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import signal
 import time
@@ -25,6 +24,7 @@ from paceline.controller.engines.worker_actor import (
 )
 from paceline.controller.parts import WorkerLost
 from paceline.controller.ranks.learner_ranks import start_learner_ranks
+from paceline.rollout.worker import RolloutWorker
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
@@ -37,14 +37,16 @@ def run(coroutine):
     return asyncio.run(asyncio.wait_for(coroutine, LIMIT_SECONDS))
 
 
-def engine_class():
+def worker_class():
     """The class of a fake rollout worker, pickled by value: workers cannot import tests."""
 
-    class Engine:
-        def __init__(self, mistake=None):
-            if mistake is not None:
-                raise mistake
+    class Worker:
+        def __init__(self, build_engine):
+            self.build_engine = build_engine
             self.release = asyncio.Event()
+
+        async def ready(self):
+            self.build_engine()
 
         async def generate(self, request):
             if request == "wait":
@@ -55,13 +57,13 @@ def engine_class():
         async def interrupt(self, request_id):
             return self.release.set() is None and request_id == "wait"
 
-        def counters(self):
+        async def counters(self):
             return {"pid": os.getpid(), "threads": os.environ.get("OMP_NUM_THREADS")}
 
-        def update_weights(self, handle):
+        async def update_weights(self, handle):
             raise handle
 
-    return Engine
+    return Worker
 
 
 def rank_class():
@@ -98,7 +100,7 @@ def rank_class():
 
 async def rollout_worker(max_requests=8, **environment):
     return await start_rollout_worker(
-        0, engine_class(), environment=environment, max_requests=max_requests, **RESOURCES
+        0, worker_class(), dict, environment=environment, max_requests=max_requests, **RESOURCES
     )
 
 
@@ -181,9 +183,15 @@ def test_a_users_mistake_arrives_as_itself_from_a_call_and_from_the_start():
             await worker.update_weights(DataError("the prompt is too long"))
         assert caught.value.__cause__ is None
         await worker.close()
-        mistaken = functools.partial(engine_class(), DataError("no such task"))
-        with pytest.raises(DataError, match="no such task"):
-            await start_rollout_worker(1, mistaken, environment={}, max_requests=8, **RESOURCES)
+
+        def mistaken():
+            raise DataError("no such engine")
+
+        with pytest.raises(DataError, match="no such engine") as caught:
+            await start_rollout_worker(
+                1, RolloutWorker, mistaken, environment={}, max_requests=8, **RESOURCES
+            )
+        assert caught.value.__cause__ is None
 
     run(scenario())
 
@@ -238,7 +246,11 @@ def test_a_worker_that_dies_while_it_is_built_ends_the_start_with_one_line():
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(ClusterError, match="rollout worker 3 died.*if memory ran out") as caught:
-        run(start_rollout_worker(3, dies, environment={}, max_requests=8, **RESOURCES))
+        run(
+            start_rollout_worker(
+                3, RolloutWorker, dies, environment={}, max_requests=8, **RESOURCES
+            )
+        )
     assert "\n" not in str(caught.value)
 
 
@@ -299,9 +311,12 @@ def test_a_class_is_imported_only_where_it_is_called():
 
 def test_an_actor_that_no_resource_is_asked_for_starts_on_a_full_cluster():
     async def scenario():
-        actors = [start_actor(environment={}, **RESOURCES) for _ in range(os.cpu_count() + 1)]
+        actors = [
+            start_actor(worker_class(), dict, environment={}, **RESOURCES)
+            for _ in range(os.cpu_count() + 1)
+        ]
         for actor in actors:
-            await result_of(actor.build.remote(dict), ClusterError, "an actor")
+            await result_of(actor.ready.remote(), ClusterError, "an actor")
         for actor in actors:
             await RolloutActor(actor, 0).close()
 
