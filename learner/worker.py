@@ -108,12 +108,12 @@ class LearnerWorker:
         )
 
     def optimizer_step(
-        self, version: int, optimizer: OptimizerConfig, step: int, num_steps: int
+        self, optimizer: OptimizerConfig, step: int, num_steps: int
     ) -> dict[str, float]:
         """Clip the gradients and write the weights, once for every update of the batch.
 
-        A save in flight has copied them before. The weights are then ``version``; ``step`` of
-        ``num_steps`` decides the learning rate.
+        A save in flight has copied them before. The weights are then version ``step + 1``;
+        ``step`` of ``num_steps`` decides the learning rate.
 
         Returns:
             ``grad_norm`` before clipping (the largest of the updates), and ``learning_rate``; the
@@ -127,15 +127,14 @@ class LearnerWorker:
         work, self._step = self._step, None
         self._saving.fence()
         found = self._apply(optimizer, step, num_steps)
-        if work.is_done:
-            self.version = WeightVersion(version)
-            return found
+        metrics: dict[str, float] = {}
         while not work.is_done:
             work.add_gradients()
             applied = self._apply(optimizer, step, num_steps)
             found = {name: max(found[name], applied[name]) for name in applied}
-        self.version = WeightVersion(version)
-        return work.metrics() | found
+            metrics = work.metrics()
+        self.version = WeightVersion(step + 1)
+        return metrics | found
 
     def reset_optimizer(self) -> None:
         """Forget the optimisers' moments and step counts: another objective begins."""

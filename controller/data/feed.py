@@ -156,6 +156,10 @@ class PromptFeed(Iterator[tuple[int, Prompt]]):
         if self._curriculum is not None:
             self._curriculum.restore(state.get("curriculum", ()))
 
+    def skip_to(self, position: int) -> None:
+        """Go on at a position: those before it are trained, or in the hands of the loop."""
+        self.position = position
+
     def at(self, position: int) -> Prompt:
         """The prompt at a position, drawn before or not."""
         return self._renderer.prompt(self._source.record(position))

@@ -18,7 +18,7 @@ from paceline.configs.vocabulary import (
     WeightVersion,
 )
 from paceline.controller.engines.worker_actor import RolloutActor
-from paceline.controller.parts import WorkerLost
+from paceline.controller.groups.buffer import WorkerLost
 from paceline.weights_sync.handle import Acknowledgement, WeightHandle
 from paceline.weights_sync.layout import Layout
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from paceline.configs.vocabulary import Completion, RolloutRequest
-from paceline.controller.parts import WorkerLost
+from paceline.controller.groups.buffer import WorkerLost
 from paceline.weights_sync.handle import Acknowledgement, WeightHandle
 
 T = TypeVar("T")

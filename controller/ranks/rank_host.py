@@ -20,6 +20,7 @@ import ray
 
 from paceline.configs.vocabulary import RankProgress
 from paceline.controller.ranks.hangs import RankStatus
+from paceline.controller.ranks.rank import Rank
 
 CARRIERS = ("/torch/_ops.py", "/torch/utils/", "/torch/distributed/c10d_logger.py")
 """Files whose functions only carry a call on to where it waits."""
@@ -34,7 +35,7 @@ class RankHost:
     """
 
     def __init__(self) -> None:
-        self._object: Any = None
+        self._rank: Rank | None = None
         self._calls = ThreadPoolExecutor(1, thread_name_prefix="calls")
         self._thread = 0
         self._native_thread = threading.get_native_id()
@@ -42,9 +43,9 @@ class RankHost:
         self._call: str | None = None
         self._began = time.monotonic()
 
-    async def build(self, factory: Callable[[], Any]) -> None:
+    async def build(self, factory: Callable[[], Rank]) -> None:
         """Build the rank on the thread that will run its calls: torch keeps settings by thread."""
-        self._object = await self._on_thread("build", factory)
+        self._rank = await self._on_thread("build", factory)
 
     def address(self) -> tuple[str, int]:
         """Return this node's address and a port that was free a moment ago."""
@@ -54,12 +55,12 @@ class RankHost:
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """Call a method after the calls before it."""
-        function = functools.partial(getattr(self._object, method), *arguments)
+        function = functools.partial(getattr(self._rank, method), *arguments)
         return await self._on_thread(method, function)
 
     async def call_beside(self, method: str, *arguments: Any) -> Any:
         """Call a method while others run."""
-        return await asyncio.to_thread(getattr(self._object, method), *arguments)
+        return await asyncio.to_thread(getattr(self._rank, method), *arguments)
 
     async def status(self) -> RankStatus:
         """Where the rank is now, with the stacks of all threads."""
@@ -69,7 +70,7 @@ class RankHost:
             call=self._call,
             number=self._number,
             seconds=time.monotonic() - self._began,
-            progress=RankProgress() if self._object is None else self._object.progress(),
+            progress=RankProgress() if self._rank is None else self._rank.progress(),
             place="rest" if mine is None else line_of(mine),
             waits_in=None if mine is None else collective_of(mine),
             stacks=stacks_of(frames),

@@ -29,7 +29,7 @@ from paceline.controller.observe.view.view import open_view
 from paceline.controller.run.checkpoints import LEARNER, CheckpointFolder, RunState
 from paceline.controller.run.cluster import ray_cluster, require_resources
 from paceline.controller.run.metering import RunTotals
-from paceline.controller.run.progress import Progress
+from paceline.controller.run.progress import RunProgress
 from paceline.controller.run.recovery import groups_fit
 from paceline.controller.run.session import Resumption, Session
 from paceline.controller.wiring.preparation import RunInputs, prepare, require_loadable
@@ -61,7 +61,7 @@ def run_training(config: RunConfig, *, resume: bool) -> RunOutcome:
     root = Path(config.output_dir) / config.name
     folder = RunFolder.open(root) if resume else RunFolder.create(root)
     checkpoint = CheckpointFolder(folder.checkpoints, config.checkpoint.keep).latest()
-    progress, fits = Progress(), True
+    progress, fits = RunProgress(), True
     if resume:
         previous = require_same_run(folder, config)
         if checkpoint is not None:
@@ -103,7 +103,7 @@ async def conduct(
     inputs: RunInputs,
     folder: RunFolder,
     recorder: RunRecorder,
-    progress: Progress,
+    progress: RunProgress,
     journal: Journal,
     resumption: Resumption | None,
 ) -> None:
@@ -165,13 +165,13 @@ def keep_previous_config(folder: RunFolder, previous: RunConfig, config: RunConf
         shutil.copyfile(folder.config, folder.config.with_name(f"config.{number}.yaml"))
 
 
-def restored_progress(folder: RunFolder, state: RunState | None) -> Progress:
+def restored_progress(folder: RunFolder, state: RunState | None) -> RunProgress:
     """What a resumed run knows, with its records cut back to the checkpoint."""
     if state is None:
         folder.rewind("warm_start", RESUME_STEP_OF_NOTHING)
-        return Progress()
+        return RunProgress()
     folder.rewind("train", state.step)
-    return Progress(
+    return RunProgress(
         totals=RunTotals.from_dict(state.totals),
         seconds=dict(state.seconds),
         before=state.before,
@@ -182,7 +182,7 @@ def restored_progress(folder: RunFolder, state: RunState | None) -> Progress:
 
 def summarise(
     config: RunConfig,
-    progress: Progress,
+    progress: RunProgress,
     status: RunStatus,
     versions: dict[str, Any],
     error: BaseException | None,

@@ -13,12 +13,13 @@ from paceline.configs.schema.algorithm import critic_of
 from paceline.configs.schema.data import ReasoningGymSource
 from paceline.configs.schema.reward import ExactGrader, MathGrader, ReasoningGymGrader
 from paceline.configs.schema.rollout import RolloutConfig
+from paceline.controller.actors import LateClass
 from paceline.controller.drafts.exchange import TraceExchange
 from paceline.controller.engines.pool import WorkerPool
 from paceline.controller.engines.routing import most_samples
 from paceline.controller.engines.teacher import FIXED, FixedWeightsActor, Teacher
 from paceline.controller.engines.watching import TimeLimits
-from paceline.controller.engines.worker_actor import LateClass, RolloutActor, start_rollout_worker
+from paceline.controller.engines.worker_actor import RolloutActor, start_rollout_worker
 from paceline.controller.groups.concurrency import gather_or_cancel
 from paceline.controller.ranks.learner_ranks import LearnerRanks, start_learner_ranks
 from paceline.controller.wiring.drafting import with_draft_budget

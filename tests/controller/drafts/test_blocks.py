@@ -9,8 +9,9 @@ import pytest
 import redis
 
 from paceline.configs.vocabulary import Trace
+from paceline.controller.actors import kill, start_actor
 from paceline.controller.drafts.blocks import KEEP_SECONDS, Block, RayChannel, RedisChannel
-from paceline.controller.engines.worker_actor import RolloutActor, kill, start_actor
+from paceline.controller.engines.worker_actor import RolloutActor
 from paceline.spec.trace_file import pack, unpack
 from tests.redis_server import RedisServer
 

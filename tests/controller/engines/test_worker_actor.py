@@ -13,17 +13,12 @@ import ray
 
 from paceline.configs.errors import ClusterError, DataError
 from paceline.configs.schema.learner import OptimizerConfig
-from paceline.configs.vocabulary import RankProgress, StepReport, WeightVersion
-from paceline.controller.engines.worker_actor import (
-    LateClass,
-    RolloutActor,
-    is_out_of_memory,
-    result_of,
-    start_actor,
-    start_rollout_worker,
-)
-from paceline.controller.parts import WorkerLost
+from paceline.configs.vocabulary import RankProgress, StepReport, TrainBatch, WeightVersion
+from paceline.controller.actors import LateClass, is_out_of_memory, result_of, start_actor
+from paceline.controller.engines.worker_actor import RolloutActor, start_rollout_worker
+from paceline.controller.groups.buffer import WorkerLost
 from paceline.controller.ranks.learner_ranks import start_learner_ranks
+from paceline.controller.ranks.rank import Rank
 from paceline.rollout.worker import RolloutWorker
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
@@ -83,8 +78,11 @@ def rank_class():
         def export(self, folder):
             return self.rendezvous
 
-        def optimizer_step(self, version, optimizer, step, num_steps):
-            return {"version": version, "step": step, "of": num_steps}
+        def forward_backward(self, batch, algorithm):
+            return StepReport(WeightVersion(batch.step), 10, 5, 0, 0.1, {"loss": 1.0})
+
+        def optimizer_step(self, optimizer, step, num_steps):
+            return {"step": step, "of": num_steps}
 
         def reset_optimizer(self):
             return None
@@ -266,9 +264,9 @@ def test_every_rank_is_called_and_rank_0_answers():
 def test_ranks_meet_on_rank_0s_node_and_one_alone_meets_nobody():
     async def scenario():
         pair, alone = await learner_ranks(2), await learner_ranks(1)
-        rendezvous = await pair._call("export", "")
+        rendezvous = await pair.call(Rank.export, "")
         assert rendezvous.startswith(f"tcp://{ray.util.get_node_ip_address()}:")
-        assert await alone._call("export", "") is None
+        assert await alone.call(Rank.export, "") is None
         await pair.close()
         await alone.close()
 
@@ -278,15 +276,15 @@ def test_ranks_meet_on_rank_0s_node_and_one_alone_meets_nobody():
 def test_an_optimiser_step_makes_the_next_version_and_adds_to_the_report():
     async def scenario():
         ranks = await learner_ranks(1)
-        await ranks.begin(OptimizerConfig(), num_steps=50)
-        report = StepReport(WeightVersion(7), 10, 5, 0, 0.1, {"loss": 1.0})
-        stepped = await ranks.optimizer_step(7, report)
+        phase = await ranks.begin(OptimizerConfig(), num_steps=50)
+        update = await phase.forward_backward(TrainBatch(7, (), ()), None)
+        stepped = await update.apply()
         await ranks.close()
         return stepped
 
     stepped = run(scenario())
     assert stepped.version == 8
-    assert stepped.metrics == {"loss": 1.0, "version": 8, "step": 7, "of": 50}
+    assert stepped.metrics == {"loss": 1.0, "step": 7, "of": 50}
 
 
 def test_a_dead_rank_ends_the_call_though_the_others_wait_for_it_and_closing_ends_those():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,7 @@ from paceline.controller.data.tokenizer import characters_tokenizer
 from paceline.controller.groups.buffer import State, Work
 from paceline.controller.ledger.journal import Journal
 from paceline.controller.ledger.memory import MemoryStore
-from paceline.controller.run.progress import Progress
+from paceline.controller.run.progress import RunProgress
 from paceline.controller.run.recovery import Recovered
 from paceline.controller.run.session import Session
 from paceline.controller.wiring.drafting import trace_exchange
@@ -28,13 +27,15 @@ from tests.controller.builders import make_completion, make_group
 def session(tmp_path):
     config = load_config("debug", ("data.num_held_out=4", "rollout.drafting={}"))
     tokenizer = characters_tokenizer()
-    inputs = SimpleNamespace(prompts=prompt_set(config, tokenizer), tokenizer=tokenizer)
-    unused = SimpleNamespace()
+    inputs = SimpleNamespace(
+        prompts=prompt_set(config, tokenizer), tokenizer=tokenizer, stop_token_ids=(1,)
+    )
+    unused = SimpleNamespace(generate=None)
     session = Session(
         Services(config, inputs, unused, unused, unused, exchange=trace_exchange(config, ())),
         SimpleNamespace(checkpoints=tmp_path),
         SimpleNamespace(message=(messages := []).append),
-        Progress(),
+        RunProgress(),
         Journal(MemoryStore()),
         asyncio.Event(),
     )
@@ -49,8 +50,8 @@ def versions(session):
 def test_engines_know_what_the_checkpoint_and_the_ledger_have(session, tmp_path):
     save_traces(traces_of((1, 2), make_completion(3)), tmp_path / "traces")
     group = make_group(0, version=4)
-    session._recovered = replace(Recovered(), works=(Work(0, group.prompt, State.FINISHED, group),))
-    asyncio.run(session._warm_up(tmp_path / "traces"))
+    recovered = Recovered(works=(Work(0, group.prompt, State.FINISHED, group),))
+    asyncio.run(session._restore_drafting(tmp_path / "traces", recovered.groups))
     assert versions(session) == [3, 4, 4]
     assert session.messages == []
 
@@ -61,7 +62,7 @@ def test_without_what_the_checkpoint_had_drafting_starts_cold_and_says_so(
 ):
     if content is not None:
         (tmp_path / "traces").write_bytes(content)
-    asyncio.run(session._warm_up(tmp_path / "traces"))
+    asyncio.run(session._restore_drafting(tmp_path / "traces", ()))
     assert versions(session) == []
     (message,) = session.messages
     assert message.startswith("drafting starts cold: ") and "\n" not in message

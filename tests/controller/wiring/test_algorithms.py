@@ -26,7 +26,7 @@ def test_every_named_algorithm_moves_the_weights(name, model_folder, tmp_path): 
     _, objective = algorithm(config)
     metrics = worker.forward_backward(random_batch(), objective).metrics
     assert metrics["ess"] > 0
-    assert worker.optimizer_step(1, OPTIMIZER, 0, 10)["grad_norm"] > 0
+    assert worker.optimizer_step(OPTIMIZER, 0, 10)["grad_norm"] > 0
 
 
 def test_what_is_written_is_laid_over_the_preset():
