@@ -33,7 +33,7 @@ def rank_class():
             import torch
             import torch.distributed as dist
 
-            from paceline.learner.progress import collectives_begun
+            from paceline.learner.activity import collectives_begun
 
             self.rank, self.torch, self.dist = rank, torch, dist
             self.collectives_begun = collectives_begun  # imported before anybody asks
