@@ -71,11 +71,10 @@ class Loop:
         """Run every task until ``train`` has done its steps, or one of them fails."""
         self._took_batch = asyncio.get_running_loop().time()
         num_generators = min(self.budget.capacity, self.max_claims)
-        generators = {f"generate-{i}": self._generate() for i in range(num_generators)}
-        coroutines = {"feed": self._feed(), "assemble": self._assemble(), "sync": self._sync()}
-        coroutines |= generators | {"train": self._train()}
-        tasks = {asyncio.create_task(task, name=name) for name, task in coroutines.items()}
-        train = next(task for task in tasks if task.get_name() == "train")
+        endless = {"feed": self._feed(), "assemble": self._assemble(), "sync": self._sync()}
+        endless |= {f"generate-{i}": self._generate() for i in range(num_generators)}
+        train = asyncio.create_task(self._train(), name="train")
+        tasks = {train, *(asyncio.create_task(task, name=name) for name, task in endless.items())}
         try:
             running = tasks
             while not train.done():

@@ -92,7 +92,7 @@ def run_training(config: RunConfig, *, resume: bool) -> RunOutcome:
             status, error = "interrupted", interruption
         except Exception as failure:
             error = failure
-            recorder.message(f"failed: {one_line(failure)}")
+            recorder.message(f"failed: {error_line(failure)}")
     summary = summarise(config, progress, status, versions, error)
     summary.write(folder)
     return RunOutcome(summary, write_report(folder), error)
@@ -226,11 +226,11 @@ def summarise(
         warm_start=progress.warm_start,
         versions=versions,
         command=command_line(sys.argv),
-        error=one_line(error) if status == "failed" and error is not None else None,
+        error=error_line(error) if status == "failed" and error is not None else None,
     )
 
 
-def one_line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """An error as one line: a user's by its message, any other with its type.
 
     What failed inside an actor arrives wrapped, with its whole traceback as the message.

@@ -194,7 +194,7 @@ class Session:
             return
         loop_config = config.loop
         self._buffer.restore(recovered.works, recovered.slots)
-        signal, algorithm = algorithms.algorithm(config)
+        signal, algorithm = algorithms.build_algorithm(config)
         temperature = algorithms.training_temperature(config)
         observer = TrainingObserver(
             recorder=self._recorder,
