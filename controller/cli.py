@@ -144,7 +144,7 @@ def ledger(
 
     Exit code 1 where a group is lost or doubled, or samples that are needed are missing.
     """
-    from paceline.controller.ledger.balance import print_ledger
+    from paceline.controller.run.balance import print_ledger
 
     if not print_ledger(run):
         raise typer.Exit(EXIT_FAILURE)

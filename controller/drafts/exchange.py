@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from paceline.configs.vocabulary import Completion, Group, RolloutRequest, Trace, Trajectory
 from paceline.controller.drafts.blocks import Block, TraceChannel
 from paceline.controller.drafts.corpus import TraceArchive
-from paceline.controller.parts import WorkerLost
+from paceline.controller.groups.buffer import WorkerLost
 
 logger = logging.getLogger(__name__)
 

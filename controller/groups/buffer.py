@@ -54,6 +54,10 @@ class Work:
         return sum(completion.num_bytes for completion in self.partial)
 
 
+class WorkerLost(Exception):
+    """The worker that held a claim is gone; the claim can be given to another."""
+
+
 class WorkBuffer:
     """Bounded hand-over between feed, generate, assemble and sync, on one event loop.
 
@@ -89,7 +93,7 @@ class WorkBuffer:
         group_bytes: int = 0,
     ) -> None:
         """``group_bytes`` is what a group is taken to need until a larger one has finished."""
-        self.journal = journal or Journal(MemoryStore())
+        self._journal = journal or Journal(MemoryStore())
         self._budget = budget
         self._limit = budget.capacity
         self._max_bytes = max_bytes
@@ -142,7 +146,7 @@ class WorkBuffer:
         if self._closed:
             return None
         work = Work(*draw())
-        self.journal.note(Kind.ADMITTED, work.group_id, {"prompt": work.prompt.id})
+        self._journal.note(Kind.ADMITTED, work.group_id, {"prompt": work.prompt.id})
         self._slots.add(work.group_id)
         self._entries[work.group_id] = work
         heapq.heappush(self._waiting, work.group_id)
@@ -155,7 +159,7 @@ class WorkBuffer:
         if self._closed:
             return None
         work = self._entries[heapq.heappop(self._waiting)]
-        self.journal.note(Kind.CLAIMED, work.group_id)
+        self._journal.note(Kind.CLAIMED, work.group_id)
         work.state = State.CLAIMED
         self._wake()
         return work
@@ -165,7 +169,7 @@ class WorkBuffer:
     ) -> None:
         """Return a claim that was not carried out, with what was sampled; somebody goes on."""
         assert work.state is State.CLAIMED, f"group {work.group_id} is {work.state.value}"
-        self.journal.note(Kind.RETURNED, work.group_id, {"reason": reason})
+        self._journal.note(Kind.RETURNED, work.group_id, {"reason": reason})
         if partial is not None:
             self._num_bytes -= work.num_bytes
             work.partial = partial
@@ -184,7 +188,7 @@ class WorkBuffer:
         self._largest = max(self._largest, group.num_bytes)
         work.group, work.partial = group, ()
         versions = {"oldest": group.oldest_version, "newest": group.newest_version}
-        await self.journal.write(Kind.FINISHED, group.group_id, versions, at=group)
+        await self._journal.write(Kind.FINISHED, group.group_id, versions, at=group)
         work.state = State.FINISHED
         heapq.heappush(self._finished, group.group_id)
         self._wake()

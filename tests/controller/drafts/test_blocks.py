@@ -6,12 +6,12 @@ import asyncio
 
 import numpy as np
 import pytest
-import ray
 import redis
 
 from paceline.configs.vocabulary import Trace
+from paceline.controller.actors import kill, start_actor
 from paceline.controller.drafts.blocks import KEEP_SECONDS, Block, RayChannel, RedisChannel
-from paceline.controller.engines.worker_actor import RolloutActor, kill, start_actor
+from paceline.controller.engines.worker_actor import RolloutActor
 from paceline.spec.trace_file import pack, unpack
 from tests.redis_server import RedisServer
 
@@ -40,8 +40,7 @@ def worker(local_ray):
         def told(self):
             return self.learned
 
-    actor = start_actor(0, 0, {})
-    ray.get(actor.build.remote(Listener))
+    actor = start_actor(Listener, cpus=0, gpus=0, environment={})
     yield RolloutActor(actor, 0)
     kill(actor)
 
@@ -62,7 +61,7 @@ def channel(request):
 
 async def read(worker, place, reader):
     await worker.learn(place, reader)
-    return await worker._actor.call.remote("told")
+    return await worker._actor.told.remote()
 
 
 def test_a_worker_reads_all_but_its_own(channel, worker):
