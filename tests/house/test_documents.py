@@ -69,7 +69,8 @@ def missing_files(text: str) -> list[str]:
     paths = re.findall(rf"(?<![\w./~-])(?:{folders})/[\w./-]*\w", text)
     named = re.findall(r"`([\w-]+\.(?:py|md|yaml|cpp))`", text)
     folders_here = {str(parent) for file in FILES for parent in Path(file).parents}
-    gone = [path for path in paths if path not in FILES | folders_here | COMPILED]
+    known = FILES | folders_here | COMPILED
+    gone = [path for path in paths if path.removeprefix("src/paceline/") not in known]
     return [*gone, *(name for name in named if name not in NAMES | YOURS)]
 
 
