@@ -12,6 +12,10 @@
 
 Example, two workers of which 0 has 300 tokens outstanding and 1 has 100: a request of 150 tokens
 whose prompt worker 0 has sampled goes to worker 1 (300 > 100 + 150); one of 250 tokens to worker 0.
+
+>>> loads = {0: Load(samples=2, tokens=300), 1: Load(samples=1, tokens=100)}
+>>> [choose(Demand(Load(1, tokens), prompt=7), loads, limit=8, home=0) for tokens in (150, 250)]
+[1, 0]
 """
 
 from __future__ import annotations

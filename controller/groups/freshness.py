@@ -17,7 +17,10 @@ those free their slots at once (`AssembledBatch.slots`).
 ``B = (S + 1) P - (W - 1)`` gives ``(B + W - 2) // P == S`` exactly, for every W.
 
 Example with P = 4, S = 1: strict order has W = 1, B = 8, oldest age (8 + 1 - 2) // 4 = 1; a window
-of 3 leaves B = 6 slots and again (6 + 3 - 2) // 4 = 1.
+of 3 leaves B = 6 slots and again (6 + 3 - 2) // 4 = 1:
+
+>>> freshness_budget(groups_per_step=4, max_lag=1, window_fraction=0.375)
+FreshnessBudget(capacity=6, window=3, groups_per_step=4)
 """
 
 from __future__ import annotations

@@ -12,7 +12,12 @@ It never falls below two steps' groups, one in training and one in the making, n
 budget. Nothing is ever discarded for its age: what would be too old is not begun.
 
 Example, P = 8, S = 4 (40 slots), the learner the slower: 24, 21 and 22 groups lay finished in three
-steps, at least 21; 21 - 4 were never needed, the limit falls by 8, to 32.
+steps, at least 21; 21 - 4 were never needed, and the limit falls by half of that:
+
+>>> from paceline.controller.groups.freshness import freshness_budget
+>>> pacer = Pacer(freshness_budget(groups_per_step=8, max_lag=4))
+>>> [pacer.observe(Flow(waited=0.0, elapsed=9.0, surplus=left)) for left in (24, 21, 22)]
+[40, 40, 31]
 """
 
 from __future__ import annotations

@@ -6,12 +6,14 @@ import doctest
 import importlib
 import re
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from typer.testing import CliRunner
 
-ROOT = Path(__file__).resolve().parents[2]
+from paceline.controller.cli import app
+from tests.house.checkout import ROOT
+
 SOURCES = [file for link in (ROOT / "src" / "paceline").glob("*/") for file in link.rglob("*.py")]
 WITH_EXAMPLES = {
     ".".join(file.relative_to(ROOT / "src").with_suffix("").parts): file
@@ -49,3 +51,12 @@ def test_the_python_in_documents_runs(block: str, monkeypatch: pytest.MonkeyPatc
         module = ModuleType("example")
         monkeypatch.setitem(sys.modules, "example", module)  # where dataclasses look names up
         exec(code, module.__dict__)
+
+
+@pytest.mark.parametrize("document", ["docs/freshness.md"])
+def test_the_output_that_a_document_shows_is_what_the_command_prints(document: str) -> None:
+    for command, shown in re.findall(
+        r"^\$ paceline (.*)\n((?:.*\n)+?)```", (ROOT / document).read_text(), flags=re.MULTILINE
+    ):
+        printed = CliRunner().invoke(app, command.split(), env={"COLUMNS": "80"}).output
+        assert " ".join(shown.split()) in " ".join(printed.split())
