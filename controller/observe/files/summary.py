@@ -14,7 +14,7 @@ from rich.text import Text
 
 from paceline.controller.observe.files.folder import RunFolder
 from paceline.controller.observe.files.jsonl import read_json, write_json
-from paceline.controller.observe.view.text import count, duration, one_line, percent
+from paceline.controller.observe.view.text import count, duration, fit_line, percent
 
 RunStatus = Literal["finished", "interrupted", "failed", "solved"]
 
@@ -96,7 +96,7 @@ def print_summary(
 
 def _status(summary: RunSummary) -> str:
     words = STATUS_WORDS.get(summary.status, summary.status)
-    return f"{words}: {one_line(summary.error, 200)}" if summary.error else words
+    return f"{words}: {fit_line(summary.error, 200)}" if summary.error else words
 
 
 def _rows(summary: RunSummary) -> list[tuple[str, Text]]:

@@ -45,8 +45,8 @@ class RunPlan:
 
 
 @dataclass
-class Progress:
-    """The state of a run as its records tell it; only ``plan`` is given, the rest accumulates."""
+class ViewState:
+    """The run as its records tell it; only ``plan`` is given, the rest accumulates."""
 
     plan: RunPlan
     last: StepRecord | None = None

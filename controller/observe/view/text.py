@@ -28,7 +28,7 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def one_line(text: str, width: int) -> str:
+def fit_line(text: str, width: int) -> str:
     """The text on one line of at most ``width`` characters, an ellipsis where it was cut."""
     line = printable(text).replace("\n", "⏎").replace("\t", " ")
     return line if len(line) <= width else line[: max(0, width - 1)] + "…"

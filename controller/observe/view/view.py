@@ -17,7 +17,7 @@ from rich.live import Live
 from paceline.controller.observe.files.records import EvaluationRecord, SampleRecord, StepRecord
 from paceline.controller.observe.view.lines import evaluation_line, step_line
 from paceline.controller.observe.view.panel import run_panel
-from paceline.controller.observe.view.state import Progress, RunPlan
+from paceline.controller.observe.view.state import RunPlan, ViewState
 from paceline.controller.observe.view.terminal import is_terminal, reserved_terminal
 from paceline.controller.observe.view.text import printable
 
@@ -77,7 +77,7 @@ class PlainView:
         every_seconds: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._progress = Progress(plan)
+        self._state = ViewState(plan)
         self._stream = stream
         self._every_seconds = every_seconds
         self._clock = clock
@@ -88,17 +88,17 @@ class PlainView:
 
     def step(self, record: StepRecord) -> None:
         """Show the step where it is the first or last of its phase, or enough time has passed."""
-        previous = self._progress.last
-        self._progress.step(record)
+        previous = self._state.last
+        self._state.step(record)
         is_first = previous is None or previous.phase != record.phase
         is_due = self._clock() - self._last_shown >= self._every_seconds
-        if is_first or is_due or record.step == self._progress.total:
+        if is_first or is_due or record.step == self._state.total:
             self._last_shown = self._clock()
-            self._show(step_line(record, self._progress))
+            self._show(step_line(record, self._state))
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """Show the evaluation."""
-        self._progress.evaluation(record)
+        self._state.evaluation(record)
         self._show(evaluation_line(record))
 
     def samples(self, records: Sequence[SampleRecord]) -> None:
@@ -113,7 +113,7 @@ class PlainView:
 
     def replay(self, records: Sequence[StepRecord | EvaluationRecord]) -> None:
         """Learn what a resumed run had done before."""
-        _replay(self._progress, records)
+        _replay(self._state, records)
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -131,7 +131,7 @@ class LiveView:
     def __init__(
         self, plan: RunPlan, log: Path, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._progress = Progress(plan)
+        self._state = ViewState(plan)
         self._log = log
         self._clock = clock
         # The clock follows the records' own `seconds`: a resumed run's starts above zero.
@@ -161,33 +161,33 @@ class LiveView:
     def step(self, record: StepRecord) -> None:
         """Draw the step."""
         with self._lock:
-            self._progress.step(record)
+            self._state.step(record)
             self._seconds, self._seen_at = record.seconds, self._clock()
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """Draw the evaluation."""
         with self._lock:
-            self._progress.evaluation(record)
+            self._state.evaluation(record)
 
     def samples(self, records: Sequence[SampleRecord]) -> None:
         """Draw the last few of them."""
         with self._lock:
-            self._progress.add_samples(records)
+            self._state.add_samples(records)
 
     def workers(self, states: Mapping[str, str]) -> None:
         """Draw what each worker is doing."""
         with self._lock:
-            self._progress.workers = dict(states)
+            self._state.workers = dict(states)
 
     def message(self, text: str) -> None:
         """Draw the message until the next one."""
         with self._lock:
-            self._progress.message = text
+            self._state.message = text
 
     def replay(self, records: Sequence[StepRecord | EvaluationRecord]) -> None:
         """Learn what a resumed run had done before."""
         with self._lock:
-            _replay(self._progress, records)
+            _replay(self._state, records)
             self._seconds = max((record.seconds for record in records), default=0.0)
 
     def close(self) -> None:
@@ -199,17 +199,17 @@ class LiveView:
         width, height = self._console.size = _terminal_size(self._console)
         with self._lock:
             seconds = self._seconds + self._clock() - self._seen_at
-            return run_panel(self._progress, seconds, width, height)
+            return run_panel(self._state, seconds, width, height)
 
 
-def _replay(progress: Progress, records: Sequence[StepRecord | EvaluationRecord]) -> None:
+def _replay(state: ViewState, records: Sequence[StepRecord | EvaluationRecord]) -> None:
     for record in records:
         if isinstance(record, StepRecord):
-            progress.step(record)
+            state.step(record)
         else:
-            progress.evaluation(record)
+            state.evaluation(record)
     # Time stood still between the interrupted run and this one: estimate from new steps alone.
-    progress.recent.clear()
+    state.recent.clear()
 
 
 def _terminal_size(console: Console) -> os.terminal_size:
