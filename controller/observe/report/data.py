@@ -68,18 +68,17 @@ class RunData:
         """The steps of one phase, in order."""
         return [record for record in self.steps if record.phase == phase]
 
-    def setting(self, *path: str) -> Any:
-        """A value of the configuration by its keys; None where it has none."""
-        value: Any = self.config
-        for key in path:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        return value
-
     def median(self, name: str) -> float | None:
-        """The median of a number over the training steps; None where never measured."""
+        """Return the median of a number over the training steps; None where never measured."""
         values = [getattr(record, name) for record in self.phase("train")]
         measured = [value for value in values if value is not None]
         return statistics.median(measured) if measured else None
+
+    def mean_seconds(self, part: str) -> float | None:
+        """Return a training step's mean seconds in a part of it; None where never measured."""
+        values = [record.time.get(part) for record in self.phase("train")]
+        measured = [value for value in values if value is not None]
+        return statistics.fmean(measured) if measured else None
 
 
 def _unique(steps: Sequence[StepRecord]) -> list[StepRecord]:
