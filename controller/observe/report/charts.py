@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from operator import itemgetter
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from paceline.controller.observe.files.records import Phase
 from paceline.controller.observe.view.text import count, fit_line, number
@@ -21,8 +21,6 @@ WARM_START_WIDTH = 0.2
 """Share of the step axis that the warm start takes where a chart shows both phases."""
 NUM_COLORS = 7
 
-Point = tuple[Phase, float, float]
-"""Phase, step and value."""
 Style = Literal["smooth", "dots", "steps", "area"]
 Size = Literal["wide", "half", "third", "file"]
 Unit = Literal["number", "count", "percent"]
@@ -39,9 +37,18 @@ def color_of(index: int) -> str:
     return f"var(--c{index % NUM_COLORS + 1})"
 
 
+class Point(NamedTuple):
+    """A value of a phase's step; ``error`` is the half-length of its whisker."""
+
+    phase: Phase
+    step: float
+    value: float
+    error: float = 0.0
+
+
 @dataclass(frozen=True)
 class Series:
-    """One curve; ``errors`` are the half-lengths of its whiskers.
+    """One curve.
 
     ``smooth`` draws the points faintly under their moving mean. ``dots`` marks and joins them.
     ``steps`` holds each value to the next. ``area`` is piled upon the areas before it.
@@ -50,17 +57,11 @@ class Series:
     name: str
     points: Sequence[Point]
     style: Style = "smooth"
-    errors: Sequence[float | None] = ()
 
     @property
     def label(self) -> str:
         """The name on a line, as a legend has room for."""
         return fit_line(self.name, 80)
-
-    def measured(self) -> Iterator[tuple[Point, float]]:
-        """Return every point with its error, 0 where that is not known."""
-        errors = self.errors or [None] * len(self.points)
-        return ((point, error or 0.0) for point, error in zip(self.points, errors, strict=True))
 
     def thinned(self) -> Series:
         """Return the series with fewer points, each the mean of its neighbours; dots stay."""
@@ -70,7 +71,7 @@ class Series:
             return self
         phases = [list(points) for _, points in groupby(self.points, key=itemgetter(0))]
         parts = [own[at : at + size] for own in phases for at in range(0, len(own), size)]
-        means = [(part[0][0], part[-1][1], fmean(value for *_, value in part)) for part in parts]
+        means = [part[-1]._replace(value=fmean(point.value for point in part)) for part in parts]
         return replace(self, points=means)
 
 
@@ -130,13 +131,13 @@ class Chart:
             "series": [[one.label, color_of(index)] for index, one in enumerate(self.series)],
             "points": [
                 [
-                    round(self.axis.place(phase, step), 4),
-                    f"{'warm start, ' * (phase == 'warm_start')}step {step:g}",
+                    round(self.axis.place(point.phase, point.step), 4),
+                    f"{'warm start, ' * (point.phase == 'warm_start')}step {point.step:g}",
                     index,
-                    show(value) + f" ±{show(error)}" * bool(error),
+                    show(point.value) + f" ±{show(point.error)}" * bool(point.error),
                 ]
                 for index, series in enumerate(self.series)
-                for (phase, step, value), error in series.thinned().measured()
+                for point in series.thinned().points
             ],
         }
 

@@ -13,7 +13,7 @@ from paceline.controller.observe.files.folder import RunFolder
 from paceline.controller.observe.files.jsonl import write_atomically
 from paceline.controller.observe.files.recorder import read_records
 from paceline.controller.observe.files.records import WARM_START_LABELS, EvaluationRecord
-from paceline.controller.observe.report.charts import NUM_COLORS, Chart, Series, StepAxis
+from paceline.controller.observe.report.charts import NUM_COLORS, Chart, Point, Series, StepAxis
 from paceline.controller.observe.report.report import read_template
 from paceline.controller.observe.report.vega_lite import svg, vega_lite
 
@@ -69,7 +69,7 @@ def comparison_table(curves: Mapping[str, Curve]) -> Table:
 def drawing(title: str, curves: Mapping[str, Curve]) -> str:
     """Return an SVG file with its own style, readable on light and dark pages."""
     series = [
-        Series(name, [("train", step, value) for step, value in sorted(curve.items())], "dots")
+        Series(name, [Point("train", step, value) for step, value in sorted(curve.items())], "dots")
         for name, curve in curves.items()
     ]
     axis = StepAxis(0, max(step for curve in curves.values() for step in curve))

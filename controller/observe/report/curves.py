@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from operator import attrgetter
+from itertools import chain
 
 from paceline.controller.observe.files.records import PHASES, EvaluationRecord, StepRecord
-from paceline.controller.observe.report.charts import Chart, Series, Size, StepAxis, Style, Unit
+from paceline.controller.observe.report.charts import (
+    Chart,
+    Point,
+    Series,
+    Size,
+    StepAxis,
+    Style,
+    Unit,
+)
 from paceline.controller.observe.report.data import RunData
 from paceline.controller.observe.view.state import time_parts
 
@@ -37,29 +45,32 @@ def learning_charts(data: RunData) -> list[Chart]:
         chart(
             "Reward in training",
             "Mean over the samples trained on, dropped groups excluded. Bold: moving mean.",
-            [_series("reward", train, attrgetter("reward"))],
+            [_series("reward", train, "reward")],
         ),
         chart(
             "Completion length",
             "Tokens of a completion in training: half are at most p50, all but 1% at most p99.",
-            [_series(name, train, attrgetter(f"length_{name}")) for name in ("p50", "p99")],
+            [_series(name, train, f"length_{name}") for name in ("p50", "p99")],
         ),
         chart(
             "Policy loss",
             "Its value says little in reinforcement learning; jumps do.",
-            [_series("loss", train, attrgetter("loss"))],
+            [_series("loss", train, "loss")],
         ),
         chart(
             "Warm-start loss",
             "Negative log-likelihood of the demonstrations, nats a token.",
-            [_series("loss", warm, attrgetter("loss"))],
+            [_series("loss", warm, "loss")],
         ),
     )
 
 
 def learner_charts(data: RunData) -> list[Chart]:
     """Return a small chart for every number the learner reports, the well-known ones first."""
-    curves = {one.name: one for one in _by_key(data.steps, attrgetter("metrics"), "smooth")}
+    curves = {
+        one.name: one
+        for one in _by_key(data.steps, [record.metrics for record in data.steps], "smooth")
+    }
     known = [name for name in METRIC_TITLES if name in curves]
     charts = []
     for name in [*known, *sorted(curves.keys() - set(known))]:
@@ -76,14 +87,14 @@ def machine_charts(data: RunData) -> list[Chart]:
             "Wall time of a step",
             "Seconds by part, one after another. Generation and weight sync run beside these; "
             "evaluations and checkpoints are in other.",
-            _by_key(train, time_parts, "area"),
+            _by_key(train, map(time_parts, train), "area"),
         ),
         chart(
             "Policy age",
             "Weight versions between the oldest token of a sample and the step that trains on it.",
             [
-                _series("mean", train, attrgetter("age_mean")),
-                _series("oldest", train, attrgetter("age_max"), "steps"),
+                _series("mean", train, "age_mean"),
+                _series("oldest", train, "age_max", "steps"),
             ],
             bound=data.summary.max_lag,
         ),
@@ -91,37 +102,37 @@ def machine_charts(data: RunData) -> list[Chart]:
             "Tokens per second",
             "Completion tokens that the rollout workers sample, tokens that the learner trains on.",
             [
-                _series("rollouts", train, attrgetter("rollout_tokens_per_second")),
-                _series("learner", train, attrgetter("learner_tokens_per_second")),
+                _series("rollouts", train, "rollout_tokens_per_second"),
+                _series("learner", train, "learner_tokens_per_second"),
             ],
             unit="count",
         ),
         chart(
             "Dropped groups",
             "A step, by reason: these are generated but not trained on.",
-            _by_key(train, attrgetter("dropped"), "area"),
+            _by_key(train, [record.dropped for record in train], "area"),
         ),
         chart(
             "Groups in the buffer",
             "Admitted and waiting for a worker, being generated, and finished.",
-            _by_key(train, attrgetter("buffer"), "smooth"),
+            _by_key(train, [record.buffer for record in train], "smooth"),
         ),
     )
 
 
 def _accuracy(data: RunData) -> Chart:
-    ordered = sorted(data.evaluations, key=lambda e: (PHASES.index(e.phase), e.step))
-    validations = [record for record in ordered if record.label == "validation"]
+    records = sorted(data.evaluations, key=lambda e: (PHASES.index(e.phase), e.step))
+    validations = [record for record in records if record.label == "validation"]
+    held_out = [record for record in records if record.label != "validation"]
     others = " Validation, on other prompts, decides when the warm start ends." * bool(validations)
-    evaluations = [record for record in ordered if record.label != "validation"]
     return _chart(
         data,
         "Held-out accuracy",
         f"Prompts that no training saw; whiskers are one standard error.{others}",
         [
-            _measured("greedy", evaluations, "greedy", "standard_error"),
-            _measured("T=1", evaluations, "sampled", "sampled_standard_error"),
-            _measured("validation, greedy", validations, "greedy", None),
+            _series("greedy", held_out, "greedy", "dots", "standard_error"),
+            _series("T=1", held_out, "sampled", "dots", "sampled_standard_error"),
+            _series("validation, greedy", validations, "greedy", "dots"),
         ],
         unit="percent",
         size="wide",
@@ -140,7 +151,7 @@ def _chart(
 ) -> Chart:
     """Return a chart whose axis spans the phases that its curves have points in."""
     shown = [replace(one, name=_words(one.name)) for one in series if one.points]
-    phases = {phase for one in shown for phase, _, _ in one.points}
+    phases = {point.phase for one in shown for point in one.points}
     num_steps = {phase: record.step for record in data.steps if (phase := record.phase) in phases}
     axis = StepAxis(num_steps.get("warm_start", 0), num_steps.get("train", 0))
     return Chart(title, caption, shown, axis, unit, bound, size)
@@ -157,40 +168,39 @@ def _drawable(*charts: Chart) -> list[Chart]:
 
 def _series(
     name: str,
-    steps: Sequence[StepRecord],
-    value: Callable[[StepRecord], float | None],
+    records: Sequence[StepRecord | EvaluationRecord],
+    value: str,
     style: Style = "smooth",
+    error: str = "",
 ) -> Series:
-    found = [(record.phase, record.step, value(record)) for record in steps]
-    points = [(phase, step, number) for phase, step, number in found if number is not None]
+    """Return what was measured of the attribute ``value``; ``error`` names that of its error."""
+    points = [
+        Point(record.phase, record.step, getattr(record, value), getattr(record, error, None) or 0)
+        for record in records
+        if getattr(record, value) is not None
+    ]
     return Series(name, points, style)
 
 
 def _by_key(
-    steps: Sequence[StepRecord],
-    values: Callable[[StepRecord], Mapping[str, float | None]],
-    style: Style,
+    steps: Sequence[StepRecord], rows: Iterable[Mapping[str, float | None]], style: Style
 ) -> list[Series]:
-    """Return a series for every key, in order of appearance; areas are 0 where a key is missing."""
-    missing = 0.0 if style == "area" else None
-    rows = {id(record): values(record) for record in steps}
-    names = dict.fromkeys(name for row in rows.values() for name in row)
-
-    def value(name: str, record: StepRecord) -> float | None:
-        found = rows[id(record)].get(name)
-        return missing if found is None else found
-
-    return [_series(name, steps, partial(value, name), style) for name in names]
-
-
-def _measured(
-    name: str, evaluations: Sequence[EvaluationRecord], accuracy: str, error: str | None
-) -> Series:
-    shown = [record for record in evaluations if getattr(record, accuracy) is not None]
-    points = [(record.phase, record.step, getattr(record, accuracy)) for record in shown]
-    return Series(
-        name, points, "dots", [getattr(record, error) for record in shown] if error else ()
-    )
+    """Return a series for every key, in order of appearance; areas are 0 where it is missing."""
+    rows = list(rows)
+    missing = dict.fromkeys(chain.from_iterable(rows), 0.0 if style == "area" else None)
+    full = [missing | {key: n for key, n in row.items() if n is not None} for row in rows]
+    return [
+        Series(
+            name,
+            [
+                Point(step.phase, step.step, value)
+                for step, row in zip(steps, full, strict=True)
+                if (value := row[name]) is not None
+            ],
+            style,
+        )
+        for name in missing
+    ]
 
 
 def _words(name: str) -> str:

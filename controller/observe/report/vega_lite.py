@@ -104,7 +104,8 @@ def _bound(bound: float | None) -> list[Json]:
     """Return a dashed line over the whole width, and its name."""
     if bound is None:
         return []
-    one, color = {"values": [{}]}, {"color": "var(--bad)"}
+    one: Json = {"values": [{}]}
+    color = {"color": "var(--bad)"}
     line = {"type": "rule", "strokeDash": [5, 4], "strokeWidth": 1.25}
     words = {"type": "text", "text": f"bound {bound:g}", "align": "right", "dy": -8}
     at: Json = {"y": {"datum": bound}, "x": {"value": "width"}}
@@ -146,15 +147,15 @@ def _rows(chart: Chart, series: Series, order: int) -> list[Json]:
     """Return the points of a series; only dots are joined across the two phases."""
     return [
         {
-            "x": chart.axis.place(phase, step),
+            "x": chart.axis.place(point.phase, point.step),
             "series": series.label,
             "order": order,
-            "phase": None if series.style == "dots" else phase,
-            "value": value,
-            "low": value - error,
-            "high": value + error,
+            "phase": None if series.style == "dots" else point.phase,
+            "value": point.value,
+            "low": point.value - point.error,
+            "high": point.value + point.error,
         }
-        for (phase, step, value), error in series.measured()
+        for point in series.points
     ]
 
 

@@ -23,8 +23,8 @@ BOTH = StepAxis(num_warm=100, num_train=200)
 
 
 def curve(style: Style = "smooth", num_steps: int = 200, name: str = "a") -> Series:
-    points: list[Point] = [("warm_start", step, 2.0) for step in range(1, 101)]
-    points += [("train", step, step / num_steps) for step in range(1, num_steps + 1)]
+    points = [Point("warm_start", step, 2.0) for step in range(1, 101)]
+    points += [Point("train", step, step / num_steps) for step in range(1, num_steps + 1)]
     return Series(name, points, style)
 
 
@@ -69,15 +69,15 @@ def test_a_long_curve_is_drawn_as_means_of_neighbours_that_never_mix_phases(
     long = curve(style, num_steps=5000)
     thin = long.thinned()
     assert most / 2 < len(thin.points) <= most + 1
-    assert {value for phase, _, value in thin.points if phase == "warm_start"} == {2.0}
-    train = [value for phase, _, value in thin.points if phase == "train"]
+    assert {point.value for point in thin.points if point.phase == "warm_start"} == {2.0}
+    train = [point.value for point in thin.points if point.phase == "train"]
     assert train == sorted(train)
-    assert thin.points[-1][1] == 5000
+    assert thin.points[-1].step == 5000
     assert curve("dots", num_steps=5000).thinned() == curve("dots", num_steps=5000)
 
 
 def test_what_the_pointer_shows_is_where_it_is_drawn() -> None:
-    dots = Series("acc_uracy", [("train", 100, 0.5), ("train", 200, 0.75)], "dots", [0.1, None])
+    dots = Series("acc_uracy", [Point("train", 100, 0.5, 0.1), Point("train", 200, 0.75)], "dots")
     readout = Chart("t", "c", [dots], BOTH, "percent").readout()
     assert readout["series"] == [["acc_uracy", "var(--c1)"]]
     assert readout["points"] == [[0.6, "step 100", 0, "50% ±10%"], [1, "step 200", 0, "75%"]]
@@ -91,8 +91,7 @@ def test_lines_are_drawn_for_each_phase_and_dots_across_both() -> None:
 
 
 def test_whiskers_are_as_long_as_the_error() -> None:
-    points: list[Point] = [("train", 100, 0.5), ("train", 200, 0.5)]
-    series = Series("a", points, "dots", [0.25, None])
+    series = Series("a", [Point("train", 100, 0.5, 0.25), Point("train", 200, 0.5)], "dots")
     chart = Chart("t", "c", [series], StepAxis(0, 200), "percent", size="half")
     rules = elements(chart, "line", "role-mark")
     lengths = [abs(float(rule.getAttribute("y2") or 0)) for rule in rules]
@@ -100,7 +99,7 @@ def test_whiskers_are_as_long_as_the_error() -> None:
 
 
 def test_areas_are_piled_up_in_the_order_given() -> None:
-    points: list[Point] = [("train", 1, 10.0), ("train", 2, 10.0)]
+    points = [Point("train", 1, 10.0), Point("train", 2, 10.0)]
     series = [Series(name, points, "area") for name in ("z", "a", "m")]
     chart = Chart("t", "c", series, StepAxis(0, 2))
     drawn = elements(chart, "path", "mark-area")
@@ -117,7 +116,7 @@ def test_a_bound_is_drawn_and_named_above_all_values() -> None:
 
 
 def test_one_point_alone_is_a_dot() -> None:
-    alone = Series("a", [("train", 1, 0.5)])
+    alone = Series("a", [Point("train", 1, 0.5)])
     assert len(elements(Chart("t", "c", [alone], StepAxis(0, 1)), "path", "mark-symbol")) == 1
 
 
@@ -136,5 +135,5 @@ def test_names_of_unknown_origin_are_short_text(name: str) -> None:
 
 @pytest.mark.parametrize("values", [(5e-324, 0.0), (1e308, -1e308), (0.0, 0.0), (-7.0, -7.0)])
 def test_extreme_values_are_drawn(values: tuple[float, float]) -> None:
-    series = Series("a", [("train", step, value) for step, value in enumerate(values)])
+    series = Series("a", [Point("train", step, value) for step, value in enumerate(values)])
     assert "mark-line" in svg(vega_lite(Chart("t", "c", [series], StepAxis(0, 1))))

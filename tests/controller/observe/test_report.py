@@ -29,6 +29,7 @@ from paceline.controller.observe.files.records import (
     StepRecord,
 )
 from paceline.controller.observe.files.summary import RunSummary, print_summary
+from paceline.controller.observe.report.curves import learner_charts, machine_charts
 from paceline.controller.observe.report.data import RunData
 from paceline.controller.observe.report.report import read_template, write_report
 
@@ -185,6 +186,20 @@ def test_numbers_that_are_missing_or_not_finite_leave_a_gap(tmp_path: Path) -> N
     assert not re.search(r"\bnan\b|\binf\b", Page(html).text.lower())
     assert "Policy loss" in html
     assert "Reward in training" not in html
+
+
+def test_zero_is_a_value_and_a_reason_that_a_step_lacks_is_zero(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    with JsonLines(folder.metrics) as lines:
+        for step, dropped in ((1, {"zero_signal": 3}), (2, {"grader_error": 1})):
+            record = StepRecord("train", step, 1.0, metrics={"kl": 0.0}, dropped=dropped)
+            lines.append(record.as_dict())
+    data = RunData.read(folder)
+    (kl,) = learner_charts(data)
+    assert [point.value for point in kl.series[0].points] == [0.0, 0.0]
+    dropped = next(chart for chart in machine_charts(data) if chart.title == "Dropped groups")
+    values = {one.name: [point.value for point in one.points] for one in dropped.series}
+    assert values == {"zero signal": [3, 0], "grader error": [0, 1]}
 
 
 def test_text_that_utf8_cannot_carry_is_spelled_out(synthetic_run: WriteRun) -> None:
