@@ -60,13 +60,13 @@ class RunSummary:
     error: str | None = None
 
     def write(self, folder: RunFolder) -> Path:
-        """Save as ``summary.json``; returns its path."""
+        """Save as ``summary.json``; return its path."""
         write_json(folder.summary, asdict(self))
         return folder.summary
 
     @classmethod
     def read(cls, folder: RunFolder) -> Self | None:
-        """The run's summary, or None where it left none (it still works, or was killed)."""
+        """Return the run's summary, or None where it left none (it still works, or was killed)."""
         content = read_json(folder.summary)
         known = {entry.name for entry in fields(cls)}
         try:
@@ -100,7 +100,7 @@ def _status(summary: RunSummary) -> str:
 
 
 def _rows(summary: RunSummary) -> list[tuple[str, Text]]:
-    """Name and value of each line of the table."""
+    """Return name and value of each line of the table."""
     groups, dropped = summary.groups, summary.groups.get("dropped") or {}
     rows = [
         ("held-out greedy", _change(summary, "greedy")),
@@ -120,7 +120,7 @@ def _rows(summary: RunSummary) -> list[tuple[str, Text]]:
 
 
 def _change(summary: RunSummary, kind: str) -> Text:
-    """Accuracy before and after with standard errors, or nothing where neither was measured."""
+    """Return accuracy before and after with standard errors, nothing where neither was measured."""
     values = [getattr(summary, f"{kind}_{when}") for when in ("before", "after")]
     if values == [None, None]:
         return Text()

@@ -36,7 +36,7 @@ def compare_runs(runs: Sequence[Path], output: Path) -> None:
 
 
 def held_out_curve(run: Path) -> Curve:
-    """Greedy accuracy at every step at which a run was evaluated.
+    """Return greedy accuracy at every step at which a run was evaluated.
 
     Raises:
         ConfigError: it was never evaluated.
@@ -54,7 +54,7 @@ def held_out_curve(run: Path) -> Curve:
 
 
 def comparison_table(curves: Mapping[str, Curve]) -> Table:
-    """A row a run, a column a step."""
+    """Return a table with a row a run and a column a step."""
     steps = sorted({step for curve in curves.values() for step in curve})
     table = Table(title="held-out accuracy, greedy, %", title_justify="left")
     table.add_column("run")

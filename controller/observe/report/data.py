@@ -65,7 +65,7 @@ class RunData:
         )
 
     def phase(self, phase: Phase) -> list[StepRecord]:
-        """The steps of one phase, in order."""
+        """Return the steps of one phase, in order."""
         return [record for record in self.steps if record.phase == phase]
 
     def median(self, name: str) -> float | None:
@@ -82,7 +82,7 @@ class RunData:
 
 
 def _unique(steps: Sequence[StepRecord]) -> list[StepRecord]:
-    """Steps in order, each once: a later line of the same step replaces an earlier one."""
+    """Return steps in order, each once: a later line of the same step replaces an earlier one."""
     latest = {(record.phase, record.step): record for record in steps}
     return sorted(latest.values(), key=lambda record: (record.phase == "train", record.step))
 
@@ -114,7 +114,7 @@ def _derived(
     steps: Sequence[StepRecord],
     evaluations: Sequence[EvaluationRecord],
 ) -> RunSummary:
-    """The outcome, as far as metrics tell, of a run that is still at work or was killed."""
+    """Return the outcome, as far as metrics tell, of a run that is still at work or was killed."""
     train = [record for record in steps if record.phase == "train"]
     ages = [record.age_max for record in train if record.age_max is not None]
     seconds = [r.seconds for r in steps] + [r.seconds for r in evaluations]
@@ -142,7 +142,7 @@ def _dropped(steps: Sequence[StepRecord]) -> Counter[str]:
 
 
 def _with_accuracies(summary: RunSummary, evaluations: Sequence[EvaluationRecord]) -> RunSummary:
-    """The summary with the accuracies it lacks: before training, and last measured after some."""
+    """Return the summary with the accuracies it lacks: before training, and the last one after."""
     found: dict[str, tuple[float, float | None]] = {}
     for record in evaluations:
         if record.label == "validation":

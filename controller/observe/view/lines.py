@@ -12,7 +12,7 @@ PHASE_WORDS: Mapping[str, str] = {"warm_start": "warm start", "train": "train"}
 
 
 def step_line(record: StepRecord, state: ViewState) -> str:
-    """``[train 40/240] reward 0.52 | length 9/12 | age 0.8/1 of 1 | …``; ASCII only.
+    """Return ``[train 40/240] reward 0.52 | length 9/12 | age 0.8/1 of 1 | …``; ASCII only.
 
     ``state`` already knows the record. What was not measured is left out.
     """
@@ -33,7 +33,7 @@ def step_line(record: StepRecord, state: ViewState) -> str:
 
 
 def evaluation_line(record: EvaluationRecord) -> str:
-    """``[held-out, before, step 0] greedy 37.1% +-3.0 | T=1 … | 256 prompts``; ASCII only."""
+    """Return ``[held-out, before, step 0] greedy 37.1% +-3.0 | T=1 … | 256 prompts``, in ASCII."""
     parts = [
         _part("greedy", _with_error(record.greedy, record.standard_error)),
         _part("T=1", _with_error(record.sampled, record.sampled_standard_error)),

@@ -30,7 +30,7 @@ LEAST_SHARE = 0.005
 
 
 def run_panel(state: ViewState, seconds: float, width: int, height: int) -> Panel:
-    """The run in a frame of at most ``width`` columns and ``height`` lines.
+    """Return the run in a frame of at most ``width`` columns and ``height`` lines.
 
     ``seconds`` is wall time since the start of the run. Rows that say least go first where the
     terminal is too low for all of them.
@@ -56,7 +56,7 @@ def run_panel(state: ViewState, seconds: float, width: int, height: int) -> Pane
 
 
 def _heading(state: ViewState, width: int) -> Text:
-    """Phase, bar, steps and time left, on one line."""
+    """Return phase, bar, steps and time left, on one line."""
     last = state.last
     if last is None:
         return Text(fit_line(state.message, width) or "starting", style="bold")
@@ -76,7 +76,7 @@ def _heading(state: ViewState, width: int) -> Text:
 
 
 def _rows(state: ViewState, width: int) -> Iterator[tuple[str, Text]]:
-    """Name and content of every row that has something to say, the most telling first."""
+    """Return name and content of every row that has something to say, the most telling first."""
     last = state.last
     if last is not None:
         yield from _learning_rows(state, last, width)
@@ -155,7 +155,7 @@ def _age(last: StepRecord, max_lag: int) -> Text:
 
 
 def _evaluations(evaluations: list[EvaluationRecord]) -> Text:
-    """First, previous and last greedy accuracy, and the first and last at temperature 1."""
+    """Return first, previous and last greedy accuracy, and first and last at temperature 1."""
     text = Text()
     for title, values in (
         ("greedy ", [e.greedy for e in evaluations if is_number(e.greedy)]),
@@ -171,7 +171,7 @@ def _evaluations(evaluations: list[EvaluationRecord]) -> Text:
 
 
 def _time(shares: Mapping[str, float], width: int) -> Text:
-    """A bar of the shares of a step's wall time, and the shares in words."""
+    """Return a bar of the shares of a step's wall time, and the shares in words."""
     bar, words = Text(), Text()
     bar_width = max(10, min(30, width // 4))
     drawn, reached = 0, 0.0

@@ -25,25 +25,25 @@ REFRESHES_PER_SECOND = 4
 
 
 class View(Protocol):
-    """Shows records as they come. Started once, closed once; closing it gives the screen back."""
+    """A receiver of records that shows them; started once, closed once, which frees the screen."""
 
     def start(self) -> None:
         """Begin to show."""
 
     def step(self, record: StepRecord) -> None:
-        """A step finished."""
+        """Show a finished step."""
 
     def evaluation(self, record: EvaluationRecord) -> None:
-        """An evaluation finished."""
+        """Show a finished evaluation."""
 
     def samples(self, records: Sequence[SampleRecord]) -> None:
-        """Rollouts worth showing arrived."""
+        """Show rollouts."""
 
     def workers(self, states: Mapping[str, str]) -> None:
-        """What each worker is doing."""
+        """Show what each worker is doing."""
 
     def message(self, text: str) -> None:
-        """What the run is doing now, or something that happened."""
+        """Show what the run is doing now, or something that happened."""
 
     def replay(self, records: Sequence[StepRecord | EvaluationRecord]) -> None:
         """Learn what a resumed run had done before, without showing it line by line."""
@@ -53,7 +53,7 @@ class View(Protocol):
 
 
 def open_view(plan: RunPlan, live: bool, log: Path, stream: TextIO | None = None) -> View:
-    """A live view where ``live`` and the stream (standard output) is a terminal, else plain lines.
+    """Return a live view where ``live`` is set and the stream is a terminal, else plain lines.
 
     While a live view is shown, everything else that this process or its children write to standard
     output or error goes to ``log``.
@@ -65,7 +65,7 @@ def open_view(plan: RunPlan, live: bool, log: Path, stream: TextIO | None = None
 
 
 class PlainView:
-    """One line for the first and the last step of a phase and for a step every ``every_seconds``.
+    """A line for the first and the last step of a phase and for a step every ``every_seconds``.
 
     Made for what is no terminal: a file, a CI log, the log of a Ray job.
     """
@@ -84,7 +84,7 @@ class PlainView:
         self._last_shown = -float("inf")
 
     def start(self) -> None:
-        """Nothing to prepare."""
+        """Prepare nothing."""
 
     def step(self, record: StepRecord) -> None:
         """Show the step where it is the first or last of its phase, or enough time has passed."""
@@ -102,10 +102,10 @@ class PlainView:
         self._show(evaluation_line(record))
 
     def samples(self, records: Sequence[SampleRecord]) -> None:
-        """Samples are left to ``samples.jsonl``."""
+        """Leave samples to ``samples.jsonl``."""
 
     def workers(self, states: Mapping[str, str]) -> None:
-        """Workers change with every step: they are for the live view."""
+        """Show nothing: workers change with every step, they are for the live view."""
 
     def message(self, text: str) -> None:
         """Show the message."""
@@ -116,7 +116,7 @@ class PlainView:
         _replay(self._state, records)
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Give nothing back."""
 
     def _show(self, line: str) -> None:
         encoding = self._stream.encoding or "utf-8"
@@ -213,7 +213,7 @@ def _replay(state: ViewState, records: Sequence[StepRecord | EvaluationRecord]) 
 
 
 def _terminal_size(console: Console) -> os.terminal_size:
-    """The terminal's size: rich asks descriptors 0 to 2, none of which need be the terminal."""
+    """Return the terminal's size; rich asks descriptors 0 to 2, and none need be the terminal."""
     try:
         return os.get_terminal_size(console.file.fileno())
     except OSError:

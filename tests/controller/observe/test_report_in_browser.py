@@ -105,12 +105,16 @@ def test_what_a_model_wrote_is_shown_as_text_and_never_runs(tmp_path: Path, tab:
     assert tab.requested() == [page.as_uri()]
 
 
-def test_a_script_that_slipped_in_would_not_run(synthetic_run: WriteRun, tab: Tab) -> None:
+def test_markup_that_slipped_in_would_neither_run_nor_load(
+    synthetic_run: WriteRun, tab: Tab
+) -> None:
     page = write_report(synthetic_run())
-    slipped = "<script>window.hacked = 1</script><img src='other.png' onerror='window.hacked = 1'>"
+    pixel = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///ywAAAAAAQABAAACAUwAOw=="
+    slipped = f"<script>window.hacked = 1</script><img src='{pixel}' onload='window.hacked = 1'>"
     page.write_text(page.read_text().replace("<footer>", f"{slipped}<footer>"))
     tab.open(page)
     assert tab.value("window.hacked") is None
+    assert tab.value("document.querySelector('img').naturalWidth") == 0
     assert len(tab.complaints()) >= 2, "the policy's refusals are told"
 
 

@@ -220,7 +220,7 @@ def on_a_terminal(script: str, *arguments: str) -> str:
 def _read(descriptor: int) -> bytes:
     try:
         return os.read(descriptor, 65536)
-    except OSError:  # Linux ends a terminal that nobody writes to any more with an error
+    except OSError:  # Linux ends a terminal without writers with an error
         return b""
 
 
