@@ -100,6 +100,7 @@ def test_what_a_model_wrote_is_shown_as_text_and_never_runs(tmp_path: Path, tab:
     assert "more characters" in shown[-1]
     assert tab.value("document.querySelectorAll('img, a, script, [onload], [onfocus]').length") == 1
     assert len(tab.value("document.body.innerText")) < 50_000
+    assert tab.value("document.documentElement.scrollWidth <= innerWidth"), "long words are broken"
     assert page.stat().st_size < 1_000_000
     assert tab.complaints() == []
     assert tab.requested() == [page.as_uri()]
