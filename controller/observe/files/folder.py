@@ -112,7 +112,7 @@ class RunFolder:
 
     @property
     def log(self) -> Path:
-        """What happened, in plain lines; other libraries' output too while a live view is shown."""
+        """The log in plain lines; other libraries' output too while a live view is shown."""
         return self.root / "run.log"
 
     @property

@@ -28,7 +28,7 @@ STATUS_WORDS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run did and how it ended.
+    """The outcome of a run.
 
     Accuracies are fractions of the ``num_held_out`` held-out prompts, ``None`` where not measured:
     ``greedy_*`` at temperature 0, ``sampled_*`` at temperature 1; ``standard_errors`` has theirs

@@ -87,7 +87,7 @@ class StepAxis:
 
     @property
     def border(self) -> float:
-        """Where the warm start ends and training begins."""
+        """The place where the warm start ends and training begins."""
         if not self.num_warm:
             return 0.0
         return WARM_START_WIDTH if self.num_train else 1.0

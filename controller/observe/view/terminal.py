@@ -1,4 +1,4 @@
-"""A terminal kept for one writer while everybody else's output goes to a file."""
+"""A terminal kept for one writer while all other output goes to a file."""
 
 from __future__ import annotations
 
