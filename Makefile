@@ -20,7 +20,7 @@ quickstart: install ## Train a small model from scratch: install, warm start, GR
 		name=quickstart-seed$(SEED)-$$(date +%Y%m%d-%H%M%S)
 
 test: install ## Run the whole test suite
-	@$(PYTHON) scripts/install_redis.py
+	@$(PYTHON) scripts/install_system_packages.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 lint: install ## Check style, formatting, types and the import rules

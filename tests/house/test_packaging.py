@@ -84,6 +84,15 @@ def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
+WRITE_REPORT = """
+import sys
+from pathlib import Path
+from paceline.controller.observe.files.folder import RunFolder
+from paceline.controller.observe.report.report import write_report
+folder = RunFolder.create(Path(sys.argv[1]))
+folder.write_config("name: run")
+print(write_report(folder).read_text())
+"""
 IMPORT_ALL = """
 import importlib, json, sys
 failed, files = {}, []
@@ -120,6 +129,14 @@ def test_the_wheel_carries_the_recipes_and_the_type_stubs(installed_wheel: Path)
     assert {path.name for path in (packaged / "configs" / "recipes").glob("*.yaml")} == recipes
     assert (packaged / "spec" / "_native.pyi").exists()
     assert (packaged / "py.typed").exists()
+
+
+@pytest.mark.slow
+def test_a_report_is_written_from_the_wheel(installed_wheel: Path, tmp_path: Path) -> None:
+    command = [installed_wheel, "-I", "-c", WRITE_REPORT, tmp_path / "run"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "How to reproduce it" in done.stdout
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, root: Path) -> RunFolder:
-        """A new run's folder, made where it is missing.
+        """Return a new run's folder, made where it is missing.
 
         Raises ``UserError`` where the path is a file or a folder with something in it.
         """
@@ -49,7 +49,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, root: Path) -> RunFolder:
-        """The folder of an existing run, to be resumed or reported.
+        """Return the folder of an existing run, to be resumed or reported.
 
         Raises ``CheckpointError`` where there is none.
         """
@@ -112,7 +112,7 @@ class RunFolder:
 
     @property
     def log(self) -> Path:
-        """What happened, in plain lines; other libraries' output too while a live view is shown."""
+        """The log in plain lines; other libraries' output too while a live view is shown."""
         return self.root / "run.log"
 
     @property
@@ -187,7 +187,7 @@ def _cut(path: Path, is_later: Callable[[Mapping[str, Any]], bool]) -> Sequence[
 
 
 def _is_later(line: Mapping[str, Any], phase: Phase, step: int) -> bool:
-    """Whether a metrics line lies after ``step`` of ``phase``; the warm start comes first."""
+    """Return whether a metrics line lies after a step of a phase; the warm start comes first."""
     record = StepRecord.from_dict(line) or EvaluationRecord.from_dict(line)
     if record is None:
         return False

@@ -12,7 +12,7 @@ from typing import IO, Any, Self, cast
 
 
 class JsonLines:
-    """Appends JSON objects to a file, one a line, each handed to the system as it is written."""
+    """A file of JSON objects, one a line, each handed to the system as it is appended."""
 
     def __init__(self, path: Path) -> None:
         _end_torn_line(path)
@@ -35,7 +35,7 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a file in order, and how many lines were unreadable.
+    """Return the objects of a file in order, and how many lines were unreadable.
 
     A missing file is an empty one. A process that died while writing leaves a torn last line;
     that one (and any other that is not an object) is counted, not raised.
@@ -51,7 +51,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def plain(value: object) -> Any:
-    """The value as JSON has it: numpy scalars unwrapped, numbers that are not finite as None."""
+    """Return the value as JSON has it: numpy scalars unwrapped, None for numbers not finite."""
     if isinstance(value, Mapping):
         return {str(name): plain(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -74,7 +74,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The document in the file, or None where the file is missing or is not JSON."""
+    """Return the document in the file, or None where the file is missing or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8", errors="replace"))
     except (FileNotFoundError, json.JSONDecodeError):
@@ -89,7 +89,7 @@ def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 @contextmanager
 def _replacement(path: Path) -> Iterator[IO[str]]:
-    """A file beside ``path`` that takes its place when the block ends without an error."""
+    """Return a file beside ``path`` that takes its place when the block ends without an error."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         # `replace` because sampled text may hold lone surrogates, which UTF-8 cannot carry.

@@ -26,22 +26,22 @@ from paceline.controller.observe.view.view import View
 
 
 class Recorder(Protocol):
-    """What the loop tells about itself. Methods are called from one thread."""
+    """A receiver of what the loop tells about itself. Methods are called from one thread."""
 
     def step(self, record: StepRecord) -> None:
-        """A step finished."""
+        """Take note of a finished step."""
 
     def evaluation(self, record: EvaluationRecord) -> None:
-        """An evaluation finished."""
+        """Take note of a finished evaluation."""
 
     def samples(self, records: Sequence[SampleRecord]) -> None:
-        """Rollouts worth keeping arrived."""
+        """Take note of rollouts that are worth keeping."""
 
     def workers(self, states: Mapping[str, str]) -> None:
-        """What each worker is doing, by its name; all workers at once."""
+        """Take note of what each worker is doing, by its name; all workers at once."""
 
     def message(self, text: str) -> None:
-        """What the run is doing now, or something that happened."""
+        """Say what the run is doing now, or something that happened."""
 
 
 class RunRecorder:
@@ -78,14 +78,14 @@ class RunRecorder:
         self.close()
 
     def step(self, record: StepRecord) -> None:
-        """A step finished."""
+        """Take note of a finished step."""
         self._metrics.append(record.as_dict())
         if self._events:
             self._events.step(record)
         self._view.step(record)
 
     def evaluation(self, record: EvaluationRecord) -> None:
-        """An evaluation finished."""
+        """Take note of a finished evaluation."""
         self._metrics.append(record.as_dict())
         self._write_log(evaluation_line(record))
         if self._events:
@@ -93,17 +93,17 @@ class RunRecorder:
         self._view.evaluation(record)
 
     def samples(self, records: Sequence[SampleRecord]) -> None:
-        """Rollouts worth keeping arrived."""
+        """Take note of rollouts that are worth keeping."""
         for record in records:
             self._samples.append(record.as_dict())
         self._view.samples(records)
 
     def workers(self, states: Mapping[str, str]) -> None:
-        """What each worker is doing, by its name; all workers at once."""
+        """Take note of what each worker is doing, by its name; all workers at once."""
         self._view.workers(states)
 
     def message(self, text: str) -> None:
-        """What the run is doing now, or something that happened."""
+        """Say what the run is doing now, or something that happened."""
         self._write_log(text)
         self._view.message(text)
 
@@ -149,7 +149,7 @@ def log_to(recorder: Recorder) -> Iterator[None]:
 
 
 def read_records(folder: RunFolder) -> list[StepRecord | EvaluationRecord]:
-    """The records of ``metrics.jsonl`` in order; lines that are none are passed over."""
+    """Return the records of ``metrics.jsonl`` in order; lines that are none are passed over."""
     lines, _ = read_lines(folder.metrics)
     records = (StepRecord.from_dict(line) or EvaluationRecord.from_dict(line) for line in lines)
     return [record for record in records if record is not None]
@@ -200,7 +200,7 @@ class _EventFiles:
 
 
 def _last_steps(records: Sequence[StepRecord | EvaluationRecord]) -> dict[Phase, int]:
-    """The last recorded step of each phase."""
+    """Return the last recorded step of each phase."""
     last: dict[Phase, int] = {}
     for record in records:
         last[record.phase] = max(record.step, last.get(record.phase, 0))

@@ -31,7 +31,7 @@ WHOLE_STEP = "step"
 
 
 def standard_error(accuracy: float, num_prompts: int) -> float:
-    """Binomial standard error of an accuracy over independent right-or-wrong prompts."""
+    """Return the binomial standard error of an accuracy over independent right-or-wrong prompts."""
     return math.sqrt(max(0.0, accuracy * (1.0 - accuracy)) / num_prompts) if num_prompts else 0.0
 
 
@@ -65,12 +65,12 @@ class StepRecord:
     buffer: Mapping[str, float | None] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """The record as one JSON object; numbers that are not finite become null."""
+        """Return the record as one JSON object; numbers that are not finite become null."""
         return {name: plain(value) for name, value in vars(self).items()}
 
     @classmethod
     def from_dict(cls, line: Mapping[str, Any]) -> Self | None:
-        """The record a line describes, or None where it is not a step."""
+        """Return the record a line describes, or None where it is not a step."""
         step, seconds = _number(line.get("step")), _number(line.get("seconds"))
         if line.get("phase") not in PHASES or step is None:
             return None
@@ -114,7 +114,7 @@ class EvaluationRecord:
         sampled: float | None,
         num_prompts: int,
     ) -> Self:
-        """The record of right-or-wrong accuracies, with their binomial standard errors."""
+        """Return the record of right-or-wrong accuracies, with their binomial standard errors."""
         return cls(
             label=label,
             step=step,
@@ -134,12 +134,12 @@ class EvaluationRecord:
         return "warm_start" if self.label in WARM_START_LABELS else "train"
 
     def as_dict(self) -> dict[str, Any]:
-        """The record as one JSON object."""
+        """Return the record as one JSON object."""
         return {"phase": "evaluation", **{name: plain(value) for name, value in vars(self).items()}}
 
     @classmethod
     def from_dict(cls, line: Mapping[str, Any]) -> Self | None:
-        """The record a line describes, or None where it is not an evaluation."""
+        """Return the record a line describes, or None where it is not an evaluation."""
         if line.get("phase") != "evaluation" or line.get("label") not in EVALUATION_LABELS:
             return None
         return cls(
@@ -173,7 +173,7 @@ class SampleRecord:
     drafted: tuple[int, int] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The record as one JSON object."""
+        """Return the record as one JSON object."""
         return {name: plain(value) for name, value in vars(self).items()}
 
 
@@ -195,7 +195,7 @@ class ExampleRecord:
     after: Generation | None
 
     def as_dict(self) -> dict[str, Any]:
-        """The record as one JSON object."""
+        """Return the record as one JSON object."""
         return {
             "prompt": self.prompt,
             "reference": self.reference,
@@ -205,7 +205,7 @@ class ExampleRecord:
 
     @classmethod
     def from_dict(cls, line: Mapping[str, Any]) -> Self | None:
-        """The example a JSON object describes, or None where it has no prompt."""
+        """Return the example a JSON object describes, or None where it has no prompt."""
         if not isinstance(line.get("prompt"), str):
             return None
         reference = line.get("reference")
@@ -228,14 +228,14 @@ def _generation(value: object) -> Generation | None:
 
 
 def _number(value: object) -> float | None:
-    """The value where it is a finite number, else None."""
+    """Return the value where it is a finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return value if math.isfinite(value) else None
 
 
 def _numbers(value: object) -> dict[str, float | None]:
-    """The numbers of a mapping; an empty one where it is none."""
+    """Return the numbers of a mapping; an empty one where it is none."""
     if not isinstance(value, Mapping):
         return {}
     return {str(name): _number(entry) for name, entry in value.items()}

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from paceline.controller.observe.files.folder import RunFolder
 from paceline.controller.observe.files.jsonl import read_json, write_json
-from paceline.controller.observe.view.text import count, duration, one_line, percent
+from paceline.controller.observe.view.text import count, duration, fit_line, percent
 
 RunStatus = Literal["finished", "interrupted", "failed", "solved"]
 
@@ -28,7 +28,7 @@ STATUS_WORDS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run did and how it ended.
+    """The outcome of a run.
 
     Accuracies are fractions of the ``num_held_out`` held-out prompts, ``None`` where not measured:
     ``greedy_*`` at temperature 0, ``sampled_*`` at temperature 1; ``standard_errors`` has theirs
@@ -60,13 +60,13 @@ class RunSummary:
     error: str | None = None
 
     def write(self, folder: RunFolder) -> Path:
-        """Save as ``summary.json``; returns its path."""
+        """Save as ``summary.json``; return its path."""
         write_json(folder.summary, asdict(self))
         return folder.summary
 
     @classmethod
     def read(cls, folder: RunFolder) -> Self | None:
-        """The run's summary, or None where it left none (it still works, or was killed)."""
+        """Return the run's summary, or None where it left none (it still works, or was killed)."""
         content = read_json(folder.summary)
         known = {entry.name for entry in fields(cls)}
         try:
@@ -96,11 +96,11 @@ def print_summary(
 
 def _status(summary: RunSummary) -> str:
     words = STATUS_WORDS.get(summary.status, summary.status)
-    return f"{words}: {one_line(summary.error, 200)}" if summary.error else words
+    return f"{words}: {fit_line(summary.error, 200)}" if summary.error else words
 
 
 def _rows(summary: RunSummary) -> list[tuple[str, Text]]:
-    """Name and value of each line of the table."""
+    """Return name and value of each line of the table."""
     groups, dropped = summary.groups, summary.groups.get("dropped") or {}
     rows = [
         ("held-out greedy", _change(summary, "greedy")),
@@ -120,7 +120,7 @@ def _rows(summary: RunSummary) -> list[tuple[str, Text]]:
 
 
 def _change(summary: RunSummary, kind: str) -> Text:
-    """Accuracy before and after with standard errors, or nothing where neither was measured."""
+    """Return accuracy before and after with standard errors, nothing where neither was measured."""
     values = [getattr(summary, f"{kind}_{when}") for when in ("before", "after")]
     if values == [None, None]:
         return Text()

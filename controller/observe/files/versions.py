@@ -28,7 +28,7 @@ PACKAGES = (
 
 
 def collect_versions(seed: int, arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """The content of ``versions.json``; ``arguments`` is the command line, ``sys.argv`` if absent.
+    """Return the content of ``versions.json``; ``arguments`` is the command, else ``sys.argv``.
 
     Versions are read from installed metadata: nothing heavy is imported. Packages that are not
     installed are left out.
@@ -46,7 +46,7 @@ def collect_versions(seed: int, arguments: Sequence[str] | None = None) -> dict[
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """The command as one would type it: the program's name without its folder."""
+    """Return the command as one would type it: the program's name without its folder."""
     program, *rest = arguments or ["paceline"]
     return shlex.join([Path(program).name, *rest])
 
@@ -71,16 +71,16 @@ def _cpu_model() -> str:
 
 
 def _num_usable_cpus() -> int | None:
-    """CPUs this process may run on, which containers and batch systems restrict."""
+    """Return how many CPUs this process may use; containers and batch systems restrict them."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
 
 
 def _git_state(folder: Path) -> dict[str, Any] | None:
-    """The commit of the source tree Paceline runs from; None when it runs from a wheel."""
+    """Return the commit of the source tree Paceline runs from; None when it runs from a wheel."""
     commit = _git(folder, "rev-parse", "HEAD")
-    # A wheel inside somebody else's repository (a .venv) is not under that repository's control.
+    # A wheel inside another repository (a .venv) is not under that repository's control.
     if commit is None or not _git(folder, "ls-files", Path(__file__).name):
         return None
     return {"commit": commit, "modified": bool(_git(folder, "status", "--porcelain"))}

@@ -65,25 +65,24 @@ class RunData:
         )
 
     def phase(self, phase: Phase) -> list[StepRecord]:
-        """The steps of one phase, in order."""
+        """Return the steps of one phase, in order."""
         return [record for record in self.steps if record.phase == phase]
 
-    def setting(self, *path: str) -> Any:
-        """A value of the configuration by its keys; None where it has none."""
-        value: Any = self.config
-        for key in path:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        return value
-
     def median(self, name: str) -> float | None:
-        """The median of a number over the training steps; None where never measured."""
+        """Return the median of a number over the training steps; None where never measured."""
         values = [getattr(record, name) for record in self.phase("train")]
         measured = [value for value in values if value is not None]
         return statistics.median(measured) if measured else None
 
+    def mean_seconds(self, part: str) -> float | None:
+        """Return a training step's mean seconds in a part of it; None where never measured."""
+        values = [record.time.get(part) for record in self.phase("train")]
+        measured = [value for value in values if value is not None]
+        return statistics.fmean(measured) if measured else None
+
 
 def _unique(steps: Sequence[StepRecord]) -> list[StepRecord]:
-    """Steps in order, each once: a later line of the same step replaces an earlier one."""
+    """Return steps in order, each once: a later line of the same step replaces an earlier one."""
     latest = {(record.phase, record.step): record for record in steps}
     return sorted(latest.values(), key=lambda record: (record.phase == "train", record.step))
 
@@ -115,7 +114,7 @@ def _derived(
     steps: Sequence[StepRecord],
     evaluations: Sequence[EvaluationRecord],
 ) -> RunSummary:
-    """The outcome, as far as metrics tell, of a run that is still at work or was killed."""
+    """Return the outcome, as far as metrics tell, of a run that is still at work or was killed."""
     train = [record for record in steps if record.phase == "train"]
     ages = [record.age_max for record in train if record.age_max is not None]
     seconds = [r.seconds for r in steps] + [r.seconds for r in evaluations]
@@ -143,7 +142,7 @@ def _dropped(steps: Sequence[StepRecord]) -> Counter[str]:
 
 
 def _with_accuracies(summary: RunSummary, evaluations: Sequence[EvaluationRecord]) -> RunSummary:
-    """The summary with the accuracies it lacks: before training, and last measured after some."""
+    """Return the summary with the accuracies it lacks: before training, and the last one after."""
     found: dict[str, tuple[float, float | None]] = {}
     for record in evaluations:
         if record.label == "validation":

@@ -1,4 +1,4 @@
-"""The live view's picture of a run: a pure function of its progress."""
+"""The live view's picture of a run: a pure function of its state."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from rich.panel import Panel
 from rich.text import Text
 
 from paceline.controller.observe.files.records import EvaluationRecord, SampleRecord, StepRecord
-from paceline.controller.observe.view.state import Progress
+from paceline.controller.observe.view.state import ViewState
 from paceline.controller.observe.view.text import (
     count,
     duration,
+    fit_line,
     is_number,
     number,
-    one_line,
     percent,
     reward_mark,
     sparkline,
@@ -29,8 +29,8 @@ LEAST_SHARE = 0.005
 """Parts of the time under this share are drawn, but not named."""
 
 
-def run_panel(progress: Progress, seconds: float, width: int, height: int) -> Panel:
-    """The run in a frame of at most ``width`` columns and ``height`` lines.
+def run_panel(state: ViewState, seconds: float, width: int, height: int) -> Panel:
+    """Return the run in a frame of at most ``width`` columns and ``height`` lines.
 
     ``seconds`` is wall time since the start of the run. Rows that say least go first where the
     terminal is too low for all of them.
@@ -39,13 +39,13 @@ def run_panel(progress: Progress, seconds: float, width: int, height: int) -> Pa
     inner = width - 4
     room = max(8, inner - NAME_WIDTH)
     picture = Text(no_wrap=True, overflow="ellipsis")
-    picture.append_text(_heading(progress, inner))
-    for name, value in list(_rows(progress, room))[: max(0, height - 4)]:
+    picture.append_text(_heading(state, inner))
+    for name, value in list(_rows(state, room))[: max(0, height - 4)]:
         value.truncate(room, overflow="ellipsis")
         picture.append("\n").append(name.ljust(NAME_WIDTH), style="dim").append_text(value)
     return Panel(
         picture,
-        title=Text(progress.plan.name, style="bold"),
+        title=Text(state.plan.name, style="bold"),
         title_align="left",
         subtitle=Text(duration(seconds), style="dim"),
         subtitle_align="right",
@@ -55,57 +55,57 @@ def run_panel(progress: Progress, seconds: float, width: int, height: int) -> Pa
     )
 
 
-def _heading(progress: Progress, width: int) -> Text:
-    """Phase, bar, steps and time left, on one line."""
-    last = progress.last
+def _heading(state: ViewState, width: int) -> Text:
+    """Return phase, bar, steps and time left, on one line."""
+    last = state.last
     if last is None:
-        return Text(one_line(progress.message, width) or "starting", style="bold")
+        return Text(fit_line(state.message, width) or "starting", style="bold")
     at_most = "at most " if last.phase == "warm_start" else ""
     title = Text(f"{PHASE_TITLES[last.phase]}  ", style="bold")
     numbers = Text.assemble(
-        f"  {last.step} of {at_most}{progress.total}",
-        (f"  {number(progress.seconds_per_step, '.2f')} s/step", "dim"),
-        (f"  {at_most}{duration(progress.seconds_left)} left", "bold cyan"),
+        f"  {last.step} of {at_most}{state.total}",
+        (f"  {number(state.seconds_per_step, '.2f')} s/step", "dim"),
+        (f"  {at_most}{duration(state.seconds_left)} left", "bold cyan"),
     )
     room = max(4, width - len(title) - len(numbers))
-    full = min(room, round(room * last.step / max(1, progress.total)))
+    full = min(room, round(room * last.step / max(1, state.total)))
     bar = Text.assemble(("━" * full, "green"), ("─" * (room - full), "dim"))
     heading = Text.assemble(title, bar, numbers)
     heading.truncate(width, overflow="ellipsis")
     return heading
 
 
-def _rows(progress: Progress, width: int) -> Iterator[tuple[str, Text]]:
-    """Name and content of every row that has something to say, the most telling first."""
-    last = progress.last
+def _rows(state: ViewState, width: int) -> Iterator[tuple[str, Text]]:
+    """Return name and content of every row that has something to say, the most telling first."""
+    last = state.last
     if last is not None:
-        yield from _learning_rows(progress, last, width)
-    validations = [record for record in progress.evaluations if record.label == "validation"]
-    held_out = [record for record in progress.evaluations if record.label != "validation"]
+        yield from _learning_rows(state, last, width)
+    validations = [record for record in state.evaluations if record.label == "validation"]
+    held_out = [record for record in state.evaluations if record.label != "validation"]
     if validations and last is not None and last.phase == "warm_start":
         yield "validation", _evaluations(validations)
     if held_out:
         yield "held-out", _evaluations(held_out)
     if last is not None:
-        yield from _machine_rows(progress, last, width)
-    if progress.dropped:
-        yield "dropped", Text(", ".join(f"{k} {count(v)}" for k, v in progress.dropped.items()))
-    if progress.workers:
-        yield "workers", _workers(progress.workers)
-    if progress.message and last is not None:
-        yield "now", Text(one_line(progress.message, width), style="italic")
-    for index, sample in enumerate(reversed(progress.samples)):
+        yield from _machine_rows(state, last, width)
+    if state.dropped:
+        yield "dropped", Text(", ".join(f"{k} {count(v)}" for k, v in state.dropped.items()))
+    if state.workers:
+        yield "workers", _workers(state.workers)
+    if state.message and last is not None:
+        yield "now", Text(fit_line(state.message, width), style="italic")
+    for index, sample in enumerate(reversed(state.samples)):
         yield "" if index else "samples", _sample(sample, width)
 
 
-def _learning_rows(progress: Progress, last: StepRecord, width: int) -> Iterator[tuple[str, Text]]:
+def _learning_rows(state: ViewState, last: StepRecord, width: int) -> Iterator[tuple[str, Text]]:
     curve_width = max(8, min(60, width - 20))
     if is_number(last.reward):
         spread = f" ±{number(last.reward_std, '.2f')}" if is_number(last.reward_std) else ""
         yield (
             "reward",
             Text.assemble(
-                (sparkline(progress.rewards, curve_width), "green"),
+                (sparkline(state.rewards, curve_width), "green"),
                 (f"  {number(last.reward, '.2f')}", "bold"),
                 (spread, "dim"),
             ),
@@ -114,13 +114,13 @@ def _learning_rows(progress: Progress, last: StepRecord, width: int) -> Iterator
         yield (
             "loss",
             Text.assemble(
-                (sparkline(progress.losses, curve_width), "green"),
+                (sparkline(state.losses, curve_width), "green"),
                 (f"  {number(last.loss, '.4f')}", "bold"),
             ),
         )
 
 
-def _machine_rows(progress: Progress, last: StepRecord, width: int) -> Iterator[tuple[str, Text]]:
+def _machine_rows(state: ViewState, last: StepRecord, width: int) -> Iterator[tuple[str, Text]]:
     if is_number(last.length_p50):
         yield "length", _pairs({"p50": number(last.length_p50), "p99": number(last.length_p99)})
     rates = {
@@ -130,8 +130,8 @@ def _machine_rows(progress: Progress, last: StepRecord, width: int) -> Iterator[
     if any(rates.values()):
         yield "tokens/s", _pairs(rates)
     if is_number(last.age_mean):
-        yield "policy age", _age(last, progress.plan.max_lag)
-    shares = progress.time_shares()
+        yield "policy age", _age(last, state.plan.max_lag)
+    shares = state.time_shares()
     if shares:
         yield "time", _time(shares, width)
     if last.buffer:
@@ -155,7 +155,7 @@ def _age(last: StepRecord, max_lag: int) -> Text:
 
 
 def _evaluations(evaluations: list[EvaluationRecord]) -> Text:
-    """First, previous and last greedy accuracy, and the first and last at temperature 1."""
+    """Return first, previous and last greedy accuracy, and first and last at temperature 1."""
     text = Text()
     for title, values in (
         ("greedy ", [e.greedy for e in evaluations if is_number(e.greedy)]),
@@ -171,7 +171,7 @@ def _evaluations(evaluations: list[EvaluationRecord]) -> Text:
 
 
 def _time(shares: Mapping[str, float], width: int) -> Text:
-    """A bar of the shares of a step's wall time, and the shares in words."""
+    """Return a bar of the shares of a step's wall time, and the shares in words."""
     bar, words = Text(), Text()
     bar_width = max(10, min(30, width // 4))
     drawn, reached = 0, 0.0
@@ -190,7 +190,7 @@ def _time(shares: Mapping[str, float], width: int) -> Text:
 def _workers(workers: Mapping[str, str]) -> Text:
     text = Text()
     for name, state in workers.items():
-        text.append(f"{one_line(name, 24)} ", style="dim").append(f"{one_line(state, 32)}   ")
+        text.append(f"{fit_line(name, 24)} ", style="dim").append(f"{fit_line(state, 32)}   ")
     return text
 
 
@@ -200,7 +200,7 @@ def _sample(sample: SampleRecord, width: int) -> Text:
     share = max(8, (width - 8) // 2)
     return Text.assemble(
         (f"{mark} ", style),
-        (one_line(sample.prompt, share), "dim"),
+        (fit_line(sample.prompt, share), "dim"),
         (" → ", "dim"),
-        one_line(sample.completion, share),
+        fit_line(sample.completion, share),
     )

@@ -22,7 +22,7 @@ NUM_RECENT_SAMPLES = 4
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run sets out to do. ``warm_start_steps`` is an upper bound, 0 without a warm start."""
+    """The plan of a run. ``warm_start_steps`` is an upper bound, 0 without a warm start."""
 
     name: str
     num_steps: int
@@ -31,7 +31,7 @@ class RunPlan:
 
     @classmethod
     def from_config(cls, config: RunConfig) -> RunPlan:
-        """The plan that a configuration describes."""
+        """Return the plan that a configuration describes."""
         return cls(
             name=config.name,
             num_steps=config.loop.num_steps,
@@ -40,13 +40,13 @@ class RunPlan:
         )
 
     def total(self, phase: Phase) -> int:
-        """Planned steps of a phase."""
+        """Return the planned steps of a phase."""
         return self.num_steps if phase == "train" else self.warm_start_steps
 
 
 @dataclass
-class Progress:
-    """The state of a run as its records tell it; only ``plan`` is given, the rest accumulates."""
+class ViewState:
+    """The run as its records tell it; only ``plan`` is given, the rest accumulates."""
 
     plan: RunPlan
     last: StepRecord | None = None
@@ -60,7 +60,7 @@ class Progress:
     message: str = ""
 
     def step(self, record: StepRecord) -> None:
-        """A step finished. The first of a phase starts that phase's curves afresh."""
+        """Add a finished step. The first of a phase starts that phase's curves afresh."""
         if self.last is None or self.last.phase != record.phase:
             self.recent.clear()
             self.rewards.clear()
@@ -72,11 +72,11 @@ class Progress:
         self.dropped.update({reason: int(n) for reason, n in record.dropped.items() if n})
 
     def evaluation(self, record: EvaluationRecord) -> None:
-        """An evaluation finished."""
+        """Add a finished evaluation."""
         self.evaluations.append(record)
 
     def add_samples(self, records: Sequence[SampleRecord]) -> None:
-        """Rollouts worth showing arrived."""
+        """Add rollouts that are worth showing."""
         self.samples.extend(records)
 
     @property
@@ -101,12 +101,12 @@ class Progress:
         return pace * max(0, self.total - self.last.step)
 
     def time_shares(self) -> dict[str, float]:
-        """Where the wall time of recent steps went: part to share, in order; shares sum to 1."""
+        """Return the shares of recent steps' wall time by part, in order; they sum to 1."""
         return shares(sequential_time(self.recent))
 
 
 def sequential_time(steps: Sequence[StepRecord] | deque[StepRecord]) -> dict[str, float]:
-    """Seconds by part over the given steps, without the parts that run beside the others."""
+    """Return seconds by part over the given steps, without the parts that run beside the others."""
     seconds: dict[str, float] = {}
     for record in steps:
         for part, value in time_parts(record).items():
@@ -115,7 +115,7 @@ def sequential_time(steps: Sequence[StepRecord] | deque[StepRecord]) -> dict[str
 
 
 def time_parts(record: StepRecord) -> dict[str, float]:
-    """The parts of one step's wall time that follow one another; ``other`` is the unexplained rest.
+    """Return the parts of a step's wall time that follow one another; ``other`` is the rest.
 
     The rest is known only where the record has the whole step's time.
     """
@@ -126,6 +126,6 @@ def time_parts(record: StepRecord) -> dict[str, float]:
 
 
 def shares(parts: Mapping[str, float]) -> dict[str, float]:
-    """The parts as fractions of their sum; nothing where the sum is nothing."""
+    """Return the parts as fractions of their sum; nothing where the sum is nothing."""
     total = sum(parts.values())
     return {name: value / total for name, value in parts.items()} if total > 0 else {}

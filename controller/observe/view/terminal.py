@@ -1,4 +1,4 @@
-"""A terminal kept for one writer while everybody else's output goes to a file."""
+"""A terminal kept for one writer while all other output goes to a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TextIO
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether the stream is this process's standard output on a terminal that can be redrawn."""
+    """Return whether the stream is this process's standard output and can be redrawn."""
     try:
         return stream.isatty() and stream.fileno() == 1 and os.environ.get("TERM") != "dumb"
     except (AttributeError, OSError, ValueError):
@@ -20,7 +20,7 @@ def is_terminal(stream: TextIO) -> bool:
 
 @contextmanager
 def reserved_terminal(log: Path) -> Iterator[TextIO]:
-    """Yields the terminal; until the block ends, file descriptors 1 and 2 lead to ``log``.
+    """Yield the terminal; until the block ends, file descriptors 1 and 2 lead to ``log``.
 
     Descriptors, not ``sys.stdout``: log handlers hold on to the stream they were made with, and C
     libraries and child processes (Ray's among them) know nothing of Python's streams. What is

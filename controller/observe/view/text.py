@@ -17,7 +17,7 @@ UNPRINTABLE = re.compile(
 
 
 def printable(text: str) -> str:
-    r"""The text with control characters and lone surrogates spelled out; newlines and tabs stay.
+    r"""Return the text with control characters and lone surrogates spelled out, but ``\n``, ``\t``.
 
     Completions are whatever a model sampled: escape sequences must not reach a terminal, nor
     code points that no encoding can carry a file.
@@ -28,37 +28,37 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def one_line(text: str, width: int) -> str:
-    """The text on one line of at most ``width`` characters, an ellipsis where it was cut."""
+def fit_line(text: str, width: int) -> str:
+    """Return the text on one line of at most ``width`` characters, an ellipsis where it was cut."""
     line = printable(text).replace("\n", "⏎").replace("\t", " ")
     return line if len(line) <= width else line[: max(0, width - 1)] + "…"
 
 
 def is_number(value: float | None) -> bool:
-    """Whether the value was measured and is finite."""
+    """Return whether the value was measured and is finite."""
     return value is not None and math.isfinite(value)
 
 
 def number(value: float | None, format_spec: str = ".3g", missing: str = "-") -> str:
-    """The value in the given format; ``missing`` where there is none, ``nan`` where not finite."""
+    """Return the value in a format; ``missing`` where there is none, ``nan`` where not finite."""
     if value is None:
         return missing
     return format(value, format_spec) if math.isfinite(value) else str(value)
 
 
 def percent(value: float | None, missing: str = "-") -> str:
-    """A fraction as per cent with one decimal: ``0.9453`` is ``94.5%``."""
+    """Return a fraction as per cent with one decimal: ``0.9453`` is ``94.5%``."""
     return number(value, ".1%", missing)
 
 
 def reward_mark(reward: float | None) -> str:
-    """``✓`` for a reward of 1, ``✗`` for 0, the number for any other."""
+    """Return ``✓`` for a reward of 1, ``✗`` for 0, the number for any other."""
     marks = {1.0: "✓", 0.0: "✗"}
     return marks[reward] if reward in marks else number(reward, ".2f", "?")
 
 
 def count(value: float | None, missing: str = "-") -> str:
-    """A count in at most four characters and a unit: ``1234567`` is ``1.23M``."""
+    """Return a count in at most four characters and a unit: ``1234567`` is ``1.23M``."""
     if value is None or not math.isfinite(value):
         return number(value, missing=missing)
     for factor, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -68,7 +68,7 @@ def count(value: float | None, missing: str = "-") -> str:
 
 
 def duration(seconds: float | None, missing: str = "-") -> str:
-    """Seconds for people: ``7.5s``, ``3m 12s``, ``2h 05m``."""
+    """Return seconds for people: ``7.5s``, ``3m 12s``, ``2h 05m``."""
     if seconds is None or not math.isfinite(seconds):
         return missing
     if seconds < 59.5:
@@ -80,14 +80,14 @@ def duration(seconds: float | None, missing: str = "-") -> str:
 
 
 def buckets(values: Sequence[float], num_buckets: int) -> list[float]:
-    """Means of at most ``num_buckets`` runs of neighbouring values, in order."""
+    """Return means of at most ``num_buckets`` runs of neighbouring values, in order."""
     num_buckets = min(num_buckets, len(values))
     edges = [len(values) * i // num_buckets for i in range(num_buckets + 1)] if values else [0]
     return [sum(values[start:end]) / (end - start) for start, end in pairwise(edges)]
 
 
 def sparkline(values: Sequence[float | None], width: int) -> str:
-    """A curve in block characters; 0 to 1 where the values allow it, else their own range."""
+    """Return a curve in block characters; 0 to 1 where the values lie there, else their range."""
     points = buckets([v for v in values if v is not None and math.isfinite(v)], width)
     if not points:
         return ""

@@ -17,7 +17,7 @@ from rich.live import Live
 from paceline.controller.observe.files.records import EvaluationRecord, SampleRecord, StepRecord
 from paceline.controller.observe.view.lines import evaluation_line, step_line
 from paceline.controller.observe.view.panel import run_panel
-from paceline.controller.observe.view.state import Progress, RunPlan
+from paceline.controller.observe.view.state import RunPlan, ViewState
 from paceline.controller.observe.view.terminal import is_terminal, reserved_terminal
 from paceline.controller.observe.view.text import printable
 
@@ -25,25 +25,25 @@ REFRESHES_PER_SECOND = 4
 
 
 class View(Protocol):
-    """Shows records as they come. Started once, closed once; closing it gives the screen back."""
+    """A receiver of records that shows them; started once, closed once, which frees the screen."""
 
     def start(self) -> None:
         """Begin to show."""
 
     def step(self, record: StepRecord) -> None:
-        """A step finished."""
+        """Show a finished step."""
 
     def evaluation(self, record: EvaluationRecord) -> None:
-        """An evaluation finished."""
+        """Show a finished evaluation."""
 
     def samples(self, records: Sequence[SampleRecord]) -> None:
-        """Rollouts worth showing arrived."""
+        """Show rollouts."""
 
     def workers(self, states: Mapping[str, str]) -> None:
-        """What each worker is doing."""
+        """Show what each worker is doing."""
 
     def message(self, text: str) -> None:
-        """What the run is doing now, or something that happened."""
+        """Show what the run is doing now, or something that happened."""
 
     def replay(self, records: Sequence[StepRecord | EvaluationRecord]) -> None:
         """Learn what a resumed run had done before, without showing it line by line."""
@@ -53,7 +53,7 @@ class View(Protocol):
 
 
 def open_view(plan: RunPlan, live: bool, log: Path, stream: TextIO | None = None) -> View:
-    """A live view where ``live`` and the stream (standard output) is a terminal, else plain lines.
+    """Return a live view where ``live`` is set and the stream is a terminal, else plain lines.
 
     While a live view is shown, everything else that this process or its children write to standard
     output or error goes to ``log``.
@@ -65,7 +65,7 @@ def open_view(plan: RunPlan, live: bool, log: Path, stream: TextIO | None = None
 
 
 class PlainView:
-    """One line for the first and the last step of a phase and for a step every ``every_seconds``.
+    """A line for the first and the last step of a phase and for a step every ``every_seconds``.
 
     Made for what is no terminal: a file, a CI log, the log of a Ray job.
     """
@@ -77,35 +77,35 @@ class PlainView:
         every_seconds: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._progress = Progress(plan)
+        self._state = ViewState(plan)
         self._stream = stream
         self._every_seconds = every_seconds
         self._clock = clock
         self._last_shown = -float("inf")
 
     def start(self) -> None:
-        """Nothing to prepare."""
+        """Prepare nothing."""
 
     def step(self, record: StepRecord) -> None:
         """Show the step where it is the first or last of its phase, or enough time has passed."""
-        previous = self._progress.last
-        self._progress.step(record)
+        previous = self._state.last
+        self._state.step(record)
         is_first = previous is None or previous.phase != record.phase
         is_due = self._clock() - self._last_shown >= self._every_seconds
-        if is_first or is_due or record.step == self._progress.total:
+        if is_first or is_due or record.step == self._state.total:
             self._last_shown = self._clock()
-            self._show(step_line(record, self._progress))
+            self._show(step_line(record, self._state))
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """Show the evaluation."""
-        self._progress.evaluation(record)
+        self._state.evaluation(record)
         self._show(evaluation_line(record))
 
     def samples(self, records: Sequence[SampleRecord]) -> None:
-        """Samples are left to ``samples.jsonl``."""
+        """Leave samples to ``samples.jsonl``."""
 
     def workers(self, states: Mapping[str, str]) -> None:
-        """Workers change with every step: they are for the live view."""
+        """Show nothing: workers change with every step, they are for the live view."""
 
     def message(self, text: str) -> None:
         """Show the message."""
@@ -113,10 +113,10 @@ class PlainView:
 
     def replay(self, records: Sequence[StepRecord | EvaluationRecord]) -> None:
         """Learn what a resumed run had done before."""
-        _replay(self._progress, records)
+        _replay(self._state, records)
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Give nothing back."""
 
     def _show(self, line: str) -> None:
         encoding = self._stream.encoding or "utf-8"
@@ -131,7 +131,7 @@ class LiveView:
     def __init__(
         self, plan: RunPlan, log: Path, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._progress = Progress(plan)
+        self._state = ViewState(plan)
         self._log = log
         self._clock = clock
         # The clock follows the records' own `seconds`: a resumed run's starts above zero.
@@ -161,33 +161,33 @@ class LiveView:
     def step(self, record: StepRecord) -> None:
         """Draw the step."""
         with self._lock:
-            self._progress.step(record)
+            self._state.step(record)
             self._seconds, self._seen_at = record.seconds, self._clock()
 
     def evaluation(self, record: EvaluationRecord) -> None:
         """Draw the evaluation."""
         with self._lock:
-            self._progress.evaluation(record)
+            self._state.evaluation(record)
 
     def samples(self, records: Sequence[SampleRecord]) -> None:
         """Draw the last few of them."""
         with self._lock:
-            self._progress.add_samples(records)
+            self._state.add_samples(records)
 
     def workers(self, states: Mapping[str, str]) -> None:
         """Draw what each worker is doing."""
         with self._lock:
-            self._progress.workers = dict(states)
+            self._state.workers = dict(states)
 
     def message(self, text: str) -> None:
         """Draw the message until the next one."""
         with self._lock:
-            self._progress.message = text
+            self._state.message = text
 
     def replay(self, records: Sequence[StepRecord | EvaluationRecord]) -> None:
         """Learn what a resumed run had done before."""
         with self._lock:
-            _replay(self._progress, records)
+            _replay(self._state, records)
             self._seconds = max((record.seconds for record in records), default=0.0)
 
     def close(self) -> None:
@@ -199,21 +199,21 @@ class LiveView:
         width, height = self._console.size = _terminal_size(self._console)
         with self._lock:
             seconds = self._seconds + self._clock() - self._seen_at
-            return run_panel(self._progress, seconds, width, height)
+            return run_panel(self._state, seconds, width, height)
 
 
-def _replay(progress: Progress, records: Sequence[StepRecord | EvaluationRecord]) -> None:
+def _replay(state: ViewState, records: Sequence[StepRecord | EvaluationRecord]) -> None:
     for record in records:
         if isinstance(record, StepRecord):
-            progress.step(record)
+            state.step(record)
         else:
-            progress.evaluation(record)
+            state.evaluation(record)
     # Time stood still between the interrupted run and this one: estimate from new steps alone.
-    progress.recent.clear()
+    state.recent.clear()
 
 
 def _terminal_size(console: Console) -> os.terminal_size:
-    """The terminal's size: rich asks descriptors 0 to 2, none of which need be the terminal."""
+    """Return the terminal's size; rich asks descriptors 0 to 2, and none need be the terminal."""
     try:
         return os.get_terminal_size(console.file.fileno())
     except OSError:

@@ -28,9 +28,12 @@ def test_a_comparison_prints_every_run_and_draws_it(tmp_path: Path, capsys) -> N
     printed = capsys.readouterr().out
     assert "one" in printed and "two<three" in printed
     document = xml.dom.minidom.parse(str(output))
-    assert len(document.getElementsByTagName("polyline")) == 2
+    lines = [each for each in document.getElementsByTagName("g") if "mark-line" in
+             each.getAttribute("class")]  # fmt: skip
+    assert len(lines) == 2
     texts = [node.firstChild.data for node in document.getElementsByTagName("text")]
-    assert texts[-2:] == ["one", "two<three"]
+    assert {"one", "two<three", "held-out accuracy, greedy"} <= set(texts)
+    assert "prefers-color-scheme: dark" in document.getElementsByTagName("style")[0].firstChild.data
 
 
 def test_what_cannot_be_compared_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
@@ -44,8 +47,9 @@ def test_what_cannot_be_compared_is_refused_and_nothing_is_written(tmp_path: Pat
 
 
 def test_points_lie_where_their_accuracy_is() -> None:
-    text = drawing("t", {"a": {0: 0.0, 10: 1.0}})
-    (line,) = xml.dom.minidom.parseString(text).getElementsByTagName("polyline")
-    (x0, y0), (x1, y1) = (p.split(",") for p in line.getAttribute("points").split())
+    document = xml.dom.minidom.parseString(drawing("t", {"a": {0: 0.0, 10: 1.0}}))
+    paths = document.getElementsByTagName("path")
+    (line,) = [each for each in paths if "mark-line" in each.parentNode.getAttribute("class")]
+    (x0, y0), (x1, y1) = (p.split(",") for p in line.getAttribute("d").strip("M").split("L"))
     assert float(x0) < float(x1)
     assert float(y0) > float(y1), "higher is better, and further up"

@@ -1,4 +1,7 @@
-"""The report: one file that loads nothing, admits no foreign script, and needs no whole run."""
+"""The report: one file that loads nothing, admits no foreign script, and needs no whole run.
+
+What a browser makes of it is in ``test_report_in_browser.py``.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,13 @@ import io
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 from rich.console import Console
 
 from paceline.controller.observe.files.folder import RunFolder
@@ -27,11 +29,9 @@ from paceline.controller.observe.files.records import (
     StepRecord,
 )
 from paceline.controller.observe.files.summary import RunSummary, print_summary
+from paceline.controller.observe.report.curves import learner_charts, machine_charts
 from paceline.controller.observe.report.data import RunData
-from paceline.controller.observe.report.markup import tag
-from paceline.controller.observe.report.report import write_report
-from paceline.controller.observe.report.scales import Scale, StepAxis, value_range
-from paceline.controller.observe.report.stylesheet import SCRIPT
+from paceline.controller.observe.report.report import read_template, write_report
 
 WriteRun = Callable[..., RunFolder]
 NEVER_CLOSED = frozenset({"meta"})
@@ -44,7 +44,7 @@ class Page(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
+        self.inline: dict[str, list[str]] = {"script": [], "style": []}
         self.text = ""
         self._open: list[str] = []
         self.feed(html)
@@ -63,9 +63,9 @@ class Page(HTMLParser):
         assert self._open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self._open and self._open[-1] == "script":
-            self.scripts.append(data)
-        elif not self._open or self._open[-1] != "style":
+        if self._open and self._open[-1] in self.inline:
+            self.inline[self._open[-1]].append(data)
+        else:
             self.text += data
 
     def attributes(self, name: str) -> list[str]:
@@ -90,7 +90,8 @@ def test_a_report_shows_the_run(synthetic_run: WriteRun) -> None:
 
 def test_a_report_loads_nothing(synthetic_run: WriteRun) -> None:
     html = write_report(synthetic_run()).read_text(encoding="utf-8")
-    assert not re.search(r"https?:|//[a-z]|@import|url\(|\bimport\b.*\bfrom\b", html)
+    named = re.sub(r'xmlns(:xlink)?="http://www.w3.org/[^"]*"', "", html)  # read, never loaded
+    assert not re.search(r"https?:|//[a-z]|@import|url\(|\bimport\b.*\bfrom\b", named)
     page = Page(html)
     assert not {"link", "img", "iframe", "object", "embed", "base"} & {e for e, _ in page.elements}
     for name in ("src", "href", "srcset", "xlink:href", "action"):
@@ -114,18 +115,24 @@ def test_what_a_model_or_a_user_wrote_is_text_and_never_markup(tmp_path: Path) -
     write_json_lines(folder.metrics, [record.as_dict() for record in records])
     RunSummary(ATTACK, "failed", {ATTACK: 1}, 3, 8, 1, error=ATTACK).write(folder)  # type: ignore[arg-type]
     page = report_of(folder)
-    assert page.scripts == [SCRIPT]
+    assert page.inline["script"] == [read_template("report.js")]
     assert "img" not in {element for element, _ in page.elements}
     assert not [name for _, found in page.elements for name in found if name.startswith("on")]
     assert page.text.count("<script>alert(1)</script>") >= 8
 
 
-def test_only_the_reports_own_script_may_run(synthetic_run: WriteRun) -> None:
+def test_only_the_reports_own_script_and_style_are_admitted(synthetic_run: WriteRun) -> None:
     page = report_of(synthetic_run())
     policy = next(f["content"] for _, f in page.elements if f.get("http-equiv"))
-    digest = base64.b64encode(hashlib.sha256(page.scripts[0].encode()).digest()).decode()
-    assert f"script-src 'sha256-{digest}'" in (policy or "")
-    assert "default-src 'none'" in (policy or "")
+    digests = {
+        kind: base64.b64encode(hashlib.sha256("".join(texts).encode()).digest()).decode()
+        for kind, texts in page.inline.items()
+    }
+    assert policy == (
+        f"default-src 'none'; style-src 'sha256-{digests['style']}'; "
+        f"script-src 'sha256-{digests['script']}'"
+    )
+    assert not page.attributes("style")
 
 
 def test_a_run_that_was_killed_has_a_report(synthetic_run: WriteRun) -> None:
@@ -181,6 +188,20 @@ def test_numbers_that_are_missing_or_not_finite_leave_a_gap(tmp_path: Path) -> N
     assert "Reward in training" not in html
 
 
+def test_zero_is_a_value_and_a_reason_that_a_step_lacks_is_zero(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    with JsonLines(folder.metrics) as lines:
+        for step, dropped in ((1, {"zero_signal": 3}), (2, {"grader_error": 1})):
+            record = StepRecord("train", step, 1.0, metrics={"kl": 0.0}, dropped=dropped)
+            lines.append(record.as_dict())
+    data = RunData.read(folder)
+    (kl,) = learner_charts(data)
+    assert [point.value for point in kl.series[0].points] == [0.0, 0.0]
+    dropped = next(chart for chart in machine_charts(data) if chart.title == "Dropped groups")
+    values = {one.name: [point.value for point in one.points] for one in dropped.series}
+    assert values == {"zero signal": [3, 0], "grader error": [0, 1]}
+
+
 def test_text_that_utf8_cannot_carry_is_spelled_out(synthetic_run: WriteRun) -> None:
     folder = synthetic_run()
     odd = Generation("half \ud800 and bell \x07 and turned \u202e", 0.0)
@@ -225,31 +246,14 @@ def test_a_broken_freshness_bound_is_said_aloud(synthetic_run: WriteRun) -> None
     assert "more than the 1 allowed: this is a defect" in report_of(folder).text
 
 
-def test_markup_escapes_whatever_it_did_not_make() -> None:
-    inner = tag("b", "1 < 2", title='"')
-    assert tag("p", inner, " & ", ["x", None]) == ('<p><b title="&quot;">1 &lt; 2</b> &amp; x</p>')
-
-
-@example([5e-324], 2)
-@given(st.lists(st.floats(-1e9, 1e9), min_size=1), st.integers(2, 6))
-def test_an_axis_holds_its_values_and_ends_on_ticks(values: list[float], num_ticks: int) -> None:
-    low, high = value_range(values, num_ticks)
-    slack = 1e-6 * (high - low)
-    assert low - slack <= min(values)
-    assert max(values) <= high + slack
-    assert low <= 0 <= high
-    ticks = Scale(low, high, 0, 1).ticks(num_ticks)
-    assert 2 <= len(ticks) <= num_ticks + 1
-    assert ticks[0] == pytest.approx(low, abs=slack)
-    assert ticks[-1] == pytest.approx(high, abs=slack)
-
-
-def test_the_warm_start_has_a_segment_of_its_own() -> None:
-    axis = StepAxis(num_warm=100, num_train=200, start=0, end=1000)
-    assert axis.scale("warm_start")(100) == axis.scale("train")(0) == axis.border == 200
-    assert axis.scale("train")(200) == 1000
-    assert StepAxis(0, 200, 0, 1000).scale("train")(100) == 500
-    assert StepAxis(100, 0, 0, 1000).scale("warm_start")(50) == 500
+def test_libraries_are_imported_when_a_report_is_written_and_not_before() -> None:
+    code = (
+        "import sys, paceline.controller.cli, paceline.controller.observe.report.report, "
+        "paceline.controller.observe.report.comparison\n"
+        "print(sys.modules.keys() & {'jinja2', 'vl_convert'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
 
 
 def test_a_summary_reads_back_what_it_wrote(synthetic_run: WriteRun) -> None:

@@ -21,12 +21,12 @@ from paceline.controller.observe.files.folder import RunFolder
 from paceline.controller.observe.files.recorder import read_records
 from paceline.controller.observe.files.records import EvaluationRecord, SampleRecord, StepRecord
 from paceline.controller.observe.view.panel import run_panel
-from paceline.controller.observe.view.state import Progress, RunPlan, time_parts
+from paceline.controller.observe.view.state import RunPlan, ViewState, time_parts
 from paceline.controller.observe.view.text import (
     buckets,
     count,
     duration,
-    one_line,
+    fit_line,
     printable,
     sparkline,
 )
@@ -36,20 +36,20 @@ PLAN = RunPlan("demo", num_steps=240, warm_start_steps=400, max_lag=1)
 ESCAPE = "\x1b"
 
 
-def played(folder: RunFolder, plan: RunPlan = PLAN) -> Progress:
-    progress = Progress(plan)
+def played(folder: RunFolder, plan: RunPlan = PLAN) -> ViewState:
+    state = ViewState(plan)
     for record in read_records(folder):
         if isinstance(record, StepRecord):
-            progress.step(record)
+            state.step(record)
         else:
-            progress.evaluation(record)
-    return progress
+            state.evaluation(record)
+    return state
 
 
-def drawn(progress: Progress, width: int, height: int) -> list[str]:
+def drawn(state: ViewState, width: int, height: int) -> list[str]:
     console = Console(width=width, height=height, file=io.StringIO(), color_system=None)
     with console.capture() as capture:
-        console.print(run_panel(progress, 60.0, width, height))
+        console.print(run_panel(state, 60.0, width, height))
     return capture.get().splitlines()
 
 
@@ -104,12 +104,12 @@ def test_what_is_no_terminal_gets_plain_lines(tmp_path: Path) -> None:
 def test_the_picture_fits_its_terminal(
     synthetic_run: Callable[..., RunFolder], width: int, height: int
 ) -> None:
-    progress = played(synthetic_run())
-    progress.workers = {f"rollout-{i}": "generating" for i in range(12)}
-    progress.add_samples([SampleRecord(1, "p" * 300, "c\n" * 300, 1.0)] * 4)
-    progress.message = "evaluating " * 40
-    for state in (progress, Progress(PLAN)):
-        lines = drawn(state, width, height)
+    state = played(synthetic_run())
+    state.workers = {f"rollout-{i}": "generating" for i in range(12)}
+    state.add_samples([SampleRecord(1, "p" * 300, "c\n" * 300, 1.0)] * 4)
+    state.message = "evaluating " * 40
+    for shown in (state, ViewState(PLAN)):
+        lines = drawn(shown, width, height)
         assert len(lines) <= height
         assert all(len(line) <= width for line in lines)
 
@@ -124,9 +124,9 @@ def test_the_picture_says_what_matters(synthetic_run: Callable[..., RunFolder]) 
 
 
 def test_the_picture_bears_numbers_that_are_missing_or_not_finite() -> None:
-    progress = Progress(PLAN)
-    progress.step(StepRecord("train", 1, 0.1))
-    progress.step(
+    state = ViewState(PLAN)
+    state.step(StepRecord("train", 1, 0.1))
+    state.step(
         StepRecord(
             "train",
             2,
@@ -139,23 +139,23 @@ def test_the_picture_bears_numbers_that_are_missing_or_not_finite() -> None:
             dropped={"zero_signal": None},
         )
     )
-    assert drawn(progress, 80, 24)
+    assert drawn(state, 80, 24)
 
 
 def test_escape_sequences_in_samples_do_not_reach_the_terminal() -> None:
-    progress = Progress(PLAN)
-    progress.step(StepRecord("train", 1, 0.1, reward=0.5))
-    progress.add_samples([SampleRecord(1, "a\x1b[2Jb", "\x9b31m\r\x07", 0.0)])
-    text = "\n".join(drawn(progress, 100, 30))
+    state = ViewState(PLAN)
+    state.step(StepRecord("train", 1, 0.1, reward=0.5))
+    state.add_samples([SampleRecord(1, "a\x1b[2Jb", "\x9b31m\r\x07", 0.0)])
+    text = "\n".join(drawn(state, 100, 30))
     assert "a\\x1b[2Jb" in text
     assert not set(text) & {ESCAPE, "\x9b", "\r", "\x07"}
 
 
 def test_time_left_follows_recent_steps() -> None:
-    progress = Progress(PLAN)
+    state = ViewState(PLAN)
     for step in range(1, 101):
-        progress.step(StepRecord("train", step, 2.0 * step))
-    assert progress.seconds_left == pytest.approx(280.0)
+        state.step(StepRecord("train", step, 2.0 * step))
+    assert state.seconds_left == pytest.approx(280.0)
 
 
 def test_parts_of_the_time_add_up_to_the_step_without_what_runs_beside_them() -> None:
@@ -166,11 +166,11 @@ def test_parts_of_the_time_add_up_to_the_step_without_what_runs_beside_them() ->
 
 
 def test_a_phase_begins_with_curves_of_its_own() -> None:
-    progress = Progress(PLAN)
-    progress.step(StepRecord("warm_start", 1, 1.0, loss=3.0))
-    progress.step(StepRecord("train", 1, 9.0, loss=0.1))
-    assert progress.losses == [0.1]
-    assert progress.seconds_left is None
+    state = ViewState(PLAN)
+    state.step(StepRecord("warm_start", 1, 1.0, loss=3.0))
+    state.step(StepRecord("train", 1, 9.0, loss=0.1))
+    assert state.losses == [0.1]
+    assert state.seconds_left is None
 
 
 LIVE_RUN = """
@@ -220,7 +220,7 @@ def on_a_terminal(script: str, *arguments: str) -> str:
 def _read(descriptor: int) -> bytes:
     try:
         return os.read(descriptor, 65536)
-    except OSError:  # Linux ends a terminal that nobody writes to any more with an error
+    except OSError:  # Linux ends a terminal without writers with an error
         return b""
 
 
@@ -243,7 +243,7 @@ def test_a_live_view_gives_the_terminal_back_and_lets_the_error_through(
 
 
 def test_text_is_cut_and_cleaned() -> None:
-    assert one_line("a\nb\tc" + "d" * 20, 8) == "a⏎b cdd…"
+    assert fit_line("a\nb\tc" + "d" * 20, 8) == "a⏎b cdd…"
     assert printable("ü漢字👩‍🚀\u3000\n") == "ü漢字👩‍🚀\u3000\n"
     assert printable("\u202e\ud800\x00") == "\\u202e\\ud800\\x00"
 
