@@ -5,9 +5,11 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import multiprocessing
+import pickle
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -141,26 +143,46 @@ def on_ranks(rank_processes, model_folder, tmp_path):
 
     Keyword arguments are the learner's settings, or another ``model_folder``.
     """
+    return partial(run_ranks, rank_processes, model_folder, tmp_path / "weights")
 
+
+@pytest.fixture(scope="package")
+def one_process(rank_processes, model_folder, tmp_path_factory):
+    """``one_process(program, *arguments)``: what one rank returns, computed once for all tests."""
+    weights_folder = tmp_path_factory.mktemp("one-process")
+    results = {}
+
+    def result(program, *arguments, **settings):
+        key = pickle.dumps((program, arguments, settings))
+        if key not in results:
+            [results[key]] = run_ranks(
+                rank_processes, model_folder, weights_folder, 1, program, *arguments, **settings
+            )
+        return results[key]
+
+    return result
+
+
+def run_ranks(
+    rank_processes, model_folder, weights_folder, num_ranks, program, *arguments, **settings
+):
+    """Every rank's result of a program; see ``on_ranks``."""
     from tests.learner import ranks  # which imports this file
 
-    def run(num_ranks, program, *arguments, **settings):
-        shared = {
-            "model_folder": model_folder,
-            "weights_folder": tmp_path / "weights",
-            "num_ranks": num_ranks,
-            "port": ranks.free_port() if num_ranks > 1 else None,
-            **settings,
-        }
-        processes = rank_processes.at_least(num_ranks)
-        try:
-            submitted = [
-                process.submit(ranks.run_rank, program, arguments, shared | {"rank": rank})
-                for rank, process in enumerate(processes)
-            ]
-            return [future.result(timeout=120) for future in submitted]
-        except BrokenProcessPool:
-            rank_processes.forget()
-            raise
-
-    return run
+    shared = {
+        "model_folder": model_folder,
+        "weights_folder": weights_folder,
+        "num_ranks": num_ranks,
+        "port": ranks.free_port() if num_ranks > 1 else None,
+        **settings,
+    }
+    processes = rank_processes.at_least(num_ranks)
+    try:
+        submitted = [
+            process.submit(ranks.run_rank, program, arguments, shared | {"rank": rank})
+            for rank, process in enumerate(processes)
+        ]
+        return [future.result(timeout=120) for future in submitted]
+    except BrokenProcessPool:
+        rank_processes.forget()
+        raise
