@@ -14,15 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
 
 from paceline.configs.schema.model import ModelConfig
 from paceline.configs.vocabulary import TrainBatch, TrainSample
 from paceline.learner.model.model import write_initial_model
-
-# a busy machine is no failure
-settings.register_profile("paceline", deadline=None)
-settings.load_profile("paceline")
 
 REPOSITORY = str(Path(__file__).parents[2])
 VOCAB_SIZE = 40

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.sample.logits_processor import LogitsProcessors
 from vllm.v1.sample.metadata import SamplingMetadata
@@ -429,7 +429,6 @@ def by_hand(logits, seed, position, temperature):
     return int((scores + noise.gumbel(stream, np.arange(len(logits)))).argmax())
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=5), st.data())
 def test_a_draft_is_kept_up_to_the_first_token_that_is_not_sampled(drafts, data):
     """Of each request: so many drafted tokens, of which so many are right."""
