@@ -9,7 +9,6 @@ import pickle
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -138,35 +137,34 @@ def on_ranks(rank_processes, model_folder, tmp_path):
 
     Keyword arguments are the learner's settings, or another ``model_folder``.
     """
-    return partial(run_ranks, rank_processes, model_folder, tmp_path / "weights")
+
+    def run(num_ranks, program, *arguments, **settings):
+        folders = {"model_folder": model_folder, "weights_folder": tmp_path / "weights"}
+        return run_ranks(rank_processes, num_ranks, program, *arguments, **folders | settings)
+
+    return run
 
 
 @pytest.fixture(scope="package")
 def one_process(rank_processes, model_folder, tmp_path_factory):
     """``one_process(program, *arguments)``: what one rank returns, computed once for all tests."""
-    weights_folder = tmp_path_factory.mktemp("one-process")
+    folders = {"model_folder": model_folder, "weights_folder": tmp_path_factory.mktemp("one")}
     results = {}
 
     def result(program, *arguments, **settings):
         key = pickle.dumps((program, arguments, settings))
         if key not in results:
-            [results[key]] = run_ranks(
-                rank_processes, model_folder, weights_folder, 1, program, *arguments, **settings
-            )
+            [results[key]] = run_ranks(rank_processes, 1, program, *arguments, **folders | settings)
         return results[key]
 
     return result
 
 
-def run_ranks(
-    rank_processes, model_folder, weights_folder, num_ranks, program, *arguments, **settings
-):
+def run_ranks(rank_processes, num_ranks, program, *arguments, **settings):
     """Every rank's result of a program; see ``on_ranks``."""
     from tests.learner import ranks  # which imports this file
 
     shared = {
-        "model_folder": model_folder,
-        "weights_folder": weights_folder,
         "num_ranks": num_ranks,
         "port": ranks.free_port() if num_ranks > 1 else None,
         **settings,

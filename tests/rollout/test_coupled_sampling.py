@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from paceline.configs.schema.rollout import DraftingConfig, RolloutConfig
-from paceline.learner.model.model import write_initial_model
 from tests.rollout.conftest import (
-    LONG,
     STOP,
-    VersionedReference,
-    build_reference,
     make_request,
     run_to_end,
     steps,
-    tiny_model_config,
 )
 from tests.rollout.drafters import ScriptedDrafter
 from tests.rollout.test_drafted_distribution import (
@@ -32,53 +25,6 @@ from tests.rollout.test_drafted_distribution import (
 pytestmark = pytest.mark.slow
 BUDGET = 48
 VOCABULARY = 128
-
-
-@pytest.fixture(scope="module")
-def engines(tmp_path_factory):
-    """A model, and engines of it that sample coupled or as vLLM does, with drafts and without."""
-    from vllm.v1.engine import core
-
-    from paceline.rollout.vllm_engine import VLLMEngine
-
-    core.cleanup_dist_env_and_memory = lambda: None
-    folder = str(tmp_path_factory.mktemp("coupled"))
-    architecture = tiny_model_config(LONG, initializer_range=0.3)
-    write_initial_model(architecture, VOCABULARY, STOP, seed=0, folder=folder)
-
-    def engine(coupled, drafted=False, drafting=None):
-        scripted = {
-            "method": "custom_class",
-            "model": "tests.rollout.drafters.ScriptedDrafter",
-            "num_speculative_tokens": 4,
-        }
-        config = RolloutConfig(
-            max_num_seqs=64, kv_cache_mb=16, coupled_sampling=coupled, drafting=drafting
-        )
-        return VLLMEngine(
-            folder,
-            config,
-            max_length=LONG,
-            dtype="float32",
-            seed=0,
-            speculative_config=scripted if drafted else None,
-        )
-
-    reference = VersionedReference(build_reference(folder, tmp_path_factory.mktemp("published")))
-    always = DraftingConfig(budget="none", max_tokens=4)
-    return SimpleNamespace(
-        reference=reference,
-        plain=engine(True),
-        drafted=engine(True, drafted=True),
-        ratio_rule=engine(False, drafted=True),
-        from_siblings=engine(True, drafting=always),
-        ratio_rule_from_siblings=engine(False, drafting=always),
-    )
-
-
-def serve(engines, version):
-    for engine in list(vars(engines).values())[1:]:
-        engines.reference.serve(engine, version)
 
 
 SETTINGS = [
@@ -156,22 +102,22 @@ def assert_the_same(results, expected):
     ],
 )
 def test_whatever_is_drafted_the_tokens_are_the_same(engines, script):
-    serve(engines, 1)
+    engines.serve(1)
     requests = mixed_requests()
-    expected = run_to_end(engines.plain, *requests)
+    expected = run_to_end(engines.coupled_undrafted, *requests)
     ScriptedDrafter.script, ScriptedDrafter.num_drafted = (
         getattr(Scripts(requests, expected), script),
         0,
     )
-    assert_the_same(run_to_end(engines.drafted, *requests), expected)
+    assert_the_same(run_to_end(engines.coupled_scripted, *requests), expected)
     assert (ScriptedDrafter.num_drafted > 0) == (script != "nothing")
 
 
 def test_drafts_from_siblings_that_know_the_noise_change_no_token_and_are_accepted(engines):
-    serve(engines, 8)
+    engines.serve(8)
     requests = mixed_requests(num_samples=12, stop_token_ids=())
-    expected = run_to_end(engines.plain, *requests)
-    engine = engines.from_siblings
+    expected = run_to_end(engines.coupled_undrafted, *requests)
+    engine = engines.coupled_drafting
     for request in requests:
         engine.add(request)
     results = {result.request_id: result.completions for result in steps(engine, 6)}
@@ -187,8 +133,8 @@ def test_drafts_from_siblings_that_know_the_noise_change_no_token_and_are_accept
 @pytest.mark.parametrize("coupled", [True, False])
 def test_only_under_coupled_sampling_a_drafter_is_told_the_seed(engines, coupled, monkeypatch):
     """Under the ratio rule a draft that knows the verifier's randomness biases what is sampled."""
-    engine = engines.from_siblings if coupled else engines.ratio_rule_from_siblings
-    serve(engines, 9)
+    engine = engines.coupled_drafting if coupled else engines.drafting
+    engines.serve(9)
     told = []
     reader = engine._proposer._reader
     opened = reader.open
@@ -200,15 +146,15 @@ def test_only_under_coupled_sampling_a_drafter_is_told_the_seed(engines, coupled
 
 
 def test_right_drafts_are_accepted_whole(engines):
-    serve(engines, 1)
+    engines.serve(1)
     requests = mixed_requests(stop_token_ids=())
-    expected = run_to_end(engines.plain, *requests)
+    expected = run_to_end(engines.coupled_undrafted, *requests)
     ScriptedDrafter.script = Scripts(requests, expected).right
     for request in requests:
-        engines.drafted.add(request)
+        engines.coupled_scripted.add(request)
     count = 0
-    while engines.drafted.has_work():
-        engines.drafted.step()
+    while engines.coupled_scripted.has_work():
+        engines.coupled_scripted.step()
         count += 1
     # a prompt and its first token, then four drafted tokens and one more a step
     assert count <= 2 + BUDGET // 5 + 1
@@ -216,25 +162,25 @@ def test_right_drafts_are_accepted_whole(engines):
 
 def test_under_the_ratio_rule_drafts_change_the_tokens(engines):
     """Else the tests above could not fail."""
-    serve(engines, 1)
+    engines.serve(1)
     requests = mixed_requests()[:1]
     ScriptedDrafter.script = lambda tokens: []
-    expected = run_to_end(engines.ratio_rule, *requests)
+    expected = run_to_end(engines.scripted, *requests)
     ScriptedDrafter.script = Scripts(requests, expected).sometimes_right
-    found = run_to_end(engines.ratio_rule, *requests)
+    found = run_to_end(engines.scripted, *requests)
     with pytest.raises(AssertionError):
         assert_the_same(found, expected)
 
 
 def test_neither_the_batch_nor_turns_nor_interrupts_nor_another_worker_change_a_sample(engines):
-    serve(engines, 2)
+    engines.serve(2)
     requests = mixed_requests()
-    expected = run_to_end(engines.plain, *requests)
+    expected = run_to_end(engines.coupled_undrafted, *requests)
     ScriptedDrafter.script = Scripts(requests, expected).sometimes_right
     whole = {request.request_id: request for request in requests}
     for name, request in whole.items():
-        assert_the_same(run_to_end(engines.plain, request), {name: expected[name]})
-    workers, num_turns = [engines.drafted, engines.plain], 0
+        assert_the_same(run_to_end(engines.coupled_undrafted, request), {name: expected[name]})
+    workers, num_turns = [engines.coupled_scripted, engines.coupled_undrafted], 0
     waiting, left = mixed_requests(segment_tokens=7), {}
     while waiting:
         engine = workers[num_turns % 2]
@@ -255,17 +201,17 @@ def test_neither_the_batch_nor_turns_nor_interrupts_nor_another_worker_change_a_
 
 
 def test_after_an_update_samples_go_on_as_the_new_weights_say(engines):
-    serve(engines, 3)
+    engines.serve(3)
     requests = mixed_requests(stop_token_ids=())
-    before = run_to_end(engines.plain, *requests)
+    before = run_to_end(engines.coupled_undrafted, *requests)
     ScriptedDrafter.script = Scripts(requests, before).sometimes_right
     for request in requests:
-        engines.drafted.add(request)
-    steps(engines.drafted, 5)
-    serve(engines, 4)
+        engines.coupled_scripted.add(request)
+    steps(engines.coupled_scripted, 5)
+    engines.serve(4)
     results = {}
-    while engines.drafted.has_work():
-        results |= {r.request_id: r.completions for r in engines.drafted.step()}
+    while engines.coupled_scripted.has_work():
+        results |= {r.request_id: r.completions for r in engines.coupled_scripted.step()}
     for request in requests:
         for index, found in enumerate(results[request.request_id]):
             assert [span.version for span in found.versions] == [3, 4]
@@ -282,33 +228,35 @@ def test_after_an_update_samples_go_on_as_the_new_weights_say(engines):
                 stop_token_ids=(),
                 **setting,
             )
-            (continued,) = run_to_end(engines.plain, rest)["rest"]
+            (continued,) = run_to_end(engines.coupled_undrafted, rest)["rest"]
             assert found.token_ids[switch:].tolist() == continued.token_ids.tolist()
 
 
 def test_greedy_samples_are_those_of_vllm_and_seeds_make_others_differ(engines):
-    serve(engines, 5)
+    engines.serve(5)
     ScriptedDrafter.script = lambda tokens: []
     greedy = make_request("greedy", temperature=0.0, num_samples=2, max_tokens=BUDGET)
-    expected = run_to_end(engines.ratio_rule, greedy)
-    assert_the_same(run_to_end(engines.plain, greedy), expected)
+    expected = run_to_end(engines.scripted, greedy)
+    assert_the_same(run_to_end(engines.coupled_undrafted, greedy), expected)
     request = make_request("random", num_samples=8, max_tokens=BUDGET, stop_token_ids=())
-    samples = [c.token_ids.tolist() for c in run_to_end(engines.plain, request)["random"]]
+    samples = [
+        c.token_ids.tolist() for c in run_to_end(engines.coupled_undrafted, request)["random"]
+    ]
     assert len(set(map(tuple, samples))) == 8
 
 
 def test_an_engine_that_samples_coupled_scores_as_any_other(engines):
-    serve(engines, 7)
+    engines.serve(7)
     request = make_request("scored", num_samples=3, max_tokens=9)
-    completions = run_to_end(engines.plain, request)["scored"]
+    completions = run_to_end(engines.coupled_undrafted, request)["scored"]
     asked = replace(request, partial=completions, scores=True)
-    scores = run_to_end(engines.drafted, asked)["scored"]
+    scores = run_to_end(engines.coupled_scripted, asked)["scored"]
     assert_the_same({"scored": scores}, {"scored": completions})
 
 
 @pytest.mark.parametrize("drafts", [True, False])
 def test_tokens_are_distributed_as_the_model_says(engines, drafts):
-    serve(engines, 6)
+    engines.serve(6)
     model = engines.reference.load(6)
     prompt, num_samples = (5, 9, 3), 1500
     settings = [setting for setting in SETTINGS if setting["temperature"]]
@@ -327,7 +275,9 @@ def test_tokens_are_distributed_as_the_model_says(engines, drafts):
         )
         for number, setting in enumerate(settings)
     ]
-    results = run_to_end(engines.drafted if drafts else engines.plain, *requests)
+    results = run_to_end(
+        engines.coupled_scripted if drafts else engines.coupled_undrafted, *requests
+    )
     for number, pairs in enumerate(exact):
         tokens = np.array([c.token_ids for c in results[f"{number}"]])
         found = tokens[:, 0].astype(np.int64) * VOCABULARY + tokens[:, 1]

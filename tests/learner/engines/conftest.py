@@ -33,17 +33,10 @@ def on_layout(rank_processes, deepspeed_processes, model_folders, tmp_path_facto
 
     def run(layout, program, *arguments, **settings):
         processes = deepspeed_processes if "engine" in layout.settings else rank_processes
-        weights_folder = tmp_path_factory.mktemp("weights")
-        settings = {**layout.settings, **settings}
-        return run_ranks(
-            processes,
-            model_folders[layout.model],
-            weights_folder,
-            layout.num_ranks,
-            program,
-            *arguments,
-            **settings,
-        )
+        folders = {"model_folder": model_folders[layout.model]}
+        folders["weights_folder"] = tmp_path_factory.mktemp("weights")
+        settings = {**folders, **layout.settings, **settings}
+        return run_ranks(processes, layout.num_ranks, program, *arguments, **settings)
 
     return run
 

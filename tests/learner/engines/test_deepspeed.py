@@ -170,7 +170,8 @@ def test_it_compiles_nothing_and_says_nothing(model_folder, tmp_path):
         "deepspeed={{'stage': 1}}); ranks.train(worker, [random_batch()]); worker.close()"
     ).format(model_folder, str(tmp_path / "weights"))
     extensions = tmp_path / "extensions"
-    environment = {"PYTHONPATH": REPOSITORY, "TORCH_EXTENSIONS_DIR": str(extensions)}
+    paths = os.pathsep.join([REPOSITORY, os.environ.get("PYTHONPATH", "")])
+    environment = {"PYTHONPATH": paths, "TORCH_EXTENSIONS_DIR": str(extensions)}
     ended = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, **environment},
