@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.configs.errors import ConfigError
@@ -302,7 +302,6 @@ anything = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(
     parameters=st.dictionaries(st.text(max_size=6), anything, max_size=4),
     template=st.text(max_size=30),

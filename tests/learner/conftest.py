@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import multiprocessing
+import pickle
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
@@ -12,15 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
 
 from paceline.configs.schema.model import ModelConfig
 from paceline.configs.vocabulary import TrainBatch, TrainSample
 from paceline.learner.model.model import write_initial_model
-
-# a busy machine is no failure
-settings.register_profile("paceline", deadline=None)
-settings.load_profile("paceline")
 
 REPOSITORY = str(Path(__file__).parents[2])
 VOCAB_SIZE = 40
@@ -142,25 +138,44 @@ def on_ranks(rank_processes, model_folder, tmp_path):
     Keyword arguments are the learner's settings, or another ``model_folder``.
     """
 
-    from tests.learner import ranks  # which imports this file
-
     def run(num_ranks, program, *arguments, **settings):
-        shared = {
-            "model_folder": model_folder,
-            "weights_folder": tmp_path / "weights",
-            "num_ranks": num_ranks,
-            "port": ranks.free_port() if num_ranks > 1 else None,
-            **settings,
-        }
-        processes = rank_processes.at_least(num_ranks)
-        try:
-            submitted = [
-                process.submit(ranks.run_rank, program, arguments, shared | {"rank": rank})
-                for rank, process in enumerate(processes)
-            ]
-            return [future.result(timeout=120) for future in submitted]
-        except BrokenProcessPool:
-            rank_processes.forget()
-            raise
+        folders = {"model_folder": model_folder, "weights_folder": tmp_path / "weights"}
+        return run_ranks(rank_processes, num_ranks, program, *arguments, **folders | settings)
 
     return run
+
+
+@pytest.fixture(scope="package")
+def one_process(rank_processes, model_folder, tmp_path_factory):
+    """``one_process(program, *arguments)``: what one rank returns, computed once for all tests."""
+    folders = {"model_folder": model_folder, "weights_folder": tmp_path_factory.mktemp("one")}
+    results = {}
+
+    def result(program, *arguments, **settings):
+        key = pickle.dumps((program, arguments, settings))
+        if key not in results:
+            [results[key]] = run_ranks(rank_processes, 1, program, *arguments, **folders | settings)
+        return results[key]
+
+    return result
+
+
+def run_ranks(rank_processes, num_ranks, program, *arguments, **settings):
+    """Every rank's result of a program; see ``on_ranks``."""
+    from tests.learner import ranks  # which imports this file
+
+    shared = {
+        "num_ranks": num_ranks,
+        "port": ranks.free_port() if num_ranks > 1 else None,
+        **settings,
+    }
+    processes = rank_processes.at_least(num_ranks)
+    try:
+        submitted = [
+            process.submit(ranks.run_rank, program, arguments, shared | {"rank": rank})
+            for rank, process in enumerate(processes)
+        ]
+        return [future.result(timeout=120) for future in submitted]
+    except BrokenProcessPool:
+        rank_processes.forget()
+        raise

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 import sys
 from contextlib import closing
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
@@ -17,6 +19,7 @@ from paceline.configs.schema.learner import LearnerConfig, OptimizerConfig
 from paceline.configs.vocabulary import TrainBatch
 from paceline.kernels import token_logprobs
 from paceline.kernels.vocab_parallel_logprobs import vocab_parallel_logprobs
+from paceline.learner.engines.sharded import ShardedEngine
 from paceline.learner.objective.advantages import GeneralizedAdvantage, Outcome
 from paceline.learner.objective.losses.policy import Clip
 from paceline.learner.objective.objective import Objective, ReferencePenalty
@@ -99,10 +102,25 @@ def whole(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone().numpy()
 
 
-def gradients(worker, batch, loss=LOSS):
-    """The report and every parameter's gradient."""
+def gradients_so_far(worker, role="policy"):
+    """Every gradient that this rank has, as the next step would see it."""
+    engine = worker._models.trained()[role]
+    if isinstance(engine, ShardedEngine):
+        named = itertools.chain.from_iterable(part.trained_parameters() for part in engine.parts)
+        return {name: whole(p.grad) for name, p in named if p.grad is not None}
+    from deepspeed.utils import safe_get_full_grad
+
+    engine._finish_gradients()
+    named = engine._policy.trained_parameters()
+    found = {name: safe_get_full_grad(p).clone().numpy() for name, p in named}
+    engine._engine.set_gradient_accumulation_boundary(False)
+    return found
+
+
+def gradients(worker, batch, loss=LOSS, role="policy"):
+    """The report, and every gradient that this rank has."""
     report = worker.forward_backward(batch, loss)
-    found = {name: whole(parameter.grad) for name, parameter in parameters(worker)}
+    found = gradients_so_far(worker, role)
     worker._drop_gradients()
     return report, found
 
@@ -111,10 +129,13 @@ def gradients_and_logprobs(worker, batch):
     return *gradients(worker, batch), worker.logprobs(batch.samples, batch.temperature)
 
 
-def parameters(worker):
-    """The policy's, as far as this rank has pieces of them."""
-    for part in worker._models.policy.parts:
-        yield from part.causal_lm.named_parameters()
+def merged(found):
+    """Tensors of all ranks by name; where two have the same, they are equal."""
+    together = {}
+    for of_rank in found:
+        for name, values in of_rank.items():
+            np.testing.assert_array_equal(values, together.setdefault(name, values), err_msg=name)
+    return together
 
 
 def weights(worker):

@@ -73,6 +73,7 @@ def build_engine(
     max_num_seqs: int = 32,
     policy: str = "recompute",
     max_length: int = MAX_LENGTH,
+    speculative_config: dict[str, Any] | None = None,
     **settings,
 ):
     from vllm.v1.engine import core
@@ -91,6 +92,7 @@ def build_engine(
         max_length=max_length,
         dtype="float32",
         seed=0,
+        speculative_config=speculative_config,
     )
 
 
@@ -176,6 +178,57 @@ def fleet(tmp_path_factory) -> Fleet:
     }
     reference = build_reference(folder, tmp_path_factory.mktemp("fleet-weights"))
     return Fleet(reference=VersionedReference(reference), **engines)
+
+
+ALWAYS = {"budget": "none", "max_tokens": 4}
+SCRIPTED = {
+    "method": "custom_class",
+    "model": "tests.rollout.drafters.ScriptedDrafter",
+    "num_speculative_tokens": 4,
+}
+PEAKED = {
+    "undrafted": {},
+    "drafting": {"drafting": ALWAYS},
+    "scripted": {"speculative_config": SCRIPTED},
+    "coupled_undrafted": {"coupled_sampling": True},
+    "coupled_drafting": {"coupled_sampling": True, "drafting": ALWAYS},
+    "coupled_scripted": {"coupled_sampling": True, "speculative_config": SCRIPTED},
+}
+"""Engines that sample coupled or as vLLM does, drafted for by us, by a script, or not."""
+
+
+class PeakedEngines:
+    """Engines of one model whose logits are far apart, by their names in `PEAKED`; each is built
+    when it is first asked for, and all serve one version."""
+
+    def __init__(self, folder: str, reference: VersionedReference) -> None:
+        self.reference = reference
+        self._folder = folder
+        self._built: dict[str, Any] = {}
+        self._version = 0
+
+    def __getattr__(self, name: str):
+        if name not in PEAKED:
+            raise AttributeError(name)
+        if name not in self._built:
+            engine = build_engine(self._folder, 64, max_length=LONG, **PEAKED[name])
+            self.reference.serve(engine, self._version)
+            self._built[name] = engine
+        return self._built[name]
+
+    def serve(self, version: int) -> None:
+        self._version = version
+        for engine in self._built.values():
+            self.reference.serve(engine, version)
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory) -> PeakedEngines:
+    folder = str(tmp_path_factory.mktemp("peaked-model"))
+    config = tiny_model_config(LONG, initializer_range=0.3)
+    write_initial_model(config, 128, STOP, seed=0, folder=folder)
+    reference = build_reference(folder, tmp_path_factory.mktemp("peaked-weights"))
+    return PeakedEngines(folder, VersionedReference(reference))
 
 
 def steps(engine, count):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from paceline.configs.schema.rollout import DraftingConfig, RolloutConfig
 from paceline.configs.vocabulary import DRAFTED_FROM_SIBLINGS
 from paceline.learner.model.model import write_initial_model
 from tests.rollout.conftest import (
+    ALWAYS,
     LONG,
     STOP,
     VersionedReference,
@@ -23,28 +23,6 @@ from tests.rollout.conftest import (
 pytestmark = pytest.mark.slow
 
 BUDGET = 48
-
-
-@pytest.fixture(scope="module")
-def engines(tmp_path_factory):
-    """One that drafts and one that does not, of one peaked model, and the model."""
-    from paceline.rollout.vllm_engine import VLLMEngine
-
-    folder = str(tmp_path_factory.mktemp("drafted"))
-    config = tiny_model_config(LONG, initializer_range=0.3)
-    write_initial_model(config, 128, STOP, seed=0, folder=folder)
-    plain = build_engine(folder, max_num_seqs=8, max_length=LONG)
-    drafting = VLLMEngine(
-        folder,
-        RolloutConfig(
-            max_num_seqs=8, kv_cache_mb=16, drafting=DraftingConfig(max_tokens=4, budget="none")
-        ),
-        max_length=LONG,
-        dtype="float32",
-        seed=0,
-    )
-    reference = VersionedReference(build_reference(folder, tmp_path_factory.mktemp("published")))
-    return drafting, plain, reference
 
 
 def num_steps(engine, *requests):
@@ -67,15 +45,9 @@ def num_drafted(engine):
     return counters["num_drafted_siblings"] + counters["num_drafted_history"]
 
 
-def publish(engines, version):
-    drafting, plain, reference = engines
-    for engine in (drafting, plain):
-        reference.serve(engine, version)
-
-
 def test_greedy_tokens_are_the_same_and_take_fewer_steps(engines):
-    drafting, plain, _ = engines
-    publish(engines, 1)
+    drafting, plain = engines.drafting, engines.undrafted
+    engines.serve(1)
     settings = {"temperature": 0.0, "max_tokens": BUDGET, "stop_token_ids": ()}
     expected, slow = num_steps(plain, make_request("plain", **settings))
     expected = expected["plain"]
@@ -91,8 +63,8 @@ def test_greedy_tokens_are_the_same_and_take_fewer_steps(engines):
 
 
 def test_log_probabilities_are_those_of_the_spans_across_updates_in_the_middle(engines):
-    drafting, _, reference = engines
-    publish(engines, 2)
+    drafting, reference = engines.drafting, engines.reference
+    engines.serve(2)
     warm = make_request("warm", max_tokens=BUDGET, num_samples=4, stop_token_ids=())
     run_to_end(drafting, warm)
     before = num_drafted(drafting)
@@ -101,7 +73,7 @@ def test_log_probabilities_are_those_of_the_spans_across_updates_in_the_middle(e
     results = {}
     for version in (3, 4):
         results |= {r.request_id: r.completions for r in steps(drafting, 5)}
-        publish(engines, version)
+        engines.serve(version)
     while drafting.has_work():
         results |= {result.request_id: result.completions for result in drafting.step()}
     assert num_drafted(drafting) > before
@@ -112,8 +84,8 @@ def test_log_probabilities_are_those_of_the_spans_across_updates_in_the_middle(e
 
 
 def test_what_stops_within_a_draft_stops(engines):
-    drafting, plain, _ = engines
-    publish(engines, 5)
+    drafting, plain = engines.drafting, engines.undrafted
+    engines.serve(5)
     greedy = {"temperature": 0.0, "max_tokens": BUDGET}
     (whole,) = run_to_end(plain, make_request("whole", **greedy, stop_token_ids=()))["whole"]
     run_to_end(drafting, make_request("learn", **greedy, stop_token_ids=()))
@@ -130,8 +102,8 @@ def test_what_stops_within_a_draft_stops(engines):
 
 
 def test_an_interrupted_sample_leaves_with_whole_rounds_and_is_continued(engines):
-    drafting, plain, _ = engines
-    publish(engines, 6)
+    drafting, plain = engines.drafting, engines.undrafted
+    engines.serve(6)
     settings = {"temperature": 0.0, "max_tokens": BUDGET, "stop_token_ids": ()}
     expected = run_to_end(plain, make_request("e", **settings))["e"][0].token_ids.tolist()
     run_to_end(drafting, make_request("l", **settings))
@@ -145,13 +117,13 @@ def test_an_interrupted_sample_leaves_with_whole_rounds_and_is_continued(engines
 
 
 def test_every_token_says_whether_it_was_drafted_and_from_what(engines):
-    drafting, _, _ = engines
-    publish(engines, 7)
+    drafting = engines.drafting
+    engines.serve(7)
     settings = {"temperature": 0.0, "max_tokens": BUDGET, "stop_token_ids": ()}
     before = num_accepted(drafting)
     (first,) = run_to_end(drafting, make_request("f", **settings))["f"]
     (again,) = run_to_end(drafting, make_request("a", **settings))["a"]
-    publish(engines, 8)
+    engines.serve(8)
     (later,) = run_to_end(drafting, make_request("l", **settings))["l"]
     sources = [completion.draft_sources for completion in (first, again, later)]
     assert all(len(each) == BUDGET for each in sources)
@@ -161,8 +133,8 @@ def test_every_token_says_whether_it_was_drafted_and_from_what(engines):
 
 def test_drafts_reach_to_the_end_of_the_context(engines):
     """The longest draft that is configured does not fit any more, a shorter one does."""
-    drafting, _, _ = engines
-    publish(engines, 9)
+    drafting = engines.drafting
+    engines.serve(9)
     prompt = (5, 9, 3)
     whole = LONG - len(prompt)
     settings = {"temperature": 0.0, "max_tokens": whole, "stop_token_ids": ()}
@@ -176,17 +148,12 @@ def test_samples_that_lost_their_place_in_the_cache_are_drafted_for_again(tmp_pa
     """With too little cache vLLM preempts: a sample's drafts are dropped and it starts again."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from paceline.rollout.vllm_engine import VLLMEngine
-
     folder = str(tmp_path / "model")
     wide = {"num_hidden_layers": 4, "num_key_value_heads": 4, "head_dim": 64}
     config = tiny_model_config(LONG, initializer_range=0.3, **wide)
     write_initial_model(config, 128, STOP, 0, folder)
     plain = build_engine(folder, max_num_seqs=8, max_length=LONG)
-    settings = RolloutConfig(
-        max_num_seqs=8, kv_cache_mb=8, drafting=DraftingConfig(max_tokens=4, budget="none")
-    )
-    drafting = VLLMEngine(folder, settings, max_length=LONG, dtype="float32", seed=0)
+    drafting = build_engine(folder, 8, max_length=LONG, kv_cache_mb=8, drafting=ALWAYS)
     reference = VersionedReference(build_reference(folder, tmp_path / "published"))
     for engine in (plain, drafting):
         reference.serve(engine, 1)

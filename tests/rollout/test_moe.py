@@ -70,9 +70,17 @@ def other_folder(tmp_path_factory):
     return write_initial_model(tiny_model_config(LONG, **EXPERTS), 128, STOP, 1, folder)
 
 
-@pytest.fixture(scope="module", params=["recompute", "keep", "abort"])
-def engine(request, other_folder):
-    return build_engine(other_folder, policy=request.param, max_length=LONG, router_replay=True)
+@pytest.fixture(scope="module")
+def routed(other_folder):
+    """An engine that records its routing."""
+    return build_engine(other_folder, max_length=LONG, router_replay=True)
+
+
+@pytest.fixture(params=["recompute", "keep", "abort"])
+def engine(request, routed, monkeypatch):
+    """The same engine under every policy of a weight update."""
+    monkeypatch.setattr(routed, "_on_update", request.param)
+    return routed
 
 
 def parameters(learner):

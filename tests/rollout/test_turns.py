@@ -4,7 +4,7 @@ import itertools
 from dataclasses import replace
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.configs.vocabulary import Completion, VersionSpan, WeightVersion
@@ -52,7 +52,6 @@ turn_events = st.lists(
 )
 
 
-@settings(deadline=None)  # the machine may be busy
 @given(turn_events, st.integers(1, 12), st.integers(0, 4))
 def test_spans_tile_and_name_who_sampled_each_token_whatever_happens(events, max_tokens, segment):
     request = make_request("r", num_samples=3, max_tokens=max_tokens, segment_tokens=segment)

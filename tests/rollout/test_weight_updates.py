@@ -168,7 +168,7 @@ event = st.sampled_from(["swap", "interrupt", "segment", "step", "step"])
 
 
 @pytest.mark.parametrize("policy", ["recompute", "abort"])
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(event, st.integers(1, 4)), max_size=10), st.integers(1, 30))
 def test_whatever_happens_to_a_request_its_log_probabilities_are_those_of_its_spans(
     fleet, policy, events, max_tokens

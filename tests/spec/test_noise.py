@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -65,7 +65,6 @@ def test_noise_of_a_known_place_stays_what_it_was() -> None:
     np.testing.assert_allclose(gumbel(streams[:, None], np.arange(3)[None]), known, rtol=1e-12)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(int64, int64, int64), min_size=1, max_size=20))
 def test_torch_draws_the_same_bits(triples: list[tuple[int, int, int]]) -> None:
     seeds, positions, tokens = np.array(triples, np.int64).T.copy()
@@ -101,7 +100,6 @@ def test_neighbours_of_all_three_kinds_share_no_bit() -> None:
         assert np.abs(share - 0.5).max() < 5 * 0.5 / np.sqrt(differences.size)
 
 
-@settings(deadline=None)
 @given(st.one_of(st.just(0), st.just(-1), int64))
 def test_noise_is_finite_whatever_the_bits(bits: int) -> None:
     stream = undrawn(bits)
@@ -138,7 +136,6 @@ def test_the_largest_of_logits_and_noise_is_a_sample(along: str, temperature: fl
 sequences = st.lists(st.lists(st.integers(0, 3), max_size=12), max_size=4)
 
 
-@settings(deadline=None)
 @given(sequences, sequences, st.lists(st.integers(0, 3), min_size=1, max_size=8), int64)
 def test_drafts_with_a_seed_are_what_the_noise_makes_of_the_votes(
     older: list[list[int]], newer: list[list[int]], context: list[int], seed: int

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.configs.errors import CheckpointError
@@ -55,7 +55,6 @@ def test_what_was_packed_is_unpacked(known: list[Known]) -> None:
     assert contents(unpack(pack(traces(known)), "a test")) == known
 
 
-@settings(deadline=None, max_examples=10)  # it waits for the disk
 @given(st.lists(st.sampled_from(SOME), max_size=4))
 def test_what_was_saved_is_loaded(
     tmp_path_factory: pytest.TempPathFactory, known: list[Known]

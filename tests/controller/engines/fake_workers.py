@@ -20,6 +20,8 @@ from paceline.controller.groups.buffer import WorkerLost
 from paceline.weights_sync.handle import WeightHandle
 from paceline.weights_sync.layout import Layout
 
+PATIENCE = 1000
+"""Seconds, none of them real, after which a test waits for something that will not happen."""
 CLAIM_SECONDS, ANSWER_SECONDS, START_SECONDS = 60.0, 4.0, 30.0
 
 
@@ -131,3 +133,31 @@ def pool_of(workers, spares=(), max_restarts=3, max_samples=1000, section="rollo
         section=section,
         exchange=exchange,
     )
+
+
+async def serving(workers, *arguments, **settings):
+    """A pool whose workers serve version 0."""
+    pool = pool_of(workers, *arguments, **settings)
+    await pool.update_weights(handle(0))
+    return pool
+
+
+def shut(*workers):
+    """Have workers hold the requests they get."""
+    for worker in workers:
+        worker.gate.clear()
+
+
+async def cancelled(*tasks):
+    """Cancel tasks and see them end."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def seconds_until(awaitable):
+    """How long it took, and its result."""
+    clock = asyncio.get_running_loop().time
+    began = clock()
+    result = await awaitable
+    return clock() - began, result

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.configs.vocabulary import (
@@ -43,7 +43,6 @@ def trajectories(draw, is_taught, is_drafted=False, is_routed=False):
     )
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.tuples(st.booleans(), st.booleans(), st.booleans()).flatmap(
         lambda flags: st.lists(trajectories(*flags), min_size=1, max_size=5)

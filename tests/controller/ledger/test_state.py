@@ -8,52 +8,11 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from paceline.controller.ledger.events import Event, Kind, LedgerError
 from paceline.controller.ledger.state import LedgerState, Status, fold
 from tests.controller.ledger.stories import possible, stories
-
-MANY = settings(max_examples=150, deadline=None)
-
-
-@MANY
-@given(stories())
-def test_what_was_admitted_is_trained_dropped_or_pending(story):
-    for state in story[1]:
-        balance = state.balance()
-        assert balance.missing == 0
-        assert balance.admitted == state.admitted
-
-
-@MANY
-@given(stories())
-def test_a_group_is_trained_by_one_step_at_a_time(story):
-    for state in story[1]:
-        batched = [group for batch in state.batches.values() for group in batch.trained]
-        assert len(batched) == len(set(batched))
-        assert set(batched) == set(state.with_status(Status.BATCHED, Status.TRAINED))
-
-
-@MANY
-@given(stories(), st.sampled_from(list(Kind)), st.integers(-1, 30))
-def test_an_event_that_cannot_follow_is_refused_and_changes_nothing(story, kind, key):
-    state = fold(story[0])
-    if kind is Kind.SNAPSHOT or any((e.kind, e.key) == (kind, key) for e in possible(state)):
-        return
-    details = {
-        Kind.ADMITTED: {"prompt": "p"},
-        Kind.FINISHED: {"oldest": 0, "newest": 0},
-        Kind.BATCHED: {"trained": [key, key + 1], "held": [], "dropped": {}},
-        Kind.SET_ASIDE: {"reason": "r"},
-    }
-    event = Event(kind, key, 1.0, details.get(kind, {}))
-    before = state.as_dict()
-    if kind is Kind.ADMITTED and key > state.last:
-        return
-    with pytest.raises(LedgerError):
-        state.apply(event)
-    assert state.as_dict() == before
-
 
 IDS = st.lists(st.integers(0, 12), max_size=4)
 WORDS = ("trained", "held", "dropped", "oldest", "newest", "reason", "live", "batches", "step", "3")
@@ -71,33 +30,79 @@ DROPPED = st.dictionaries(st.integers(0, 12).map(str), st.just("reason"), max_si
 BATCHES = st.fixed_dictionaries({"trained": IDS, "held": IDS, "dropped": DROPPED})
 
 
-@settings(max_examples=400, deadline=None)
-@given(stories(), st.sampled_from(list(Kind)), st.integers(-1, 30), NONSENSE | BATCHES)
-def test_a_damaged_event_is_refused_and_changes_nothing_or_leaves_a_state_that_adds_up(
-    story, kind, key, detail
-):
-    state = fold(story[0])
-    before = copy.deepcopy(state)
-    try:
-        state.apply(Event(kind, key, 1.0, detail))
-    except LedgerError:
-        assert state == before
-    else:
-        assert state.balance().missing == 0
-        batched = [group for batch in state.batches.values() for group in batch.trained]
-        assert sorted(batched) == state.with_status(Status.BATCHED, Status.TRAINED)
+class Books(RuleBasedStateMachine):
+    """Events that may follow, and others that are refused; every law after each of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.state = LedgerState()
+
+    @rule(data=st.data())
+    def something_happens(self, data):
+        self.state.apply(data.draw(st.sampled_from(list(possible(self.state)))))
+
+    @rule(kind=st.sampled_from(list(Kind)), key=st.integers(-1, 30))
+    def an_event_that_cannot_follow_is_refused(self, kind, key):
+        if kind is Kind.SNAPSHOT or (kind is Kind.ADMITTED and key > self.state.last):
+            return
+        if any((event.kind, event.key) == (kind, key) for event in possible(self.state)):
+            return
+        details = {
+            Kind.ADMITTED: {"prompt": "p"},
+            Kind.FINISHED: {"oldest": 0, "newest": 0},
+            Kind.BATCHED: {"trained": [key, key + 1], "held": [], "dropped": {}},
+            Kind.SET_ASIDE: {"reason": "r"},
+        }
+        before = self.state.as_dict()
+        with pytest.raises(LedgerError):
+            self.state.apply(Event(kind, key, 1.0, details.get(kind, {})))
+        assert self.state.as_dict() == before
+
+    @rule(
+        kind=st.sampled_from(list(Kind)),
+        key=st.integers(-1, 30),
+        detail=st.one_of(NONSENSE, BATCHES),
+    )
+    def a_damaged_event_is_refused_or_leaves_a_state_that_adds_up(self, kind, key, detail):
+        found = copy.deepcopy(self.state)
+        try:
+            found.apply(Event(kind, key, 1.0, detail))
+        except LedgerError:
+            assert found == self.state
+        else:
+            assert found.balance().missing == 0
+            assert sorted(batched(found)) == found.with_status(Status.BATCHED, Status.TRAINED)
+
+    @invariant()
+    def what_was_admitted_is_trained_dropped_or_pending(self):
+        balance = self.state.balance()
+        assert balance.missing == 0
+        assert balance.admitted == self.state.admitted
+
+    @invariant()
+    def a_group_is_trained_by_one_step_at_a_time(self):
+        assert sorted(batched(self.state)) == self.state.with_status(Status.BATCHED, Status.TRAINED)
+
+    @invariant()
+    def every_group_that_is_trained_or_will_be_has_an_age(self):
+        balance = self.state.balance()
+        assert self.state.ages.total() == balance.trained + balance.pending["batched"]
+        assert min(self.state.ages.values(), default=0) >= 0
+
+    @invariant()
+    def samples_that_are_gone_belong_to_groups_that_none_will_ask_for(self):
+        assert not set(self.state.gone) & self.state.live.keys()
 
 
-@MANY
-@given(stories())
-def test_every_group_that_is_trained_or_will_be_has_an_age(story):
-    for state in story[1]:
-        pending = state.balance().pending
-        assert state.ages.total() == state.balance().trained + pending["batched"]
-        assert min(state.ages.values(), default=0) >= 0
+def batched(state):
+    """Groups of all batches, as often as they are in one."""
+    return [group for batch in state.batches.values() for group in batch.trained]
 
 
-@MANY
+TestBooks = Books.TestCase
+TestBooks.settings = settings(stateful_step_count=30)
+
+
 @given(stories())
 def test_a_snapshot_is_the_whole_state(story):
     state = fold(story[0])
@@ -105,15 +110,6 @@ def test_a_snapshot_is_the_whole_state(story):
     assert restored.as_dict() == state.as_dict()
     event = Event(Kind.SNAPSHOT, state.step, 1.0, json.loads(json.dumps(state.as_dict())))
     assert fold([event]).as_dict() == state.as_dict()
-
-
-@MANY
-@given(stories())
-def test_samples_that_are_gone_belong_to_groups_nobody_will_ask_for(story):
-    state = LedgerState()
-    for event in story[0]:
-        state.apply(event)
-        assert not state.gone or not set(state.gone) & state.live.keys()
 
 
 def events(*pairs):

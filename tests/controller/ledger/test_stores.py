@@ -15,9 +15,7 @@ from paceline.controller.ledger.state import fold
 from tests.controller.builders import make_group, make_prompt
 from tests.controller.ledger.stories import stories
 
-AGAIN = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+AGAIN = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def without_groups(events):

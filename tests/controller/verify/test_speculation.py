@@ -16,7 +16,6 @@ from paceline.controller.verify.checks.judging import distribution_faults, logpr
 from paceline.controller.verify.checks.sampling import ends_rightly, sampled_by, weight_swap
 from paceline.controller.verify.drafters import nothing
 from paceline.controller.verify.speculation import CHECKS
-from paceline.controller.verify.subject import OWN_DRAFTING
 from paceline.controller.verify.tiny_model import Language
 
 pytestmark = pytest.mark.slow
@@ -54,8 +53,12 @@ def test_a_check_in_which_nothing_is_drafted_fails_for_that_alone(subject):
 
 
 def test_tokens_that_depend_on_drafts_are_not_coupled(subject, monkeypatch):
-    engine = subject.engine
-    monkeypatch.setattr(subject, "engine", lambda coupled_sampling, **named: engine(**named))
+    def uncoupled(coupled_sampling, speculative_config=None, drafting=None):
+        if speculative_config:
+            return subject.scripted("any", nothing).engine
+        return (subject.ours if drafting else subject.undrafted).engine
+
+    monkeypatch.setattr(subject, "engine", uncoupled)
     results = list(coupled_tokens(subject))
     assert len(results) == 2
     assert all("not the undrafted ones" in result.faults[0] for result in results)
@@ -97,8 +100,7 @@ def test_weights_that_are_not_those_announced_are_found(subject, monkeypatch):
 
 
 def test_attention_to_keys_of_older_weights_is_found(subject, monkeypatch):
-    keeping = subject.engine(drafting=OWN_DRAFTING, on_weight_update="keep")
-    monkeypatch.setattr(subject, "ours", replace(subject.ours, engine=keeping))
+    monkeypatch.setattr(subject.ours.engine, "_on_update", "keep")
     ours = next(weight_swap(subject))
     assert not ours.passed
 

@@ -1,5 +1,5 @@
-"""DeepSpeed's ZeRO, whatever its stage, computes, publishes, saves and refuses what one process
-does."""
+"""DeepSpeed's ZeRO: its bfloat16, its optimiser's settings, its silence. Every law:
+`test_conformance.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,26 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from paceline.configs.errors import NonFiniteError
-from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.schema.learner import OptimizerConfig
 from paceline.learner.checkpoints.shards import boxes
 from paceline.weights_sync.shared_memory import read_weights
 from tests.learner import ranks
-from tests.learner.conftest import REPOSITORY, RankProcesses, random_batch
-from tests.learner.engines.test_ranks import relative_error
-from tests.learner.test_worker import assert_same, spoil
+from tests.learner.conftest import REPOSITORY, random_batch
+from tests.learner.engines.comparisons import assert_same_metrics, relative_error
+from tests.learner.engines.layouts import FIRST, STEPS, Run, refused_step, zero
+from tests.learner.test_worker import assert_same
 
 pytestmark = pytest.mark.slow
 
-
-@pytest.fixture(scope="module")
-def rank_processes():
-    """Processes of their own: DeepSpeed leaves things behind in its process."""
-    with RankProcesses() as processes:
-        yield processes
-
-
+BFLOAT16 = {"precision": "bfloat16"}
 EVERYTHING = OptimizerConfig(
     learning_rate=1e-2,
     warmup_steps=2,
@@ -48,65 +39,12 @@ EVERYTHING = OptimizerConfig(
 """No setting at its default, and gradients that are always clipped."""
 
 
-def zero(stage, **settings):
-    return {"engine": "deepspeed", "deepspeed": {"stage": stage, **settings}}
-
-
-# Programs of a rank
-
-
-def gradients_of(engine):
-    """Every parameter's gradient as the next step would see it; they are dropped."""
-    from deepspeed.utils import safe_get_full_grad
-
-    engine._finish_gradients()
-    named = engine._policy.trained_parameters()
-    found = {name: safe_get_full_grad(parameter).clone().numpy() for name, parameter in named}
-    engine.drop_gradients()
-    return found
-
-
-def gradients(worker, *batches):
-    """The last report and the gradients of all batches together."""
-    for batch in batches:
-        report = worker.forward_backward(batch, ranks.LOSS)
-    return report, gradients_of(worker._models.policy)
-
-
-def gradients_after_dropped_ones(worker, dropped, batch):
-    worker.forward_backward(dropped, ranks.LOSS)
-    worker._drop_gradients()
-    assert not worker._models.policy.has_gradients()
-    return gradients(worker, batch)
-
-
 def train_with_everything(worker, batches):
     found = []
     for step, batch in enumerate(batches):
         report = worker.forward_backward(batch, ranks.LOSS)
         found.append(report.metrics | worker.optimizer_step(EVERYTHING, step, 6))
     return found, ranks.weights(worker)
-
-
-def refused_step(worker, batches):
-    """A step whose gradients are not finite, then healthy ones: whether it changed a weight."""
-    engine = worker._models.policy
-    before = ranks.weights(worker)
-    healthy = engine.add_gradients
-
-    def spoilt(microbatches, head, loss_of):
-        healthy(microbatches, head, lambda *found: loss_of(*found) * float("nan"))
-
-    with mock.patch.object(engine, "add_gradients", spoilt):
-        worker.forward_backward(batches[0], ranks.LOSS)
-    with pytest.raises(NonFiniteError, match="gradient norm of step 0 is not finite"):
-        worker.optimizer_step(ranks.OPTIMIZER, 0, 100)
-    unchanged = ranks.weights(worker)
-    return before, unchanged, ranks.train(worker, batches)
-
-
-def initial_weights(worker):
-    return ranks.weights(worker), {t.dtype for t in worker._models.policy.state()["model"].values()}
 
 
 def use_everything(worker, batch, folder):
@@ -129,196 +67,92 @@ def use_everything(worker, batch, folder):
     return first, gain, worker.version, after, ranks.weights(worker), handle
 
 
-# Laws
-
-
-@pytest.mark.parametrize(
-    ("num_ranks", "stage", "offloads"),
-    [(1, 2, False), (2, 1, False), (2, 2, False), (2, 3, False), (2, 1, True), (2, 3, True)],
-)
-def test_every_parameters_gradient_equals_that_of_one_process(on_ranks, num_ranks, stage, offloads):
-    batch = random_batch(num_samples=15, temperature=0.9)
-    [(report, expected)] = on_ranks(1, ranks.gradients, batch)
-    settings = zero(stage, offload_optimizer=offloads)
-    for found_report, found in on_ranks(num_ranks, gradients, batch, **settings):
-        expected_metrics = pytest.approx(ranks.of_training(report.metrics), rel=1e-5, abs=1e-6)
-        assert ranks.of_training(found_report.metrics) == expected_metrics
-        assert_same(found, expected, 1e-5)
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_gradients_add_up_until_the_step_and_dropped_ones_are_forgotten(on_ranks, stage):
-    """In one batch's microbatches as over several batches."""
-    first, second = random_batch(seed=1, num_samples=30), random_batch(seed=2)
-    [(_, one)] = on_ranks(1, ranks.gradients, first)
-    [(_, two)] = on_ranks(1, ranks.gradients, second)
-    for _, both in on_ranks(2, gradients, first, second, **zero(stage)):
-        assert_same(both, {name: one[name] + two[name] for name in one}, 1e-5)
-    for _, found in on_ranks(2, gradients_after_dropped_ones, first, second, **zero(stage)):
-        assert_same(found, two, 1e-5)
-
-
-@pytest.mark.parametrize(
-    ("stage", "checkpointing"), [(1, "layers"), (3, "layers"), (1, "chunks"), (2, "chunks")]
-)
-def test_activation_checkpointing_changes_no_gradient(on_ranks, stage, checkpointing):
-    batch = random_batch(num_samples=15)
-    [(_, expected)] = on_ranks(1, ranks.gradients, batch)
-    settings = zero(stage) | {"activation_checkpointing": checkpointing, "tokens_per_chunk": 16}
-    [(_, found), _] = on_ranks(2, gradients, batch, **settings)
-    assert_same(found, expected, 1e-5)
-
-
-@pytest.mark.parametrize(
-    ("stage", "offloads"), [(1, False), (2, False), (3, False), (1, True), (2, True), (3, True)]
-)
+@pytest.mark.parametrize(("stage", "offloads"), [(1, True), (2, False), (3, False), (3, True)])
 def test_steps_with_every_setting_of_the_optimizer_equal_those_of_one_process(
-    on_ranks, stage, offloads
+    one_process, on_layout, stage, offloads
 ):
-    batches = [random_batch(seed=seed) for seed in range(3)]
-    [(expected_metrics, expected)] = on_ranks(1, train_with_everything, batches)
+    program = (train_with_everything, [random_batch(seed=seed) for seed in range(3)])
+    expected_metrics, expected = one_process(*program)
     assert all(metrics["grad_norm"] > 2 * EVERYTHING.max_grad_norm for metrics in expected_metrics)
-    settings = zero(stage, offload_optimizer=offloads)
-    (metrics, found), (others, _) = on_ranks(2, train_with_everything, batches, **settings)
-    assert metrics == others
-    for mine, wanted in zip(metrics, expected_metrics, strict=True):
-        assert ranks.of_training(mine) == pytest.approx(
-            ranks.of_training(wanted), rel=1e-4, abs=1e-5
-        )
-    assert_same(found, expected, 1e-4)
+    found = on_layout(zero(stage, offload_optimizer=offloads), *program)
+    assert found[0][0] == found[1][0]
+    assert_same_metrics([metrics for metrics, _ in found], expected_metrics, rel=1e-4, abs=1e-5)
+    assert_same(ranks.merged(weights for _, weights in found), expected, 1e-4)
 
 
-def test_twenty_losses_of_zero_3_follow_those_of_one_process(on_ranks):
-    batches = [random_batch(seed=seed) for seed in range(20)]
-    [(expected, _)] = on_ranks(1, ranks.train, batches)
-    [(found, _), _] = on_ranks(2, ranks.train, batches, **zero(3))
-    losses = [report.metrics["loss"] for report, _ in found]
-    assert losses == pytest.approx([r.metrics["loss"] for r, _ in expected], rel=1e-2, abs=1e-3)
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_gradient_that_is_not_finite_changes_nothing_and_leaves_nothing(
-    on_ranks, stage, precision
+def test_a_checkpoint_resumes_under_another_stage_and_number_of_ranks(
+    one_process, on_layout, tmp_path
 ):
-    batches = [random_batch(seed=seed) for seed in range(2)]
-    settings = zero(stage) | {"precision": precision}
-    [(_, expected), _] = on_ranks(2, ranks.train, batches, **settings)
-    for before, unchanged, (_, found) in on_ranks(2, refused_step, batches, **settings):
-        assert_same(unchanged, before)
-        assert_same(found, expected)
-
-
-def test_a_bad_number_fails_both_ranks_together_and_neither_hangs(on_ranks):
-    batch = spoil(spoil(random_batch(), "reward", -1.0), "logprobs", -1e4)
-    found = on_ranks(2, ranks.failing_step, batch, **zero(2))
-    assert found == [("NonFiniteError", len(batch.samples))] * 2
-
-
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bfloat16_starts_from_unrounded_masters_and_computes_what_fsdp_does(on_ranks, stage):
-    batch = random_batch(num_samples=15)
-    settings = zero(stage) | {"precision": "bfloat16"}
-    [(exact, _)] = on_ranks(1, initial_weights)
-    for found, dtypes in on_ranks(2, initial_weights, **settings):
-        assert dtypes == {torch.float32}
-        assert_same(found, exact)
-    [(_, expected)] = on_ranks(1, ranks.gradients, batch, precision="bfloat16")
-    [(_, found), _] = on_ranks(2, gradients, batch, **settings)
-    for name, gradient in expected.items():
-        assert relative_error(found[name], gradient) < 0.02, name
-
-
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_published_and_exported_weights_are_the_masters_in_the_models_precision(
-    on_ranks, tmp_path, stage, precision
-):
-    folder = tmp_path / "model"
-    settings = zero(stage) | {"precision": precision}
-    (masters, handle), _ = on_ranks(
-        2, ranks.train_and_publish, [random_batch()], str(folder), **settings
-    )
-    published = dict(read_weights(handle))
-    exported = AutoModelForCausalLM.from_pretrained(folder)
-    assert published.keys() == masters.keys() == dict(exported.named_parameters()).keys()
-    for name, parameter in exported.named_parameters():
-        rounded = torch.from_numpy(masters[name]).to(getattr(torch, precision))
-        assert torch.equal(published[name], rounded)
-        assert torch.equal(parameter, rounded)
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_looking_at_weights_between_gradient_and_update_leaves_nothing_stale(on_ranks, stage):
-    batch = random_batch()
-    [(_, _, expected)] = on_ranks(1, ranks.logprobs_between_steps, batch)
-    for before, unchanged, after in on_ranks(2, ranks.logprobs_between_steps, batch, **zero(stage)):
-        for index in range(len(batch.samples)):
-            np.testing.assert_array_equal(before[index], unchanged[index])
-            np.testing.assert_allclose(after[index], expected[index], atol=2e-4)
-
-
-ONE, HYBRID = (1, {}), (4, {"parallel": {"replicate": 2}})
-
-
-@pytest.mark.parametrize(
-    ("saving", "loading"),
-    [
-        (HYBRID, (2, zero(3))),
-        ((2, zero(3)), ONE),
-        (ONE, (2, zero(1))),
-        ((2, zero(1)), (1, zero(2))),
-        ((2, zero(2, offload_optimizer=True)), (3, zero(3, offload_optimizer=True))),
-        ((3, zero(3)), HYBRID),
-    ],
-)
-def test_a_checkpoint_resumes_under_any_engine_stage_and_number_of_ranks(
-    on_ranks, tmp_path, saving, loading
-):
-    batches = [random_batch(seed=seed) for seed in range(4)]
+    """Of which one divides no tensor evenly."""
     folder = str(tmp_path / "checkpoint")
-    [(_, expected)] = on_ranks(1, ranks.train, batches)
-    on_ranks(saving[0], ranks.train_and_save, batches[:2], folder, **saving[1])
-    resumed = on_ranks(loading[0], ranks.load_and_train, folder, batches[2:], **loading[1])
-    for version, (_, found) in resumed:
+    _, expected = one_process(ranks.train, STEPS)
+    on_layout(zero(2, offload_optimizer=True), ranks.train_and_save, STEPS[:2], folder)
+    resuming = zero(3, num_ranks=3, offload_optimizer=True)
+    for version, (_, found) in on_layout(resuming, ranks.load_and_train, folder, STEPS[2:]):
         assert version == 2
         assert_same(found, expected, 1e-3)
 
 
-def test_a_bfloat16_checkpoint_keeps_what_bfloat16_cannot_hold(on_ranks, tmp_path):
-    batches = [random_batch(seed=seed) for seed in range(4)]
-    folder = str(tmp_path / "checkpoint")
-    settings = zero(3) | {"precision": "bfloat16"}
-    [(_, expected), _] = on_ranks(2, ranks.train, batches, **settings)
-    on_ranks(2, ranks.train_and_save, batches[:2], folder, **settings)
-    for _, (_, found) in on_ranks(2, ranks.load_and_train, folder, batches[2:], **settings):
-        assert_same(found, expected)
+def in_bfloat16(worker, batch, folder):
+    """Everything in which precision matters, from the first weights to those that are saved."""
+    state = worker._models.policy.state()["model"]
+    dtypes, initial = {tensor.dtype for tensor in state.values()}, ranks.weights(worker)
+    gradients = ranks.gradients(worker, batch)[1]
+    _, trained = ranks.train(worker, STEPS[:2])
+    handle = worker.publish(2)
+    worker.export(f"{folder}/model")
+    ranks.save_whole(worker, f"{folder}/checkpoint")
+    _, after = ranks.train(worker, STEPS[2:], start=2)
+    worker.load(f"{folder}/checkpoint")
+    refused = refused_step(worker)
+    _, again = ranks.train(worker, STEPS[2:], start=2)
+    own = {"dtypes": dtypes, "initial": initial, "gradients": gradients, "handle": handle}
+    return refused | own | {"trained": trained, "after": after, "again": again}
 
 
-@pytest.mark.parametrize("backbone", ["separate", "shared"])
-@pytest.mark.parametrize("stage", [2, 3])
-def test_critic_and_reference_do_what_they_do_in_one_process(
-    on_ranks, model_folder, stage, backbone
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def bfloat16_run(request, on_layout, tmp_path_factory):
+    """What the ranks of a stage did in bfloat16."""
+    folder = str(tmp_path_factory.mktemp("bfloat16"))
+    return Run(folder, on_layout(zero(request.param), in_bfloat16, FIRST, folder, **BFLOAT16))
+
+
+def test_bfloat16_starts_from_unrounded_masters_and_computes_what_fsdp_does(
+    bfloat16_run, one_process
 ):
-    batches = [random_batch(seed=seed, num_samples=13) for seed in range(3)]
-    arguments = (batches, ranks.ACTOR_CRITIC, model_folder)
-    critic = CriticConfig(clip=0.2, backbone=backbone)
-    [(reports, policy, values)] = on_ranks(1, ranks.train_roles, *arguments, critic=critic)
-    for found in on_ranks(2, ranks.train_roles, *arguments, critic=critic, **zero(stage)):
-        for mine, theirs in zip(found[0], reports, strict=True):
-            assert ranks.of_training(mine) == pytest.approx(
-                ranks.of_training(theirs), rel=1e-3, abs=1e-4
-            )
-        assert_same(found[1], policy, 1e-3)
-        assert_same(found[2], values, 1e-3)
+    assert bfloat16_run["dtypes"] == [{torch.float32}] * 2
+    assert_same(bfloat16_run.tensors("initial"), one_process(ranks.weights))
+    _, expected = one_process(ranks.gradients, FIRST, **BFLOAT16)
+    for name, gradient in bfloat16_run.tensors("gradients").items():
+        assert relative_error(gradient, expected[name]) < 0.02, name
 
 
-def test_a_worker_does_what_one_without_deepspeed_does(on_ranks, tmp_path):
-    batch = random_batch()
-    folder = tmp_path / "model"
-    arguments = (use_everything, batch, str(folder))
-    [(expected, _, _, expected_logprobs, _, _)] = on_ranks(1, *arguments)
-    [(first, gain, version, logprobs, masters, handle)] = on_ranks(1, *arguments, **zero(2))
+def test_a_bfloat16_gradient_that_is_not_finite_changes_nothing(bfloat16_run):
+    assert all("gradient norm of step 0 is not finite" in said for said in bfloat16_run["refusal"])
+    assert_same(bfloat16_run.tensors("unchanged"), bfloat16_run.tensors("trained"))
+
+
+def test_bfloat16_weights_leave_as_the_rounded_masters(bfloat16_run):
+    masters, handle = bfloat16_run.tensors("trained"), bfloat16_run["handle"][0]
+    published = dict(read_weights(handle))
+    exported = AutoModelForCausalLM.from_pretrained(f"{bfloat16_run.folder}/model")
+    assert published.keys() == masters.keys() == dict(exported.named_parameters()).keys()
+    for name, parameter in exported.named_parameters():
+        rounded = torch.from_numpy(masters[name]).bfloat16()
+        assert torch.equal(published[name], rounded)
+        assert torch.equal(parameter, rounded)
+
+
+def test_a_bfloat16_checkpoint_keeps_what_bfloat16_cannot_hold(bfloat16_run):
+    """Nor does a step that was refused after loading leave anything."""
+    assert_same(bfloat16_run.tensors("again"), bfloat16_run.tensors("after"))
+
+
+def test_a_worker_does_what_one_without_deepspeed_does(one_process, on_layout, tmp_path):
+    """On one rank."""
+    program = (use_everything, random_batch(), str(tmp_path / "model"))
+    expected, _, _, expected_logprobs, _, _ = one_process(*program)
+    [(first, gain, version, logprobs, masters, handle)] = on_layout(zero(2, 1), *program)
     assert first == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert first["ratio"] == pytest.approx(1.0, abs=1e-6)
     assert gain > 0
@@ -336,7 +170,8 @@ def test_it_compiles_nothing_and_says_nothing(model_folder, tmp_path):
         "deepspeed={{'stage': 1}}); ranks.train(worker, [random_batch()]); worker.close()"
     ).format(model_folder, str(tmp_path / "weights"))
     extensions = tmp_path / "extensions"
-    environment = {"PYTHONPATH": REPOSITORY, "TORCH_EXTENSIONS_DIR": str(extensions)}
+    paths = os.pathsep.join([REPOSITORY, os.environ.get("PYTHONPATH", "")])
+    environment = {"PYTHONPATH": paths, "TORCH_EXTENSIONS_DIR": str(extensions)}
     ended = subprocess.run(
         [sys.executable, "-c", program],
         env={**os.environ, **environment},

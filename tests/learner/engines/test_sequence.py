@@ -1,5 +1,5 @@
-"""Rows divided over sequence ranks: who has what, and what is refused. Every mesh:
-`test_meshes.py`."""
+"""Rows divided over sequence ranks: who has what, and what is refused. Every law:
+`test_conformance.py`."""
 
 from __future__ import annotations
 

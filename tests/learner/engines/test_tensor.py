@@ -1,5 +1,5 @@
 """Matrices and vocabulary divided over tensor ranks change no result, and what cannot be divided is
-refused by name. Every mesh: `test_meshes.py`."""
+refused by name. Every law: `test_conformance.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paceline.learner.engines.parallel.tensor import require_divisible
 from paceline.learner.model.model import write_initial_model
 from tests.learner import ranks
 from tests.learner.conftest import VOCAB_SIZE, model_config, random_batch
-from tests.learner.engines.test_ranks import relative_error
+from tests.learner.engines.comparisons import relative_error
 from tests.learner.test_worker import assert_same
 
 TENSOR = {"tensor": 2}
@@ -43,15 +43,6 @@ def test_every_family_has_the_gradients_of_one_process(
     ):
         assert found[0].metrics == pytest.approx(report.metrics, rel=1e-5, abs=1e-6)
         assert_same(found[1], expected, 1e-5)
-
-
-@pytest.mark.slow
-def test_layers_computed_twice_change_no_gradient(on_ranks):
-    batch = random_batch()
-    [(_, expected)] = on_ranks(1, ranks.gradients, batch)
-    settings = {"parallel": TENSOR, "activation_checkpointing": "layers"}
-    [(_, found), _] = on_ranks(2, ranks.gradients, batch, **settings)
-    assert_same(found, expected, 1e-5)
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -44,8 +44,12 @@ def values_and_gradients(policy, row):
 def assert_equal_passes(found, expected):
     torch.testing.assert_close(found[0], expected[0], atol=2e-5, rtol=1e-5)
     assert found[1].keys() == expected[1].keys()
+    scales = {name: gradient.abs().max().item() for name, gradient in expected[1].items()}
+    # where every sequence has one token, those of queries and keys are rounding alone, of 1e-7 of
+    # the largest
+    floor = 0.1 * max(scales.values())
     for name, gradient in expected[1].items():
-        scale = gradient.abs().max().item()
+        scale = max(scales[name], floor)
         torch.testing.assert_close(found[1][name], gradient, atol=1e-5 * scale, rtol=1e-5)
 
 
@@ -54,8 +58,8 @@ def policies(model_folder):
     return load_policy(model_folder), load_policy(model_folder)
 
 
-@settings(max_examples=40)
 @given(layout=layouts(), tokens_per_chunk=st.integers(1, 60))
+@example(layout=([1, 1], [-1, -1]), tokens_per_chunk=1)
 def test_any_layout_in_chunks_of_any_size_has_the_gradients_of_the_whole_row(
     policies, layout, tokens_per_chunk
 ):

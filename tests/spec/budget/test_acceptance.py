@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -50,7 +50,6 @@ def test_rounds_that_draft_what_is_likelier_than_a_threshold_lie_on_the_curve() 
         assert threshold <= least <= threshold + 0.1
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0.01, 1), st.integers(0, MAX_DRAFT)), max_size=30),
     st.floats(0.01, 1),

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -97,7 +97,6 @@ def least_on_a_grid(batch: Batch, own: bool, limits: RoundLimits) -> float:
     return float(seconds[legal].min())
 
 
-@settings(deadline=None)
 @given(batches(), st.floats(0.05, 1))
 def test_the_drafts_needed_are_just_enough_to_finish_in_time(batch: Batch, share: float) -> None:
     lengths, curves, _ = batch
@@ -113,7 +112,6 @@ def test_the_drafts_needed_are_just_enough_to_finish_in_time(batch: Batch, share
     assert np.isinf(searched[np.isinf(ours) & np.isinf(beyond)]).all()
 
 
-@settings(deadline=None)
 @given(batches(), st.floats(0.05, 1))
 def test_what_a_round_saves_is_the_slope_of_the_drafts_needed(batch: Batch, share: float) -> None:
     lengths, curves, _ = batch
@@ -140,7 +138,6 @@ def test_the_solution_printed_in_das_does_not_finish_in_the_rounds_it_is_for() -
     assert length - curve.accepted(ours, lengths)[0] == pytest.approx(60.0)
 
 
-@settings(deadline=None)
 @given(
     batches(), st.booleans(), st.sampled_from([np.inf, 8.0, 1.0]), st.sampled_from([np.inf, 4.0])
 )
@@ -155,7 +152,6 @@ def test_no_makespan_on_a_grid_is_better(
     assert budget.seconds >= best * (1 - 0.01)  # the grid is not much worse either
 
 
-@settings(deadline=None)
 @given(
     batches(), st.booleans(), st.sampled_from([np.inf, 8.0, 1.0]), st.sampled_from([np.inf, 4.0])
 )
@@ -178,7 +174,6 @@ def test_a_makespan_budget_is_feasible_within_its_limits_and_never_worse_than_no
     )
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.floats(10, 5000), min_size=1, max_size=6).map(np.array),
     st.floats(0.3, 0.95),
@@ -207,7 +202,6 @@ def test_at_a_smooth_optimum_a_round_costs_what_the_drafts_that_save_it_cost(
         assert saved_below >= (price + (costs.token * at_kink if own else 0)) * 0.99
 
 
-@settings(deadline=None)
 @given(batches(), st.floats(1, 4))
 def test_dearer_rounds_mean_fewer_of_them_and_more_drafts(batch: Batch, factor: float) -> None:
     lengths, curves, costs = batch
@@ -217,7 +211,6 @@ def test_dearer_rounds_mean_fewer_of_them_and_more_drafts(batch: Batch, factor: 
     assert (dear.drafts >= cheap.drafts * (1 - 1e-3) - 1e-2 * lengths).all()
 
 
-@settings(deadline=None)
 @given(batches(), st.floats(0.05, 0.95), st.floats(0.05, 1))
 def test_of_two_alike_requests_the_longer_drafts_more(batch: Batch, k: float, first: float) -> None:
     lengths, _, costs = batch
@@ -293,7 +286,6 @@ survivals = st.integers(1, 3).flatmap(
 step_costs = st.builds(StepCosts, st.floats(0, 20), st.floats(0.01, 3))
 
 
-@settings(deadline=None)
 @given(survivals, step_costs, st.data())
 def test_no_drafts_make_more_tokens_a_second(
     survival: Floats, costs: StepCosts, data: st.DataObject
@@ -316,7 +308,6 @@ def test_no_drafts_make_more_tokens_a_second(
     assert (budget.drafts <= offered).all() and budget.drafts.sum() <= limit
 
 
-@settings(deadline=None)
 @given(survivals, step_costs)
 def test_a_token_is_drafted_iff_it_is_worth_more_than_its_time(
     survival: Floats, costs: StepCosts
@@ -343,7 +334,6 @@ def test_what_is_too_much_for_a_batch_is_cut_from_the_longest() -> None:
     assert within_batch(np.array([5, 1, 3]), 0).tolist() == [0, 0, 0]
 
 
-@settings(deadline=None)
 @given(st.integers(0, 50), st.floats(0.05, 0.95))
 def test_the_last_token_of_a_budget_gains_as_much_as_one_more_would(
     seed: int, share: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.spec.budget.confidence import DraftConfidence
@@ -25,7 +25,6 @@ def drafts_of(random: np.random.Generator, num_rows: int) -> Drafts:
     )
 
 
-@settings(deadline=None)
 @given(st.integers(0, 100), st.integers(1, 20), st.integers(0, 5))
 def test_survival_is_a_probability_that_never_rises_and_ends_with_the_draft(
     seed: int, num_rows: int, num_rounds: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.spec.budget.cost_model import CostModel, StepCosts, batch_bucket
@@ -54,7 +54,6 @@ def test_steps_that_compiled_something_at_the_start_do_not_matter() -> None:
     assert prediction is not None and prediction.seconds == pytest.approx(VLLM.seconds(16), rel=0.1)
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(1, 16), st.integers(0, 100), st.floats(1e-4, 10)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.spec.budget.lengths import EDGES, LengthHistory
@@ -29,7 +29,6 @@ def kaplan_meier(lengths: list[tuple[int, bool]], time: int) -> float:
     return survival
 
 
-@settings(deadline=None)
 @given(lengths_seen)
 def test_survival_is_kaplan_and_meiers(lengths: list[tuple[int, bool]]) -> None:
     pooled, by_key = history_of(lengths).pooled(), history_of(lengths).survival("key")
@@ -38,7 +37,6 @@ def test_survival_is_kaplan_and_meiers(lengths: list[tuple[int, bool]]) -> None:
         assert by_key.at(time) == pytest.approx(pooled.at(time))  # one key is the pool
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 15), min_size=1, max_size=30), st.data())
 def test_what_remains_is_the_mean_over_the_longer_ones(
     lengths: list[int], data: st.DataObject
@@ -51,7 +49,6 @@ def test_what_remains_is_the_mean_over_the_longer_ones(
     assert history.expected_remaining("key", so_far, limit) == pytest.approx(expected)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 100), st.integers(0, 3000))
 def test_what_remains_of_a_long_tail_is_right_to_the_width_of_a_bin(seed: int, so_far: int) -> None:
     lengths = np.ceil(np.random.default_rng(seed).lognormal(6, 1, 3000)).astype(int)
@@ -61,7 +58,6 @@ def test_what_remains_of_a_long_tail_is_right_to_the_width_of_a_bin(seed: int, s
     assert remaining == pytest.approx((longer - so_far).mean(), rel=0.1, abs=0.05 * so_far)
 
 
-@settings(deadline=None)
 @given(lengths_seen, st.integers(0, 60), st.integers(1, 50))
 def test_what_remains_is_at_least_a_token_and_at_most_what_is_allowed(
     lengths: list[tuple[int, bool]], so_far: int, left: int
@@ -127,7 +123,6 @@ def test_classes_follow_history_first_and_the_length_so_far_later() -> None:
     assert classes == ["short", "medium", "long"]
 
 
-@settings(deadline=None)
 @given(lengths_seen, st.floats(0, 0.999), st.integers(0, 14))
 def test_quantiles_rise_and_lie_beyond_the_length_so_far(
     lengths: list[tuple[int, bool]], probability: float, so_far: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.spec.budget.switch import (
@@ -58,7 +58,6 @@ def test_new_weights_are_probed_soon() -> None:
     assert any(switch.decide(0.8).draft for _ in range(INTERVAL_AFTER_UPDATE))
 
 
-@settings(deadline=None)
 @given(st.floats(1e-4, 0.1), st.floats(1e-5, 0.1))
 def test_looking_costs_its_share_of_the_time_and_no_more(step: float, look: float) -> None:
     looks = LookBudget()
