@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -200,12 +201,18 @@ def test_every_mode_gets_the_same_requests_and_no_two_samples_share_a_seed() -> 
 
 
 def test_the_oracle_drafts_what_was_foretold_and_nothing_once_that_was_wrong() -> None:
-    drafter = ReplayDrafter(None)
+    settings = SimpleNamespace(
+        speculative_config=SimpleNamespace(num_speculative_tokens=NUM_TOKENS)
+    )
+    drafter = ReplayDrafter(settings)
     drafter.attach(lambda: [("0/0", 2), ("0/1", 2), ("0/2", 2), ("1/0", 2)])
     future = np.arange(10, 30, dtype=np.int32)
     drafter.foretell({"0/0": future, "0/1": future, "0/2": future})
+    tokens = np.zeros((4, 64), np.int32)
+    for row, sampled in enumerate([[10, 11, 12], [10, 11, 99], future, [10]]):
+        tokens[row, 2 : 2 + len(sampled)] = sampled
     counts = np.array([5, 5, 2 + len(future), 3], dtype=np.int32)
-    drafts = drafter.propose([[11, 12], [99], [29], [10]], counts, np.zeros((4, 64), np.int32))
+    drafts = drafter.propose([[11, 12], [99], [29], [10]], counts, tokens)
     assert drafts == [list(range(13, 13 + NUM_TOKENS)), [], [], []]
 
 
