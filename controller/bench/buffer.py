@@ -14,15 +14,18 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from paceline.configs.vocabulary import Group, Prompt, Trajectory, VersionSpan, WeightVersion
+from paceline.controller.bench.harness.compare import Case, compare
 from paceline.controller.bench.harness.redis_server import redis_server
-from paceline.controller.bench.harness.result import BenchResult, BenchTable, Spread, Target
+from paceline.controller.bench.harness.resident_memory import resident_bytes
+from paceline.controller.bench.harness.result import BenchResult, Figures, Measured, Target
 from paceline.controller.bench.harness.subprocesses import in_own_process
 from paceline.controller.groups.buffer import WorkBuffer
 from paceline.controller.groups.freshness import FreshnessBudget
@@ -32,7 +35,6 @@ from paceline.controller.ledger.memory import MemoryStore
 from paceline.controller.ledger.redis_streams import RedisStore
 from paceline.controller.ledger.sqlite import SQLiteStore
 from paceline.controller.ledger.store import Store
-from paceline.controller.observe.files.versions import collect_versions
 
 StoreName = Literal["memory", "sqlite", "redis"]
 
@@ -44,31 +46,21 @@ SAMPLES, TOKENS = 4, 1390
 """A group of 50 KB: int32 ids, float32 log-probabilities and a mask of each token."""
 
 TARGETS: dict[StoreName, float] = {"memory": 20_000, "sqlite": 2_000, "redis": 5_000}
-OUTSTANDING = (1_000, 10_000, 100_000)
+LIVES: dict[StoreName, int] = {"memory": 80_000, "sqlite": 12_000, "redis": 24_000}
+OUTSTANDING = {f"{count:,}": count for count in (1_000, 10_000, 100_000)}
+FEWEST, MOST = "1,000", "100,000"
+STORES = f"{MOST} groups outstanding, {NUM_WORKERS:,} workers, 50 KB a group"
+GROWTH = "cost by number outstanding (memory)"
+RATE, CPU = "groups/s", "controller CPU, µs/group"
 
 
 @dataclass(frozen=True)
-class Case:
-    """One measurement: ``num_groups`` lives with ``outstanding`` groups in the buffer."""
+class Life:
+    """One measurement: ``num_groups`` live with ``outstanding`` groups in the buffer."""
 
     store: StoreName
     outstanding: int
     num_groups: int
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Of one case. CPU microseconds are this process's, all its threads; bytes are of memory."""
-
-    groups_per_second: float
-    cpu_microseconds: float
-    resident_bytes_before: int
-    resident_bytes_full: int
-    most_sample_bytes: int
-
-    def bytes_per_outstanding(self, outstanding: int) -> float:
-        """What one more group that waits costs, its prompt included."""
-        return (self.resident_bytes_full - self.resident_bytes_before) / outstanding
 
 
 def bench_buffer(quick: bool, output: Path) -> BenchResult:
@@ -77,44 +69,63 @@ def bench_buffer(quick: bool, output: Path) -> BenchResult:
     Raises:
         BenchError: there is no redis-server.
     """
-    scale, rounds = (4, 1) if quick else (1, 3)
-    lives: dict[StoreName, int] = {"memory": 80_000, "sqlite": 12_000, "redis": 24_000}
-    found: dict[StoreName, list[Measured]] = {name: [] for name in TARGETS}
-    for _ in range(rounds):
-        for name in TARGETS:
-            case = Case(name, OUTSTANDING[-1], lives[name] // scale)
-            found[name].append(in_own_process(measure, case, output))
-    growth = {
-        n: in_own_process(measure, Case("memory", n, lives["memory"] // scale), output)
-        for n in OUTSTANDING
-    }
-    return _result(found, growth)
+    scale, num_rounds = (4, 1) if quick else (1, 3)
+    stores: dict[str, StoreName] = {name: name for name in TARGETS}
+
+    def measure_one(case: str, variant: str, _: int) -> Figures:
+        name = stores.get(variant, "memory")
+        outstanding = OUTSTANDING.get(variant, OUTSTANDING[MOST])
+        return in_own_process(measure, Life(name, outstanding, LIVES[name] // scale), output)
+
+    return compare(
+        "buffer",
+        {STORES: Case(list(TARGETS), num_rounds), GROWTH: Case(list(OUTSTANDING), 1)},
+        measure_one,
+        targets_of(),
+        ratios=[(CPU, FEWEST)],
+    )
 
 
-def measure(case: Case, output: Path) -> Measured:
-    """Run one case; files go below ``output`` and are removed."""
-    with _store(case.store, output) as store:
-        return asyncio.run(_Lives(case, store).run())
+def targets_of() -> list[Target]:
+    """Return what is asked: a rate of each store, and that the cost a group is flat."""
+
+    def rate(store: str, measured: Measured) -> list[float]:
+        return measured.values(STORES, store, RATE)
+
+    def growth(measured: Measured) -> list[float]:
+        return measured.ratios(GROWTH, MOST, FEWEST, CPU)
+
+    rates = [
+        Target(f"{name}, groups/s", ">=", wanted, partial(rate, name))
+        for name, wanted in TARGETS.items()
+    ]
+    return [*rates, Target("CPU a group, 100,000 over 1,000 outstanding", "<=", 1.5, growth)]
+
+
+def measure(life: Life, output: Path) -> Figures:
+    """Run one life; files go below ``output`` and are removed."""
+    with _store(life.store, output) as store:
+        return asyncio.run(_Lives(life, store).run())
 
 
 class _Lives:
-    """Everything around the buffer while a case is measured."""
+    """Everything around the buffer while a life is measured."""
 
-    def __init__(self, case: Case, store: Store) -> None:
-        self._case = case
+    def __init__(self, life: Life, store: Store) -> None:
+        self._life = life
         self._journal = Journal(store, revocable=store.survives)
-        budget = FreshnessBudget(case.outstanding, 1, GROUPS_PER_STEP)
+        budget = FreshnessBudget(life.outstanding, 1, GROUPS_PER_STEP)
         self._group = _group()
         self._buffer = WorkBuffer(budget, self._journal, MOST_FINISHED * self._group.num_bytes)
         self._prompts = ((i, Prompt(f"p{i}", "", (1, 2, 3))) for i in itertools.count())
         self._most_bytes = 0
 
-    async def run(self) -> Measured:
-        before = _resident_bytes()
-        for _ in range(self._case.outstanding):
+    async def run(self) -> Figures:
+        before = resident_bytes()
+        for _ in range(self._life.outstanding):
             await self._buffer.admit(self._prompts.__next__)
         await self._journal.flush()
-        full = _resident_bytes()
+        full = resident_bytes()
         async with asyncio.TaskGroup() as group:  # a ledger that fails ends all of it
             tasks = [group.create_task(self._work()) for _ in range(NUM_WORKERS)]
             tasks.append(group.create_task(self._feed()))
@@ -125,7 +136,13 @@ class _Lives:
             for task in tasks:
                 task.cancel()
         await self._journal.flush()
-        return Measured(trained / seconds, 1e6 * cpu / trained, before, full, self._most_bytes)
+        return {
+            RATE: trained / seconds,
+            CPU: 1e6 * cpu / trained,
+            "bytes/outstanding": (full - before) / self._life.outstanding,
+            "RSS, MB": full / 1e6,
+            "most samples held, MB": self._most_bytes / 1e6,
+        }
 
     async def _feed(self) -> None:
         while True:
@@ -137,7 +154,7 @@ class _Lives:
             await self._buffer.finish(replace(self._group, group_id=work.group_id))
 
     async def _train(self) -> int:
-        for step in range(self._case.num_groups // GROUPS_PER_STEP):
+        for step in range(self._life.num_groups // GROUPS_PER_STEP):
             groups = []
             for _ in range(GROUPS_PER_STEP):
                 group = await self._buffer.take()
@@ -184,51 +201,3 @@ def _store(name: StoreName, output: Path) -> Iterator[Store]:
                 store.close()
     finally:
         shutil.rmtree(folder)
-
-
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _result(found: dict[StoreName, list[Measured]], growth: dict[int, Measured]) -> BenchResult:
-    rates = {name: Spread.of(m.groups_per_second for m in each) for name, each in found.items()}
-    cpu = {name: Spread.of(m.cpu_microseconds for m in each) for name, each in found.items()}
-    stores = BenchTable(
-        f"{OUTSTANDING[-1]:,} groups outstanding, {NUM_WORKERS:,} workers, 50 KB a group",
-        ("store", "groups/s", "controller CPU, µs/group", "most samples held, MB"),
-        [
-            (
-                name,
-                str(rates[name]),
-                str(cpu[name]),
-                f"{max(m.most_sample_bytes for m in each) / 1e6:.0f}",
-            )
-            for name, each in found.items()
-        ],
-    )
-    sizes = BenchTable(
-        "cost by number outstanding (memory)",
-        ("outstanding", "groups/s", "controller CPU, µs/group", "bytes/outstanding", "RSS, MB"),
-        [
-            (
-                f"{n:,}",
-                f"{m.groups_per_second:.0f}",
-                f"{m.cpu_microseconds:.1f}",
-                f"{m.bytes_per_outstanding(n):.0f}",
-                f"{m.resident_bytes_full / 1e6:.0f}",
-            )
-            for n, m in growth.items()
-        ],
-    )
-    few, many = growth[OUTSTANDING[0]], growth[OUTSTANDING[-1]]
-    flatness = many.cpu_microseconds / few.cpu_microseconds
-    targets = {f"{name}, groups/s": Target(rates[name], ">=", TARGETS[name]) for name in TARGETS}
-    targets["CPU a group, 100,000 over 1,000 outstanding"] = Target(
-        Spread.of([flatness]), "<=", 1.5
-    )
-    figures: dict[str, Any] = {
-        "stores": {name: [asdict(m) for m in each] for name, each in found.items()},
-        "outstanding": {n: asdict(m) for n, m in growth.items()},
-    }
-    return BenchResult("buffer", targets, figures, {}, collect_versions(0), (stores, sizes))

@@ -39,19 +39,20 @@ class Counters:
     num_cut: int = 0
 
 
-class ScriptedDrafter:
-    """Drafts what the script says, cut to what vLLM takes."""
-
-    script: ClassVar[Script] = staticmethod(nothing)
-    counters: ClassVar[Counters] = Counters()
-    drafts: ClassVar[dict[bytes, list[int]]] = {}
-    """Every draft of the script, by all tokens before it (int32)."""
+class RowDrafter:
+    """Base of what vLLM builds for ``custom_class``: ``write`` drafts from all tokens of a row."""
 
     def __init__(self, vllm_config: Any) -> None:
         self._max_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
 
     def load_model(self, target_model: Any) -> None:
-        """There is none to load."""
+        """Load no model: there is none."""
+
+    def write(
+        self, rows: Sequence[int], contexts: Sequence[NDArray[np.int32]]
+    ) -> Sequence[Sequence[int]]:
+        """Return a draft, however long, for each of these rows of the batch."""
+        raise NotImplementedError
 
     def propose(
         self,
@@ -60,18 +61,41 @@ class ScriptedDrafter:
         token_ids_cpu: NDArray[np.int32],
         slot_mappings: Any = None,
     ) -> list[list[int]]:
-        """A draft for every row that was just given tokens; see ``SuffixProposer.propose``."""
+        """Draft for every row that was just given tokens; see ``SuffixProposer.propose``."""
         rows = [row for row, sampled in enumerate(sampled_token_ids) if sampled]
         contexts = [token_ids_cpu[row, : num_tokens_no_spec[row]] for row in rows]
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
-        written = type(self).script(contexts) if rows else ()
-        for row, context, draft in zip(rows, contexts, written, strict=True):
+        for row, draft in zip(rows, self.write(rows, contexts) if rows else (), strict=True):
             # vLLM does not cut what is longer than it asked for, and ends
             drafts[row] = list(draft[: self._max_tokens])
-            self.drafts[context.tobytes()] = drafts[row]
+        return drafts
+
+
+class ScriptedDrafter(RowDrafter):
+    """Drafts what the script says."""
+
+    script: ClassVar[Script] = staticmethod(nothing)
+    counters: ClassVar[Counters] = Counters()
+    drafts: ClassVar[dict[bytes, list[int]]] = {}
+    """Every draft of the script, by all tokens before it (int32)."""
+
+    def write(
+        self, rows: Sequence[int], contexts: Sequence[NDArray[np.int32]]
+    ) -> Sequence[Sequence[int]]:
+        """Return what the script drafts, and note it."""
+        written = type(self).script(contexts)
+        for context, draft in zip(contexts, written, strict=True):
+            self.drafts[context.tobytes()] = list(draft[: self._max_tokens])
             self.counters.num_cut += len(draft) > self._max_tokens
+        return written
+
+    def propose(
+        self, sampled_token_ids: Sequence[Sequence[int]], *arguments: Any, **named: Any
+    ) -> list[list[int]]:
+        """Count what is drafted, and what was accepted of the drafts before."""
+        drafts = super().propose(sampled_token_ids, *arguments, **named)
         # a row without a draft is given one token a step, one with a draft those it accepted more
-        self.counters.num_accepted += sum(len(sampled_token_ids[row]) - 1 for row in rows)
+        self.counters.num_accepted += sum(len(new) - 1 for new in sampled_token_ids if new)
         self.counters.num_drafted += sum(map(len, drafts))
         return drafts
 

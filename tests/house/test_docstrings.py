@@ -17,7 +17,6 @@ NOT_YET = {
     "configs/limits",
     "configs/schema",
     "controller",
-    "controller/bench",
     "controller/bench/e2e",
     "controller/bench/harness",
     "controller/bench/learner",

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from paceline.controller.bench.e2e.paceline_runs import make_initial_model, train
-from paceline.controller.bench.e2e.workload import SHORT, Workload
-from paceline.controller.bench.harness.result import BenchResult, BenchTable, Spread, Target
+from paceline.controller.bench.e2e.paceline_runs import initial_model, train
+from paceline.controller.bench.e2e.workload import SHORT
+from paceline.controller.bench.harness.compare import Case, compare
+from paceline.controller.bench.harness.result import BenchResult, Figures, Measured, Target
 from paceline.controller.observe.files.folder import RunFolder
 from paceline.controller.observe.files.jsonl import write_atomically
 from paceline.controller.observe.files.recorder import read_records
-from paceline.controller.observe.files.records import EvaluationRecord
-from paceline.controller.observe.files.versions import collect_versions
+from paceline.controller.observe.files.records import EvaluationRecord, StepRecord
 from paceline.controller.observe.report.comparison import drawing
 
 IN_STEP = "lag 0"
@@ -56,6 +56,7 @@ VARIANTS: Mapping[str, Mapping[str, str]] = {
         "algorithm.corrections": "[{type: truncate, cap: 2.0}]",
     },
 }
+ACCURACY, AT_THE_END = "greedy accuracy, a round a seed", "at the end"
 CORRECTED = (CLIPPED, DECOUPLED, TRUNCATED)
 TOLERANCE = 5.0
 """Points of accuracy that a corrected run may end below lag 0."""
@@ -80,50 +81,48 @@ FULL = Plan(tuple(VARIANTS), (0, 1), num_steps=100, evaluate_every=20)
 QUICK = Plan((IN_STEP, CLIPPED), (0,), 4, 2, num_held_out=32, is_warm=False)
 
 
-@dataclass(frozen=True)
-class Curve:
-    """Greedy accuracy in percent at each evaluated step, and the mean age of what was trained."""
-
-    greedy: Mapping[int, float]
-    mean_age: float
-
-    @property
-    def last(self) -> float:
-        """Accuracy at the end."""
-        return self.greedy[max(self.greedy)]
-
-
 def bench_algorithms(quick: bool, output: Path) -> BenchResult:
     """Train every variant; where ``quick``, two of them for a few steps from random weights.
+
+    Rounds are seeds.
 
     Raises:
         BenchError: a run failed.
     """
     plan = QUICK if quick else FULL
     folder = output / "algorithms"
-    folder.mkdir(parents=True, exist_ok=True)
-    curves = {
-        seed: {name: _curve(plan, name, seed, folder) for name in plan.variants}
-        for seed in plan.seeds
-    }
-    for seed, of in curves.items():
-        shares = {name: _shares(curve) for name, curve in of.items()}
-        title = f"greedy accuracy, seed {seed}"
-        write_atomically(folder / f"curves-seed{seed}.svg", drawing(title, shares))
-    return _result(plan, curves)
+    result = compare(
+        "algorithms",
+        {ACCURACY: Case(plan.variants, len(plan.seeds))},
+        lambda _, variant, number: measure(plan, variant, plan.seeds[number], folder),
+        targets_of(plan.variants),
+        seed=plan.seeds[0],
+        notes=lambda measured: [standard_error(plan.num_held_out)],
+    )
+    for seed, found in zip(plan.seeds, result.measured.rounds[ACCURACY], strict=True):
+        shares = {name: _shares(plan, figures) for name, figures in found.items()}
+        picture = drawing(f"greedy accuracy, seed {seed}", shares)
+        write_atomically(folder / f"curves-seed{seed}.svg", picture)
+    return result
 
 
-def _shares(curve: Curve) -> dict[int, float]:
-    return {step: percent / 100 for step, percent in curve.greedy.items()}
+def targets_of(variants: Sequence[str]) -> list[Target]:
+    """Return what is asked of the corrected ones, at the end: to be hardly below lag 0."""
+
+    def below(variant: str, measured: Measured) -> list[float]:
+        return measured.differences(ACCURACY, IN_STEP, variant, AT_THE_END)
+
+    return [
+        Target(f"{name}: points below lag 0 at the end", "<=", TOLERANCE, partial(below, name))
+        for name in CORRECTED
+        if name in variants
+    ]
 
 
-def _workload(plan: Plan, seed: int) -> Workload:
+def measure(plan: Plan, name: str, seed: int, folder: Path) -> Figures:
+    """Train a variant on a seed."""
     task = {"data.seed": str(seed), "data.num_held_out": str(plan.num_held_out)}
-    return replace(SHORT, name=f"short-seed{seed}", seed=seed, task=task)
-
-
-def _curve(plan: Plan, name: str, seed: int, folder: Path) -> Curve:
-    workload = _workload(plan, seed)
+    workload = replace(SHORT, name=f"short-seed{seed}", seed=seed, task=task)
     overrides = {
         **workload.shared_overrides(),
         "warm_start": "null",
@@ -134,73 +133,36 @@ def _curve(plan: Plan, name: str, seed: int, folder: Path) -> Curve:
         "observability.live": "false",
         "observability.self_check_steps": "0",
         **VARIANTS[name],
+        **(initial_model(workload, folder) if plan.is_warm else {}),
     }
-    if plan.is_warm:
-        overrides["model.path"] = str(make_initial_model(workload, folder))
-        overrides["model.architecture"] = "null"
     run = f"{name.replace(', ', '-').replace(' ', '-').lower()}-seed{seed}"
-    steps = train(run, folder, overrides)
-    evaluations = [
-        record
-        for record in read_records(RunFolder(folder / run))
+    return figures_of(folder / run, train(run, folder, overrides))
+
+
+def figures_of(run: Path, steps: Sequence[StepRecord]) -> Figures:
+    """Return greedy accuracy in percent at each evaluated step, and at the end, and the mean age of
+    what was trained."""
+    greedy = {
+        record.step: 100 * record.greedy
+        for record in read_records(RunFolder(run))
         if isinstance(record, EvaluationRecord) and record.greedy is not None
-    ]
-    return Curve(
-        {record.step: 100 * (record.greedy or 0.0) for record in evaluations},
-        fmean(step.age_mean or 0.0 for step in steps),
+    }
+    return {
+        "mean age": fmean(step.age_mean or 0.0 for step in steps),
+        **{f"step {step}": accuracy for step, accuracy in greedy.items()},
+        AT_THE_END: greedy[max(greedy)],
+    }
+
+
+def standard_error(num_held_out: int) -> str:
+    """Say how exact accuracies are."""
+    points = 100 * (0.25 / num_held_out) ** 0.5
+    return (
+        f"Greedy accuracy on {num_held_out} held-out prompts, in percent; a standard error is up "
+        f"to {points:.1f} points."
     )
 
 
-Curves = Mapping[int, Mapping[str, Curve]]
-
-
-def _result(plan: Plan, curves: Curves) -> BenchResult:
-    below = {
-        name: Spread.of(of[IN_STEP].last - of[name].last for of in curves.values())
-        for name in plan.variants
-        if name != IN_STEP
-    }
-    targets = {
-        f"{name}: points below lag 0 at the end": Target(below[name], "<=", TOLERANCE)
-        for name in CORRECTED
-        if name in below
-    }
-    figures: dict[str, Any] = {
-        "curves": {
-            seed: {name: dict(curve.greedy) for name, curve in of.items()}
-            for seed, of in curves.items()
-        },
-        "mean_age": {
-            seed: {name: curve.mean_age for name, curve in of.items()}
-            for seed, of in curves.items()
-        },
-        "points_below_lag_0": {name: spread.median for name, spread in below.items()},
-    }
-    standard_error = 100 * (0.25 / plan.num_held_out) ** 0.5
-    notes = (
-        f"Greedy accuracy on {plan.num_held_out} held-out prompts, in percent; a standard error is "
-        f"up to {standard_error:.1f} points.",
-    )
-    return BenchResult(
-        "algorithms",
-        targets,
-        figures,
-        {f"seed {index}": seed for index, seed in enumerate(plan.seeds)},
-        collect_versions(plan.seeds[0]),
-        tuple(_table(plan, seed, of) for seed, of in curves.items()),
-        notes,
-    )
-
-
-def _table(plan: Plan, seed: int, curves: Mapping[str, Curve]) -> BenchTable:
-    steps = sorted({step for curve in curves.values() for step in curve.greedy})
-    rows = [
-        (
-            name,
-            f"{curve.mean_age:.1f}",
-            *(f"{curve.greedy[step]:.0f}" if step in curve.greedy else "" for step in steps),
-        )
-        for name, curve in curves.items()
-    ]
-    columns = ("variant", "mean age", *(f"step {step}" for step in steps))
-    return BenchTable(f"seed {seed}: greedy accuracy", columns, rows)
+def _shares(plan: Plan, figures: Figures) -> dict[int, float]:
+    found = {step: figures.get(f"step {step}") for step in range(plan.num_steps + 1)}
+    return {step: accuracy / 100 for step, accuracy in found.items() if accuracy is not None}

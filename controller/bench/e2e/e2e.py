@@ -1,49 +1,56 @@
 """``paceline bench e2e``: whole training steps of Paceline beside TRL's GRPOTrainer.
 
 Both sides start from the same model and train on the same problems in the same order, with the same
-reward, batch, precision, optimiser and loss, one torch thread a process. Runs of the variants are
-interleaved in rounds, so that a machine that slows down slows all of them.
+reward, batch, precision, optimiser and loss, one torch thread a process. Targets are against the
+peer with a thread a process too; its variant on two threads shows what it makes of a second core,
+which asynchronous Paceline uses as well.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from paceline.controller.bench.e2e.paceline_runs import make_initial_model, resolve, train
-from paceline.controller.bench.e2e.report import (
-    ASYNCHRONOUS,
-    DEFAULTS,
-    PEER,
-    PEER_ON_ALL_CORES,
-    SYNCHRONOUS,
-    Plan,
-    Round,
-    report,
-)
-from paceline.controller.bench.e2e.trl_job import Problem
+from paceline.controller.bench.e2e.paceline_runs import initial_model, resolve, train
+from paceline.controller.bench.e2e.step_times import paceline_figures, peer_figures
 from paceline.controller.bench.e2e.trl_runs import require_trl, train_trl, training_problems
-from paceline.controller.bench.e2e.workload import LONG, SHORT
-from paceline.controller.bench.harness.result import BenchResult
-from paceline.controller.bench.harness.timing import (
-    controller_overhead,
-    paceline_window,
-    peer_window,
-)
+from paceline.controller.bench.e2e.workload import LONG, SHORT, Workload
+from paceline.controller.bench.harness.compare import Case, compare
+from paceline.controller.bench.harness.result import BenchResult, Figures, Measured, Target
 
+PEER, PEER_ON_ALL_CORES = "TRL", "TRL, 2 threads"
+SYNCHRONOUS, ASYNCHRONOUS, DEFAULTS = "synchronous", "asynchronous", "defaults"
+
+PEER_THREADS: Mapping[str, int] = {PEER: 1, PEER_ON_ALL_CORES: 2}
 PACELINE_VARIANTS: Mapping[str, Mapping[str, str]] = {
     SYNCHRONOUS: {"loop.max_lag": "0", "algorithm.zero_signal": "keep"},
     ASYNCHRONOUS: {"algorithm.zero_signal": "keep"},
     DEFAULTS: {},
 }
 
-_ONE, _BOTH = {PEER: 1}, {PEER: 1, PEER_ON_ALL_CORES: 2}
-QUICK = (Plan(SHORT, num_rounds=1, num_warmup=3, num_timed=3, peer_threads=_ONE),)
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured of a workload, and by which variants of the peer."""
+
+    workload: Workload
+    num_rounds: int
+    num_timed: int
+    peers: Sequence[str] = (PEER,)
+    num_warmup: int = 3
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of one run."""
+        return self.num_warmup + self.num_timed
+
+
+QUICK = (Plan(SHORT, num_rounds=1, num_timed=3),)
 FULL = (
-    Plan(SHORT, num_rounds=3, num_warmup=3, num_timed=6, peer_threads=_ONE),
-    Plan(LONG, num_rounds=1, num_warmup=3, num_timed=6, peer_threads=_BOTH),
+    Plan(SHORT, num_rounds=3, num_timed=6),
+    Plan(LONG, num_rounds=1, num_timed=6, peers=tuple(PEER_THREADS)),
 )
 
 
@@ -54,55 +61,59 @@ def bench_e2e(quick: bool, output: Path) -> BenchResult:
         BenchError: TRL is not installed, or a run failed.
     """
     require_trl()
-    load_before = os.getloadavg()[0]
-    plans = QUICK if quick else FULL
-    return report([(plan, measure(plan, output)) for plan in plans], load_before)
+    plans = {plan.workload.name: plan for plan in (QUICK if quick else FULL)}
+    starts = {name: start_of(plan, output) for name, plan in plans.items()}
+    return compare(
+        "e2e",
+        {name: Case([*p.peers, *PACELINE_VARIANTS], p.num_rounds) for name, p in plans.items()},
+        lambda case, variant, number: measure(
+            plans[case], starts[case], variant, output / case / f"round-{number}"
+        ),
+        [target for name in plans for target in targets_of(name)],
+        ratios=[("samples/s", PEER)],
+        packages=["trl"],
+        notes=lambda measured: [f"{n}: {p.workload.description}" for n, p in plans.items()],
+    )
 
 
-def measure(plan: Plan, output: Path) -> list[Round]:
-    """Run every variant once a round, all from one initial model, which is kept in ``output``."""
-    model = make_initial_model(plan.workload, output)
-    overrides = {
-        **plan.workload.training_overrides(plan.num_steps),
-        "model.path": str(model),
-        "model.architecture": "null",
-    }
-    num_problems = plan.num_steps * plan.workload.groups_per_step
-    start = _Start(model, training_problems(resolve(overrides), num_problems), overrides)
-    folders = [output / plan.workload.name / f"round-{i}" for i in range(plan.num_rounds)]
-    return [_run_round(plan, start, folder) for folder in folders]
+def start_of(plan: Plan, output: Path) -> Mapping[str, str]:
+    """Return the overrides of all runs, which start from one model that is kept in ``output``."""
+    settings = plan.workload.training_overrides(plan.num_steps)
+    return {**settings, **initial_model(plan.workload, output)}
 
 
-@dataclass(frozen=True)
-class _Start:
-    """What all runs of a workload begin with; ``overrides`` are Paceline's."""
-
-    model: Path
-    problems: Sequence[Problem]
-    overrides: Mapping[str, str]
-
-
-def _run_round(plan: Plan, start: _Start, folder: Path) -> Round:
+def measure(plan: Plan, start: Mapping[str, str], variant: str, folder: Path) -> Figures:
+    """Run one variant in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    windows = {}
-    for name, num_threads in plan.peer_threads.items():
+    if variant in PEER_THREADS:
+        threads = PEER_THREADS[variant]
+        problems = training_problems(resolve(start), plan.num_steps * plan.workload.groups_per_step)
+        model = Path(start["model.path"])
         steps = train_trl(
-            f"trl-{num_threads}",
-            folder,
-            plan.workload,
-            start.model,
-            start.problems,
-            plan.num_steps,
-            num_threads,
+            f"trl-{threads}", folder, plan.workload, model, problems, plan.num_steps, threads
         )
-        windows[name] = peer_window(steps, plan.num_warmup)
-    records = {}
-    for name, changes in PACELINE_VARIANTS.items():
-        records[name] = train(name, folder, {**start.overrides, **changes})
-        windows[name] = paceline_window(
-            records[name],
-            plan.num_warmup,
-            plan.workload.samples_per_group,
-            overlapping=name != SYNCHRONOUS,
-        )
-    return Round(windows, controller_overhead(records[SYNCHRONOUS], plan.num_warmup))
+        return peer_figures(steps, plan.num_warmup)
+    records = train(variant, folder, {**start, **PACELINE_VARIANTS[variant]})
+    samples_per_group = plan.workload.samples_per_group
+    return paceline_figures(
+        records, plan.num_warmup, samples_per_group, overlapping=variant != SYNCHRONOUS
+    )
+
+
+def targets_of(case: str) -> list[Target]:
+    """Return what is asked on a workload, each the median of the rounds' own ratios."""
+
+    def faster(variant: str, other: str, measured: Measured) -> list[float]:
+        return measured.ratios(case, variant, other, "samples/s")
+
+    def overhead(measured: Measured) -> list[float]:
+        return measured.values(case, SYNCHRONOUS, "overhead")
+
+    equal, defaults = partial(faster, SYNCHRONOUS, PEER), partial(faster, DEFAULTS, PEER)
+    overlapped = partial(faster, ASYNCHRONOUS, SYNCHRONOUS)
+    return [
+        Target(f"{case}: synchronous over TRL, samples/s, equal settings", ">=", 3.0, equal),
+        Target(f"{case}: defaults over TRL, generated samples/s", ">=", 5.0, defaults),
+        Target(f"{case}: overhead of a synchronous step", "<=", 0.15, overhead),
+        Target(f"{case}: asynchronous over synchronous, samples/s", ">", 1.0, overlapped),
+    ]

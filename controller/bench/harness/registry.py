@@ -36,7 +36,7 @@ BENCHES: Mapping[str, Bench] = {
 
 
 def run_bench(name: str, quick: bool, output: Path) -> int:
-    """Run a benchmark and print its tables and, as the last line, its result as one JSON object.
+    """Run a benchmark; print its tables and, as the last line, its result as one JSON object.
 
     Returns:
         0 where every target is met, 1 where one is missed.

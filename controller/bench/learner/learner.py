@@ -5,7 +5,7 @@ optimiser, one torch thread, in a process of its own; rounds of all sides are in
 get the micro-batch size that is fastest for them. What a step is useful for is counted the same for
 all: trained tokens, and the floating-point operations that they need at least. Ours is measured
 also divided over two ranks, in every way there is. How long a sequence fits a fixed memory is
-measured by ``learner_memory.py``.
+measured by ``memory.py``.
 """
 
 from __future__ import annotations
@@ -13,18 +13,24 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from importlib import metadata
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from paceline.configs.schema.learner import LearnerConfig
 from paceline.controller.bench.e2e.trl_runs import require_trl
-from paceline.controller.bench.harness.result import BenchResult, BenchTable, Spread, Target
+from paceline.controller.bench.harness.compare import Case, compare
+from paceline.controller.bench.harness.result import BenchResult, Figures, Measured, Target
 from paceline.controller.bench.harness.subprocesses import in_own_process
+from paceline.controller.bench.learner import memory
 from paceline.controller.bench.learner.batch import BRIEF, LONG_TAILED, LearnerWorkload
-from paceline.controller.bench.learner.memory import CHUNKS, SequenceMemory, measure_memory
+from paceline.controller.bench.learner.memory import (
+    CHUNKS,
+    MemoryPlan,
+    measure_memory,
+    memory_figures,
+)
 from paceline.controller.bench.learner.steps import (
     ALONE,
     divided_steps,
@@ -32,10 +38,9 @@ from paceline.controller.bench.learner.steps import (
     paceline_steps,
     plain_steps,
 )
-from paceline.controller.observe.files.versions import collect_versions
 
 OURS, PLAIN, PEER = "paceline", "plain HF step", "TRL's step"
-SPEEDUP_TARGET, LENGTH_TARGET = 2.5, 2.5
+STEP, LENGTH = "one step", "longest sequence in 256 MiB, weights and optimiser included"
 
 
 def _two_ranks(**settings: Any) -> LearnerConfig:
@@ -60,15 +65,24 @@ class Plan:
     """How much is measured; micro-batch sizes are the fastest of 8, 16 and 32 samples."""
 
     workload: LearnerWorkload
+    memory: MemoryPlan
     num_rounds: int
     num_steps: int
     meshes: Sequence[str] = tuple(ON_TWO_RANKS)
     plain_microbatch: int = 8
     peer_microbatch: int = 32
 
+    @property
+    def cases(self) -> dict[str, Case]:
+        """What is measured, by which side."""
+        return {
+            STEP: Case([OURS, PLAIN, PEER, *self.meshes], self.num_rounds),
+            LENGTH: Case(list(self.memory.lengths), 1),
+        }
 
-QUICK = Plan(BRIEF, num_rounds=1, num_steps=1, meshes=[])
-FULL = Plan(LONG_TAILED, num_rounds=3, num_steps=2)
+
+QUICK = Plan(BRIEF, memory.QUICK, num_rounds=1, num_steps=1, meshes=[])
+FULL = Plan(LONG_TAILED, memory.FULL, num_rounds=3, num_steps=2)
 
 
 def bench_learner(quick: bool, output: Path) -> BenchResult:
@@ -80,14 +94,32 @@ def bench_learner(quick: bool, output: Path) -> BenchResult:
     require_trl()
     os.environ["OMP_NUM_THREADS"] = "1"
     plan = QUICK if quick else FULL
-    model = plan.workload.write_model(output / ("learner-quick" if quick else "learner") / "model")
+    workload = plan.workload
+    model = workload.write_model(output / ("learner-quick" if quick else "learner") / "model")
     sides = sides_of(plan)
-    rounds = [one_round(plan, model, sides) for _ in range(plan.num_rounds)]
-    return report(plan, rounds, measure_memory(quick, output))
+    peaks = cache(partial(measure_memory, plan.memory, output))
+
+    def measure(case: str, side: str, _: int) -> Figures:
+        if case == LENGTH:  # all sides at once: what one holds is not changed by another
+            return memory_figures(peaks()[side], plan.memory.memory)
+        return step_figures(
+            plan, side, in_own_process(sides[side], workload, model, plan.num_steps)
+        )
+
+    return compare(
+        "learner",
+        plan.cases,
+        measure,
+        TARGETS,
+        ratios=[("trained tokens/s", PEER), ("trained tokens/s", OURS), ("longest", memory.PLAIN)],
+        seed=workload.seed,
+        packages=["trl"],
+        notes=lambda measured: [describe(workload)],
+    )
 
 
 def sides_of(plan: Plan) -> Mapping[str, Side]:
-    """Who takes the step."""
+    """Return who takes the step."""
     from paceline.controller.bench.learner.peer import trl_steps
 
     return {
@@ -98,83 +130,37 @@ def sides_of(plan: Plan) -> Mapping[str, Side]:
     }
 
 
-@dataclass(frozen=True)
-class Round:
-    """Seconds of a step by side, medians; ``matmul`` in floating-point operations a second."""
-
-    seconds: Mapping[str, float]
-    matmul: float
-
-
-def one_round(plan: Plan, model: Path, sides: Mapping[str, Side]) -> Round:
-    """Every side once."""
-    seconds = {
-        name: statistics.median(in_own_process(side, plan.workload, model, plan.num_steps))
-        for name, side in sides.items()
+def step_figures(plan: Plan, side: str, seconds: Sequence[float]) -> Figures:
+    """Return the speed of a side whose steps took ``seconds``, and how much of this machine's rate
+    it makes use of, measured now on one thread."""
+    step = statistics.median(seconds)
+    used = plan.workload.required_flops() / step / matmul_flops()
+    return {
+        "s/step": step,
+        "trained tokens/s": plan.workload.batch().num_trained_tokens / step,
+        "use of the matmul rate": None if side in ON_TWO_RANKS else used,
     }
-    return Round(seconds, matmul_flops())
 
 
-def report(plan: Plan, rounds: Sequence[Round], memory: SequenceMemory) -> BenchResult:
-    """Tables and targets."""
-    workload = plan.workload
-    return BenchResult(
-        bench="learner",
-        targets={
-            "trained tokens/s over TRL, long-tailed": Target(
-                times_faster(rounds, OURS, PEER), ">=", SPEEDUP_TARGET
-            ),
-            "longest sequence over plain checkpointing": Target(
-                Spread.of([memory.times_plain(CHUNKS)]), ">=", LENGTH_TARGET
-            ),
-        },
-        figures={
-            "workload": asdict(workload),
-            "seconds": [dict(r.seconds) for r in rounds],
-            "matmul_flops": [r.matmul for r in rounds],
-            "required_flops": workload.required_flops(),
-            "memory": asdict(memory),
-        },
-        seeds={"workload": workload.seed},
-        versions={**collect_versions(workload.seed), "trl": metadata.version("trl")},
-        tables=[
-            sides_table(workload, rounds),
-            *([meshes_table(plan.meshes, rounds)] if plan.meshes else []),
-            memory.table(),
-        ],
-        notes=[
-            "What a step is useful for: every prompt once, every completion once, the vocabulary "
-            "for trained tokens only; the ceiling is a float32 product of one thread, measured in "
-            "each round."
-        ],
-    )
-
-
-def times_faster(rounds: Sequence[Round], side: str, other: str) -> Spread:
-    """How many times as fast a side is as another, a ratio a round."""
-    return Spread.of(r.seconds[other] / r.seconds[side] for r in rounds)
-
-
-def sides_table(workload: LearnerWorkload, rounds: Sequence[Round]) -> BenchTable:
-    """One process a side."""
+def describe(workload: LearnerWorkload) -> str:
+    """Say what a step is, and what it is useful for."""
     num_trained, flops = workload.batch().num_trained_tokens, workload.required_flops()
-    rows = []
-    for side in (OURS, PLAIN, PEER):
-        speed = Spread.of(num_trained / r.seconds[side] for r in rounds)
-        used = Spread.of(flops / r.seconds[side] / r.matmul for r in rounds)
-        over_peer = times_faster(rounds, side, PEER)
-        rows.append((side, str(speed), str(over_peer), f"{used.median:.0%}"))
-    return BenchTable(
-        f"one step on {workload.num_samples} completions of {num_trained:,} tokens",
-        ("side", "trained tokens/s", "times TRL", "use of the matmul rate"),
-        rows,
+    return (
+        f"A step is on {workload.num_samples} completions of {num_trained:,} tokens; useful are "
+        f"{flops:.3g} operations: every prompt once, every completion once, the vocabulary for "
+        "trained tokens only. The matmul rate is that of a float32 product of one thread."
     )
 
 
-def meshes_table(meshes: Sequence[str], rounds: Sequence[Round]) -> BenchTable:
-    """Two processes, by what they divide."""
-    return BenchTable(
-        "the same step on two ranks of this machine (gloo)",
-        ("what they divide", "times one rank"),
-        [(mesh, str(times_faster(rounds, mesh, OURS))) for mesh in meshes],
-    )
+def _faster(measured: Measured) -> list[float]:
+    return measured.ratios(STEP, OURS, PEER, "trained tokens/s")
+
+
+def _longer(measured: Measured) -> list[float]:
+    return measured.ratios(LENGTH, CHUNKS, memory.PLAIN, "longest")
+
+
+TARGETS = [
+    Target("trained tokens/s over TRL, long-tailed", ">=", 2.5, _faster),
+    Target("longest sequence over plain checkpointing", ">=", 2.5, _longer),
+]

@@ -27,7 +27,7 @@ from paceline.controller.bench.harness.resident_memory import (
     peak_bytes,
     resident_bytes,
 )
-from paceline.controller.bench.harness.result import BenchTable
+from paceline.controller.bench.harness.result import Figures
 from paceline.controller.bench.harness.subprocesses import side_by_side
 from paceline.controller.bench.learner.batch import LearnerWorkload
 from paceline.controller.bench.learner.steps import CLIP_HIGH, CLIP_LOW, OPTIMIZER, plain_loss
@@ -60,39 +60,8 @@ FULL = MemoryPlan(
 )
 
 
-@dataclass(frozen=True)
-class SequenceMemory:
-    """Peak bytes by side and length, and the longest sequence that fits ``memory`` by side."""
-
-    peaks: Mapping[str, Mapping[int, int]]
-    memory: int
-    longest: Mapping[str, int]
-
-    def times_plain(self, side: str) -> float:
-        """How many times the plain step's longest sequence a side's is."""
-        return self.longest[side] / self.longest[PLAIN]
-
-    def table(self) -> BenchTable:
-        """For people."""
-        return BenchTable(
-            f"longest sequence in {self.memory / 2**20:.0f} MiB, weights and optimiser included",
-            ("side", "measured: tokens, MiB", "KiB a token", "longest", "times plain"),
-            [
-                (
-                    side,
-                    ", ".join(f"{n}: {size / 2**20:.0f}" for n, size in peaks.items()),
-                    f"{line_through(peaks)[0] / 2**10:.1f}",
-                    f"{self.longest[side]:,}",
-                    f"{self.times_plain(side):.1f}",
-                )
-                for side, peaks in self.peaks.items()
-            ],
-        )
-
-
-def measure_memory(quick: bool, output: Path) -> SequenceMemory:
-    """Measure every side, briefly where ``quick``; the model is kept in ``output``."""
-    plan = QUICK if quick else FULL
+def measure_memory(plan: MemoryPlan, output: Path) -> Mapping[str, Mapping[int, int]]:
+    """Return peak bytes by side and length; the model is kept in ``output``."""
     model = MODEL.write_model(output / "learner-memory" / "model")
     sides: dict[str, Side] = {
         PLAIN: plain_step,
@@ -104,9 +73,16 @@ def measure_memory(quick: bool, output: Path) -> SequenceMemory:
         found = side_by_side(
             [partial(peaks_of, sides[side], model, lengths) for side, lengths in measured]
         )
-    peaks = dict(zip(plan.lengths, found, strict=True))
-    longest = {side: longest_within(plan.memory, sizes) for side, sizes in peaks.items()}
-    return SequenceMemory(peaks, plan.memory, longest)
+    return dict(zip(plan.lengths, found, strict=True))
+
+
+def memory_figures(peaks: Mapping[int, int], memory: int) -> Figures:
+    """Return the longest sequence within ``memory`` bytes, and the peaks that say so."""
+    return {
+        "longest": longest_within(memory, peaks),
+        "KiB a token": line_through(peaks)[0] / 2**10,
+        **{f"MiB at {length:,}": size / 2**20 for length, size in peaks.items()},
+    }
 
 
 def longest_within(memory: int, peaks: Mapping[int, int]) -> int:

@@ -172,7 +172,7 @@ class _NoDrafter:
     """What is metered where nothing is drafted."""
 
     def propose(self) -> list[list[int]]:
-        """Nobody asks."""
+        """Return nothing."""
         return []
 
 

@@ -8,16 +8,20 @@ training after the last. What a mode learned of the prompts it learned in the ep
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import fmean
+
+import numpy as np
 
 from paceline.configs.schema.rollout import DraftingConfig, RolloutConfig
 from paceline.configs.vocabulary import RolloutRequest, SamplingParameters
-from paceline.controller.bench.harness.result import BenchResult
+from paceline.controller.bench.harness.compare import Case, compare
+from paceline.controller.bench.harness.result import BenchResult, Figures, Measured, Target
 from paceline.controller.bench.rollout.engine import EngineProcess, EngineSettings, Epoch
 from paceline.controller.bench.rollout.modes import (
     COUPLED,
@@ -28,11 +32,15 @@ from paceline.controller.bench.rollout.modes import (
     UNBUDGETED,
     Mode,
 )
-from paceline.controller.bench.rollout.report import Round, Setting, report
 from paceline.controller.bench.rollout.task import spread_problems
 from paceline.controller.bench.rollout.training import END_TOKEN, Training, encode
 from paceline.controller.bench.rollout.weights import Published, publish_versions
 from paceline.controller.bench.rollout.widened_model import WIDE, Shape
+
+LATER_TARGETS = {1.0: 1.25, 0.6: 1.5}
+"""Wanted of an epoch after the first, by temperature: times as fast as without drafting."""
+FIRST_TARGET = 0.97
+SPEED = "epochs/min"
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,20 @@ class Plan:
     training: Training
     shape: Shape = WIDE
     seed: int = 0
+
+    @property
+    def installed(self) -> dict[str, Mode]:
+        """The modes that can be run here, by name."""
+        return {mode.name: mode for mode in self.modes if mode.is_installed}
+
+    @property
+    def epochs(self) -> dict[str, tuple[float, int]]:
+        """Temperature and number, from 0, of every epoch of a round, in order."""
+        return {
+            f"T={temperature:g}, epoch {epoch + 1}": (temperature, epoch)
+            for temperature in self.temperatures
+            for epoch in range(self.training.versions)
+        }
 
 
 FULL = Plan(
@@ -76,19 +98,111 @@ def bench_rollout(quick: bool, output: Path) -> BenchResult:
         BenchError: a run failed.
     """
     plan = QUICK if quick else FULL
-    load_before = os.getloadavg()[0]
     folder = output / f"rollout-{'quick' if quick else 'full'}"
     folder.mkdir(parents=True, exist_ok=True)
     # Published weights are large and made anew in seconds; the trained model is kept.
-    with tempfile.TemporaryDirectory(dir=folder) as published:
+    with tempfile.TemporaryDirectory(dir=folder) as published, ExitStack() as stack:
         weights = publish_versions(plan.training, plan.shape, folder / "model", Path(published))
-        rounds = _measure(plan, weights, folder)
-    return report(_setting(plan, weights), rounds, load_before)
+        engines = {
+            name: stack.enter_context(closing(EngineProcess(folder / f"{index}.log")))
+            for index, name in enumerate(plan.installed)
+        }
+        rollouts = Rollouts(plan, weights, engines)
+        return compare(
+            "rollout",
+            cases_of(plan),
+            rollouts.measure,
+            targets_of(plan),
+            ratios=[(SPEED, PLAIN.name)],
+            seed=plan.seed,
+            notes=lambda measured: [*_describe(plan, weights), rollouts.same_samples()],
+        )
 
 
-def _setting(plan: Plan, weights: Published) -> Setting:
+def cases_of(plan: Plan) -> dict[str, Case]:
+    """Return the epochs; what replays an epoch of others is measured after them."""
+    last = [name for name, mode in plan.installed.items() if mode.replays]
+    return {case: Case(list(plan.installed), plan.num_rounds, last) for case in plan.epochs}
+
+
+def targets_of(plan: Plan) -> list[Target]:
+    """Return what is asked of drafting, epoch by epoch: times as fast as without, and as a peer."""
+
+    def times(case: str, other: Mode, measured: Measured) -> list[float]:
+        return measured.ratios(case, OURS.name, other.name, SPEED)
+
+    targets = []
+    for case, (temperature, epoch) in plan.epochs.items():
+        wanted = LATER_TARGETS[temperature] if epoch else FIRST_TARGET
+        plain, peer = partial(times, case, PLAIN), partial(times, case, PEER)
+        targets.append(Target(f"{case}: times {PLAIN.name}", ">=", wanted, plain))
+        targets.append(Target(f"{case}: times {PEER.name}", ">", 1.0, peer))
+    return targets
+
+
+class Rollouts:
+    """The engines of all modes, and what they sampled: by case and round, then by mode."""
+
+    def __init__(
+        self, plan: Plan, weights: Published, engines: Mapping[str, EngineProcess]
+    ) -> None:
+        self._plan = plan
+        self._weights = weights
+        self._engines = engines
+        self.epochs: dict[tuple[str, int], dict[str, Epoch]] = {}
+
+    def measure(self, case: str, name: str, number: int) -> Figures:
+        """Run an epoch of a mode, by a new engine where it is the first of its temperature."""
+        temperature, index = self._plan.epochs[case]
+        mode, engine = self._plan.installed[name], self._engines[name]
+        if index == 0:
+            engine.build(_settings(self._plan, self._weights, mode))
+        found = self.epochs.setdefault((case, number), {})
+        foretold = None if mode.replays is None else found[mode.replays]
+        requests = _requests(self._plan, temperature, number, index)
+        found[name] = engine.run(self._weights.handles[index], requests, foretold)
+        return epoch_figures(found[name])
+
+    def same_samples(self) -> str:
+        """Say how many of all modes' samples are those sampled without drafting."""
+        same = [
+            np.array_equal(ours.token_ids, theirs.token_ids)
+            for by_mode in self.epochs.values()
+            for epoch in by_mode.values()
+            for name, group in epoch.completions.items()
+            for ours, theirs in zip(group, by_mode[PLAIN.name].completions[name], strict=True)
+        ]
+        return (
+            f"{fmean(same):.1%} of the samples are those sampled without drafting, token for token."
+        )
+
+
+def epoch_figures(epoch: Epoch) -> Figures:
+    """Return the figures of an epoch.
+
+    ``accepted`` are drafted tokens that were right, for each sequence and step; ``wasted`` those
+    that were not, of all tokens computed; ``drafter`` is its share of the seconds. The three are
+    None where nothing is drafted.
+    """
+    num_sequences = sum(step.num_sequences for step in epoch.steps)
+    drafted, accepted = epoch.num_drafted, epoch.num_accepted
+    return {
+        SPEED: 60 / epoch.seconds,
+        "s": epoch.seconds,
+        "s busy": epoch.seconds_busy,
+        "tokens": epoch.num_tokens,
+        "longest": max(epoch.lengths),
+        "nats/token": epoch.entropy,
+        "steps": len(epoch.steps),
+        "accepted": accepted / num_sequences if drafted else None,
+        "wasted": (drafted - accepted) / (num_sequences + drafted) if drafted else None,
+        "drafter": epoch.seconds_proposing / epoch.seconds if drafted else None,
+    }
+
+
+def _describe(plan: Plan, weights: Published) -> list[str]:
     training = plan.training
-    return Setting(
+    return [
         f"Model: {weights.num_small / 1e6:.1f} million parameters, trained for "
         f"{training.num_steps} steps, then widened function-preservingly to "
         f"{weights.num_wide / 1e6:.0f} million, so that its steps cost what theirs cost; each "
@@ -96,58 +210,12 @@ def _setting(plan: Plan, weights: Published) -> Setting:
         f"Workload: {plan.num_problems} prompts x {plan.num_samples} samples an epoch, counting "
         "up in words, all handed in at once; every mode on one thread. Samples are coupled: "
         "every mode samples the same tokens.",
-        plan.seed,
-        [
+        *(
             f"{mode.name} is not installed and was left out: pip install {mode.package}"
             for mode in plan.modes
             if not mode.is_installed
-        ],
-    )
-
-
-def _measure(plan: Plan, weights: Published, folder: Path) -> list[Round]:
-    modes = [mode for mode in plan.modes if mode.is_installed]
-    measured: list[Round] = []
-    with ExitStack() as stack:
-        processes = {
-            mode.name: stack.enter_context(closing(EngineProcess(folder / f"{index}.log")))
-            for index, mode in enumerate(modes)
-        }
-        for number in range(plan.num_rounds):
-            order = _in_turn(modes, number)
-            measured.append(
-                {
-                    temperature: _measure_once(plan, weights, processes, order, temperature, number)
-                    for temperature in plan.temperatures
-                }
-            )
-    return measured
-
-
-def _measure_once(
-    plan: Plan,
-    weights: Published,
-    processes: Mapping[str, EngineProcess],
-    order: Sequence[Mode],
-    temperature: float,
-    number: int,
-) -> Mapping[str, list[Epoch]]:
-    for mode in order:
-        processes[mode.name].build(_settings(plan, weights, mode))
-    epochs: dict[str, list[Epoch]] = {mode.name: [] for mode in order}
-    for index, handle in enumerate(weights.handles):
-        requests = _requests(plan, temperature, number, index)
-        for mode in order:
-            foretold = None if mode.replays is None else epochs[mode.replays][-1]
-            epochs[mode.name].append(processes[mode.name].run(handle, requests, foretold))
-    return {name: epochs[name] for name in processes}
-
-
-def _in_turn(modes: Sequence[Mode], number: int) -> list[Mode]:
-    """Every round begins with another one; those that replay come after the others."""
-    first = [mode for mode in modes if mode.replays is None]
-    start = number % len(first)
-    return [*first[start:], *first[:start], *(mode for mode in modes if mode.replays)]
+        ),
+    ]
 
 
 def _settings(plan: Plan, weights: Published, mode: Mode) -> EngineSettings:

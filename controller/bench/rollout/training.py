@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from paceline.controller.bench.harness.compare import progress
 from paceline.controller.bench.rollout.task import draw_problem
 from paceline.controller.bench.rollout.widened_model import SMALL, Shape, build
 
@@ -66,6 +67,7 @@ def trained_versions(training: Training, folder: Path) -> list[Path]:
     finished = folder / "finished"
     paths = [folder / f"version-{version}" for version in range(training.versions)]
     if not finished.exists() or finished.read_text(encoding="utf-8") != repr(training):
+        progress(f"training the model first, for {training.num_steps} steps: {folder}")
         shutil.rmtree(folder, ignore_errors=True)
         _train(training, paths)
         finished.write_text(repr(training), encoding="utf-8")

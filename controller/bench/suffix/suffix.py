@@ -9,32 +9,28 @@ thread: both sides compute in it alone, and a busy machine shows less in them.
 from __future__ import annotations
 
 import gc
-import itertools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 
-from paceline.controller.bench.harness.result import BenchResult, BenchTable, Spread, Target
+from paceline.controller.bench.harness.compare import Case, compare
+from paceline.controller.bench.harness.resident_memory import resident_bytes
+from paceline.controller.bench.harness.result import BenchResult, Figures, Measured, Target
 from paceline.controller.bench.harness.subprocesses import in_own_process
 from paceline.controller.bench.suffix.drafters import ArcticDrafter, Drafter, NativeDrafter
 from paceline.controller.bench.suffix.replay import Replay, replay
 from paceline.controller.bench.suffix.streams import Rollouts, recorded, synthetic
-from paceline.controller.observe.files.versions import collect_versions
 
-Side = Literal["paceline", "arctic"]
-DRAFTERS: Mapping[Side, Callable[[], Drafter]] = {
-    "paceline": NativeDrafter,
-    "arctic": ArcticDrafter,
-}
+OURS, ARCTIC = "paceline", "arctic"
+DRAFTERS: Mapping[str, Callable[[], Drafter]] = {OURS: NativeDrafter, ARCTIC: ArcticDrafter}
 FEW_TOKENS = 100_000
 PEER = "arctic-inference"
 BATCH_SIZE = 64
 SYNTHETIC, RECORDED = "synthetic", "recorded"
+MEMORY, SLOWEST, ACCEPTED = "bytes/token", "propose, p99", "accepted a round"
 SEED = 0
 
 
@@ -53,27 +49,6 @@ MANY_GENERATIONS = Size(num_problems=64, num_generations=17, num_samples=8, leng
 QUICK = Size(num_problems=32, num_generations=5, num_samples=8, length=256)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One drafter on one kind of rollouts. Times are microseconds, of drafting those of a request.
-
-    Percentiles are over batches: of ``BATCH_SIZE`` requests, or (``alone``) of one. ``accepted``
-    and ``drafted`` are tokens a round, over all. ``bytes_per_token`` is by how much resident memory
-    grew, None where that is too little to tell.
-    """
-
-    num_tokens: int
-    bytes_per_token: float | None
-    insert: float
-    propose_p50: float
-    propose_p99: float
-    alone_p50: float
-    alone_p99: float
-    evict: float
-    accepted: float
-    drafted: float
-
-
 def bench_suffix(quick: bool, output: Path) -> BenchResult:
     """Measure both drafters on synthetic and on recorded rollouts.
 
@@ -84,25 +59,58 @@ def bench_suffix(quick: bool, output: Path) -> BenchResult:
     sizes = {SYNTHETIC: QUICK, RECORDED: None}
     if not quick:
         sizes = {SYNTHETIC: FULL, "16 generations": MANY_GENERATIONS, RECORDED: None}
-    found: dict[str, dict[Side, list[Measured]]] = {}
-    for number, (kind, size) in itertools.product(range(1 if quick else 3), sizes.items()):
-        sides = list(DRAFTERS)[:: 1 if number % 2 == 0 else -1]
-        for side in sides:
-            measured = in_own_process(measure, side, size)
-            found.setdefault(kind, {}).setdefault(side, []).append(measured)
-    versions = collect_versions(SEED)
-    versions["packages"][PEER] = metadata.version(PEER)
-    return _result(found, versions)
+    return compare(
+        "suffix",
+        {kind: Case(list(DRAFTERS), 1 if quick else 3) for kind in sizes},
+        lambda kind, side, _: in_own_process(measure, side, sizes[kind]),
+        targets_of(list(sizes)),
+        ratios=[(figure, ARCTIC) for figure in (MEMORY, SLOWEST, ACCEPTED)],
+        seed=SEED,
+        packages=[PEER],
+        notes=lambda measured: [
+            f"Propose: µs a request, of a batch of {BATCH_SIZE} (one native call here, arctic's is "
+            "a Python call a request) and, alone, of a batch of one; insert, evict: µs a token."
+        ],
+    )
 
 
-def measure(side: Side, size: Size | None) -> Measured:
-    """One drafter on synthetic rollouts of some size, or on the recorded ones."""
+def targets_of(kinds: Sequence[str]) -> list[Target]:
+    """Return what is asked of memory on the synthetic rollouts, and of drafts on each kind."""
+
+    def over_arctic(figure: str, kind: str, measured: Measured) -> list[float]:
+        return measured.ratios(kind, OURS, ARCTIC, figure)
+
+    def memory(measured: Measured) -> list[float]:
+        return measured.values(SYNTHETIC, OURS, MEMORY)
+
+    def faster(kind: str, measured: Measured) -> list[float]:
+        return measured.ratios(kind, ARCTIC, OURS, SLOWEST)
+
+    less, accepted = partial(over_arctic, MEMORY, SYNTHETIC), partial(over_arctic, ACCEPTED)
+    targets = [
+        Target("bytes/token, synthetic", "<=", 150, memory),
+        Target("bytes/token over arctic's, synthetic", "<=", 0.5, less),
+    ]
+    for kind in kinds:
+        times, equal = partial(faster, kind), partial(accepted, kind)
+        targets.append(Target(f"arctic's propose p99 over ours, {kind}", ">=", 5, times))
+        targets.append(Target(f"accepted a round over arctic's, {kind}", ">=", 1, equal))
+    return targets
+
+
+def measure(side: str, size: Size | None) -> Figures:
+    """Measure one drafter on synthetic rollouts of some size, or on the recorded ones.
+
+    Times are microseconds. Percentiles are over batches: of ``BATCH_SIZE`` requests, or (``alone``)
+    of one. ``accepted`` and ``drafted`` are tokens a round. Bytes are by how much resident memory
+    grew, None where that is too little to tell.
+    """
     rollouts = recorded() if size is None else synthetic(**asdict(size), seed=SEED)
     drafter = DRAFTERS[side]()
     gc.collect()
-    resident = _resident_bytes()
+    resident = resident_bytes()
     num_tokens, insert_seconds = _learn(drafter, rollouts)
-    grown = _resident_bytes() - resident
+    grown = resident_bytes() - resident
     few = max(1, rollouts.num_problems // 16)
     alone, together = Replay(), Replay()
     for generation in range(rollouts.num_known, rollouts.num_generations):
@@ -110,16 +118,16 @@ def measure(side: Side, size: Size | None) -> Measured:
         others = range(few, rollouts.num_problems)
         replay(drafter, rollouts, generation, others, BATCH_SIZE, together)
     oldest = sum(sample.size for group in rollouts.tokens[0] for sample in group)
-    return Measured(
-        num_tokens=num_tokens,
-        bytes_per_token=None if num_tokens < FEW_TOKENS else grown / num_tokens,
-        insert=1e6 * insert_seconds / num_tokens,
+    return {
+        "tokens known": num_tokens,
+        MEMORY: None if num_tokens < FEW_TOKENS else grown / num_tokens,
+        "insert": 1e6 * insert_seconds / num_tokens,
         **_percentiles("propose", together),
-        **_percentiles("alone", alone),
-        evict=1e6 * drafter.forget(0) / oldest,
-        accepted=together.num_accepted / together.num_rounds,
-        drafted=together.num_drafted / together.num_rounds,
-    )
+        **_percentiles("propose alone", alone),
+        "evict": 1e6 * drafter.forget(0) / oldest,
+        ACCEPTED: together.num_accepted / together.num_rounds,
+        "drafted a round": together.num_drafted / together.num_rounds,
+    }
 
 
 def _learn(drafter: Drafter, rollouts: Rollouts) -> tuple[int, float]:
@@ -135,74 +143,4 @@ def _learn(drafter: Drafter, rollouts: Rollouts) -> tuple[int, float]:
 
 def _percentiles(name: str, found: Replay) -> dict[str, float]:
     p50, p99 = np.percentile(found.microseconds, [50, 99])
-    return {f"{name}_p50": float(p50), f"{name}_p99": float(p99)}
-
-
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _result(
-    found: Mapping[str, Mapping[Side, Sequence[Measured]]], versions: Mapping[str, Any]
-) -> BenchResult:
-    targets = {
-        "bytes/token, synthetic": Target(
-            Spread.of(_values(found[SYNTHETIC]["paceline"], "bytes_per_token")), "<=", 150
-        ),
-        "bytes/token over arctic's, synthetic": Target(
-            Spread.of(_ratios(found[SYNTHETIC], "bytes_per_token")), "<=", 0.5
-        ),
-    }
-    for kind, sides in found.items():
-        faster = Spread.of(1 / ratio for ratio in _ratios(sides, "propose_p99"))
-        targets[f"arctic's propose p99 over ours, {kind}"] = Target(faster, ">=", 5)
-        accepted = Spread.of(_ratios(sides, "accepted"))
-        targets[f"accepted a round over arctic's, {kind}"] = Target(accepted, ">=", 1)
-    figures: dict[str, Any] = {
-        kind: {side: [asdict(m) for m in each] for side, each in sides.items()}
-        for kind, sides in found.items()
-    }
-    notes = (
-        f"Propose: µs a request, of a batch of {BATCH_SIZE} (one native call here, arctic's is a "
-        "Python call a request) and, alone, of a batch of one.",
-    )
-    tables = [_table(kind, sides) for kind, sides in found.items()]
-    return BenchResult("suffix", targets, figures, {"streams": SEED}, versions, tables, notes)
-
-
-def _ratios(sides: Mapping[Side, Sequence[Measured]], what: str) -> list[float]:
-    """Ours over arctic's in each round."""
-    pairs = zip(sides["paceline"], sides["arctic"], strict=True)
-    return [getattr(ours, what) / getattr(theirs, what) for ours, theirs in pairs]
-
-
-FIGURES = {
-    "bytes_per_token": "bytes/token",
-    "insert": "insert, µs/token",
-    "propose_p50": "propose, p50",
-    "propose_p99": "propose, p99",
-    "alone_p50": "propose alone, p50",
-    "alone_p99": "propose alone, p99",
-    "evict": "evict, µs/token",
-    "accepted": "accepted tokens a round",
-    "drafted": "drafted tokens a round",
-}
-
-
-def _table(kind: str, sides: Mapping[Side, Sequence[Measured]]) -> BenchTable:
-    num_tokens = sides["paceline"][0].num_tokens
-    rows = [
-        (what, *(_cell(_values(sides[side], name)) for side in DRAFTERS))
-        for name, what in FIGURES.items()
-    ]
-    return BenchTable(f"{kind}: {num_tokens:,} tokens known", ("figure", *DRAFTERS), rows)
-
-
-def _values(each: Sequence[Measured], what: str) -> list[float]:
-    """The figure in each round that has it."""
-    return [value for m in each if (value := getattr(m, what)) is not None]
-
-
-def _cell(values: Sequence[float]) -> str:
-    return str(Spread.of(values)) if values else "-"
+    return {f"{name}, p50": float(p50), f"{name}, p99": float(p99)}

@@ -7,9 +7,22 @@ from pathlib import Path
 import pytest
 
 from paceline.configs.schema import RunConfig
-from paceline.controller.bench.e2e.e2e import FULL, PACELINE_VARIANTS
+from paceline.controller.bench.e2e.algorithms import (
+    CLIPPED,
+    DECOUPLED,
+    IN_STEP,
+    TRUNCATED,
+    UNCORRECTED,
+    VARIANTS,
+)
+from paceline.controller.bench.e2e.e2e import (
+    ASYNCHRONOUS,
+    DEFAULTS,
+    FULL,
+    PACELINE_VARIANTS,
+    SYNCHRONOUS,
+)
 from paceline.controller.bench.e2e.paceline_runs import resolve
-from paceline.controller.bench.e2e.report import ASYNCHRONOUS, DEFAULTS, SYNCHRONOUS
 from paceline.controller.bench.e2e.trl_job import Problem, TRLJob
 from paceline.controller.bench.e2e.trl_runs import training_problems
 from paceline.controller.bench.e2e.workload import LONG, SHORT, Workload
@@ -100,3 +113,24 @@ def test_a_job_survives_its_file(tmp_path: Path) -> None:
     job.write(tmp_path / "job.json")
 
     assert TRLJob.read(tmp_path / "job.json") == job
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_algorithms_differ_in_lag_and_algorithm_alone(name: str) -> None:
+    config = resolve(VARIANTS[name])
+    assert config.loop.max_lag == (0 if name == IN_STEP else 4)
+    assert config.algorithm.zero_signal == "keep"
+    plain, varied = resolve({}).model_dump(), config.model_dump()
+    for section in ("algorithm", "loop", "name"):
+        plain.pop(section), varied.pop(section)
+    varied["rollout"]["max_num_seqs"] = plain["rollout"]["max_num_seqs"]
+    assert varied == plain
+
+
+def test_only_the_uncorrected_variant_takes_old_samples_for_new_ones() -> None:
+    algorithms = {name: resolve(VARIANTS[name]).algorithm for name in VARIANTS}
+    assert algorithms[UNCORRECTED].loss.type == "reinforce"
+    assert not algorithms[UNCORRECTED].corrections
+    assert algorithms[CLIPPED] == algorithms[IN_STEP]
+    assert algorithms[DECOUPLED].old_policy == "recomputed"
+    assert [c.type for c in algorithms[TRUNCATED].corrections] == ["truncate"]

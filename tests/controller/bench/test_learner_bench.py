@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from paceline.controller.bench.learner import learner
+from paceline.controller.bench.harness.subprocesses import in_own_process
+from paceline.controller.bench.learner import learner, memory
 from paceline.controller.bench.learner.batch import BRIEF, LONG_TAILED
-from paceline.controller.bench.learner.memory import CHUNKS, PLAIN, SequenceMemory
 from paceline.controller.bench.learner.steps import (
+    ALONE,
     algorithm,
     divided_steps,
     learner_worker,
@@ -21,6 +23,7 @@ from paceline.controller.bench.learner.steps import (
     plain_steps,
 )
 
+MIB = 2**20
 TINY = replace(BRIEF, layers=1, vocabulary=160, num_groups=2, num_prompt=8, longest=24)
 
 
@@ -52,33 +55,32 @@ def test_every_side_takes_as_many_steps_as_it_is_asked_to(model: Path) -> None:
     assert len(plain_steps(TINY, model, 2, microbatch_size=4)) == 2
 
 
-@pytest.mark.slow
-def test_ranks_take_the_step_together(model: Path) -> None:
-    config = learner.ON_TWO_RANKS["tensor"]
-    assert len(divided_steps(TINY, model, 2, config)) == 2
+def test_ranks_are_processes_of_their_own_that_take_the_same_step(model: Path) -> None:
+    assert len(divided_steps(TINY, model, 2, ALONE)) == 2
 
 
-@pytest.mark.slow
-def test_the_peer_trains_on_what_it_is_handed(model: Path) -> None:
-    pytest.importorskip("trl")
-    from paceline.controller.bench.learner.peer import trl_steps
+def test_speed_is_trained_tokens_over_the_median_of_a_sides_seconds() -> None:
+    plan = replace(learner.QUICK, workload=TINY)
+    figures = learner.step_figures(plan, learner.OURS, [1.0, 2.0, 9.0])
+    assert figures["s/step"] == 2
+    assert figures["trained tokens/s"] == TINY.batch().num_trained_tokens / 2
+    assert 0 < figures["use of the matmul rate"] < 1
 
-    assert len(trl_steps(TINY, model, 2, microbatch_size=8)) == 2
 
-
-def test_figures_are_ratios_of_medians_in_each_round() -> None:
-    plan = learner.Plan(TINY, num_rounds=2, num_steps=1, meshes=["tensor"])
-    sides = learner.OURS, learner.PLAIN, learner.PEER, "tensor"
-    rounds = [
-        learner.Round(dict(zip(sides, seconds, strict=True)), 1e9)
-        for seconds in [(1.0, 2.0, 3.0, 0.5), (2.0, 2.0, 4.0, 2.0)]
-    ]
-    memory = SequenceMemory(
-        {PLAIN: {1: 200, 2: 300}, CHUNKS: {1: 110, 2: 120}}, 400, {PLAIN: 3, CHUNKS: 30}
+def test_the_longest_sequence_is_where_the_line_through_the_peaks_reaches_the_memory() -> None:
+    peaks = {100: 200 * MIB, 200: 300 * MIB}
+    assert memory.memory_figures(peaks, 1000 * MIB) == pytest.approx(
+        {"longest": 900, "KiB a token": 1024, "MiB at 100": 200, "MiB at 200": 300}
     )
-    result = learner.report(plan, rounds, memory)
-    speed, length = result.targets.values()
-    assert (speed.measured.low, speed.measured.median, speed.measured.high) == (2.0, 2.5, 3.0)
-    assert length.measured.median == 10
-    assert speed.met and length.met
-    assert result.tables[1].rows == [("tensor", "1.5 (1-2)")]
+    assert memory.longest_within(150 * MIB, peaks) == 50
+
+
+def test_a_peak_holds_weights_gradients_optimiser_and_what_a_longer_sequence_takes(
+    tmp_path: Path,
+) -> None:
+    folder = memory.MODEL.write_model(tmp_path / "model")
+    side = partial(memory.paceline_step, "chunks", 256)
+    peaks = in_own_process(memory.peaks_of, side, folder, (16, 1024))
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    assert peaks[16] > 4 * weights
+    assert peaks[1024] > peaks[16]

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from paceline.configs.vocabulary import Completion, VersionSpan
-from paceline.controller.bench.rollout import rollout
-from paceline.controller.bench.rollout import training as rollout_training
-from paceline.controller.bench.rollout.engine import Epoch, Step
-from paceline.controller.bench.rollout.modes import COUPLED, ORACLE, OURS, PEER, PLAIN
+from paceline.controller.bench.harness.compare import interleaved
+from paceline.controller.bench.harness.result import Measured
+from paceline.controller.bench.rollout import rollout, training
+from paceline.controller.bench.rollout.engine import EngineProcess, Epoch, Step
+from paceline.controller.bench.rollout.modes import COUPLED, ORACLE, OURS, PLAIN
 from paceline.controller.bench.rollout.oracle import NUM_TOKENS, ReplayDrafter
-from paceline.controller.bench.rollout.report import (
-    Setting,
-    report,
-    same_samples,
-    step_costs,
-    targets_of,
-)
+from paceline.controller.bench.rollout.rollout import Rollouts, epoch_figures, targets_of
 from paceline.controller.bench.rollout.task import draw_problem, spread_problems
 from paceline.controller.bench.rollout.training import END_TOKEN, Training, trained_versions
 from paceline.controller.bench.rollout.weights import publish_versions
@@ -29,7 +25,6 @@ from paceline.controller.bench.rollout.widened_model import Shape, build, widene
 
 SMALL = Shape(64, 96, num_layers=2, num_heads=4, num_key_value_heads=2)
 LARGE = Shape(144, 160, num_layers=3, num_heads=6, num_key_value_heads=3)
-SETTING = Setting("a model", "a workload", 0)
 
 
 def perturbed(shape: Shape, seed: int = 0):
@@ -111,20 +106,20 @@ def test_few_problems_have_the_whole_tail_and_seeds_differ() -> None:
 def test_a_trained_model_is_found_again_and_trained_anew_where_the_settings_differ(
     tmp_path,
 ) -> None:
-    training = Training(num_steps=2, versions=2, steps_between=1, batch_tokens=600, shape=SMALL)
-    paths = trained_versions(training, tmp_path / "model")
-    first, second = (rollout_training.load(path) for path in paths)
+    asked = Training(num_steps=2, versions=2, steps_between=1, batch_tokens=600, shape=SMALL)
+    paths = trained_versions(asked, tmp_path / "model")
+    first, second = (training.load(path) for path in paths)
     assert not torch.equal(logits(first), logits(second)), "a version is some updates later"
     written = paths[0].stat().st_mtime_ns
-    assert trained_versions(training, tmp_path / "model") == paths
+    assert trained_versions(asked, tmp_path / "model") == paths
     assert paths[0].stat().st_mtime_ns == written
-    trained_versions(replace(training, seed=1), tmp_path / "model")
+    trained_versions(replace(asked, seed=1), tmp_path / "model")
     assert paths[0].stat().st_mtime_ns != written
 
 
 def test_only_answers_are_learned_and_each_label_is_the_token_after(tmp_path) -> None:
-    inputs, labels = rollout_training._padded([([5, 6], [7, 8, 9]), ([5], [7, END_TOKEN])])
-    ignored = rollout_training.IGNORED
+    inputs, labels = training._padded([([5, 6], [7, 8, 9]), ([5], [7, END_TOKEN])])
+    ignored = training.IGNORED
     assert inputs.tolist() == [[5, 6, 7, 8, 9], [5, 7, 1, 0, 0]]
     assert labels.tolist() == [
         [ignored, 7, 8, 9, ignored],
@@ -146,93 +141,48 @@ def epoch(seconds: float, steps: int = 40) -> Epoch:
     )
 
 
-def a_round(plain: float, ours: float, peer: float | None, temperature: float = 0.6):
-    seconds = {PLAIN.name: plain, OURS.name: ours} | ({PEER.name: peer} if peer else {})
-    return {temperature: {mode: [epoch(each)] * 2 for mode, each in seconds.items()}}
-
-
-def missed(rounds) -> list[str]:
-    return [what for what, target in targets_of(rounds).items() if not target.met]
-
-
-def test_targets_are_medians_of_the_ratios_within_a_round() -> None:
-    # The machine was half as fast in the second round: ratios do not see it.
-    rounds = [a_round(6.4, 4, 5), a_round(12.8, 8, 10), a_round(1, 4, 1)]
-    targets = targets_of(rounds)
-    assert [target.measured.median for target in targets.values()] == pytest.approx([1.6, 1.25] * 2)
-    assert not missed(rounds)
+def test_figures_of_an_epoch_count_what_was_drafted_right_and_in_vain() -> None:
+    figures = epoch_figures(epoch(2.0, steps=32))
+    # 32 tokens come without drafts, so 8 of the 8 drafted ones were right
+    assert figures["tokens"] == 40
+    assert figures[rollout.SPEED] == 30
+    assert figures["accepted"] == 8 / 32
+    assert figures["wasted"] == 0
+    assert epoch_figures(epoch(2.0))["wasted"] == 10 / 50, "40 sequences a step, 10 drafted in vain"
 
 
 def test_the_first_epoch_may_cost_a_little_and_later_ones_must_save_by_temperature() -> None:
-    assert missed([a_round(0.98, 1, 2)]) == ["T=0.6, epoch 2: times no drafting"]
-    assert missed([a_round(0.96, 1, 2)])[0] == "T=0.6, epoch 1: times no drafting"
-    assert not missed([a_round(1.3, 1, 2, temperature=1.0)])
-    assert missed([a_round(1.3, 1, 2)]) == ["T=0.6, epoch 2: times no drafting"]
-    assert len(missed([a_round(1.6, 1, 0.9)])) == 2
+    wanted = {target.what: target.target for target in targets_of(rollout.FULL)}
+    for temperature, saved in ((1, 1.25), (0.6, 1.5)):
+        asked = [
+            wanted[f"T={temperature}, epoch {index}: times no drafting"] for index in range(1, 5)
+        ]
+        assert asked == [0.97, saved, saved, saved]
+        assert wanted[f"T={temperature}, epoch 3: times vLLM suffix"] == 1
 
 
-def test_a_peer_that_is_not_installed_is_a_missed_target_and_null_in_the_answer() -> None:
-    rounds = [a_round(2, 1, None)]
-    assert missed(rounds) == [f"T=0.6, epoch {i}: times {PEER.name}" for i in (1, 2)]
-    answer = json.loads(report(SETTING, rounds, 0.0).as_json())
-    target = answer["targets"][f"T=0.6, epoch 1: times {PEER.name}"]
-    assert target["value"] is None
-    assert target["met"] is False
-
-
-def test_the_answer_holds_every_epoch() -> None:
-    rounds = [a_round(2, 1, 3)] * 3
-    figures = json.loads(report(SETTING, rounds, 0.5).as_json())["figures"]
-    assert len(figures["rounds"]) == 3
-    (first, _) = figures["rounds"][0]["0.6"][OURS.name]
-    assert first == {
-        "seconds": 1,
-        "seconds_busy": 0.9,
-        "seconds_proposing": 0.1,
-        "num_steps": 40,
-        "num_tokens": 40,
-        "longest": 20,
-        "num_drafted": 10,
-        "num_accepted": 0,
-        "entropy": 0.5,
-    }
-
-
-def test_what_is_saved_is_told_as_a_share_of_what_the_oracle_saves() -> None:
-    seconds = {PLAIN.name: 5.0, OURS.name: 2.0, ORACLE.name: 1.0}
-    rounds = [{0.6: {mode: [epoch(9.0), epoch(each)] for mode, each in seconds.items()}}]
-    table = report(SETTING, rounds, 0.0).tables[0]
-    cells = {row[0]: row[table.columns.index("of oracle")] for row in table.rows}
-    assert cells == {PLAIN.name: "", OURS.name: "75%", ORACLE.name: "100%"}
+def test_ours_is_judged_by_seconds_and_a_peer_that_is_not_installed_is_a_missed_target() -> None:
+    seconds = {PLAIN.name: 3.2, OURS.name: 2.0}
+    found = {name: epoch_figures(epoch(each)) for name, each in seconds.items()}
+    measured = Measured({case: [found] for case in rollout.QUICK.epochs})
+    judged = {target.what: target.judge(measured) for target in targets_of(rollout.QUICK)}
+    plain = judged["T=0.6, epoch 2: times no drafting"]
+    assert (plain.measured.median, plain.met) == (pytest.approx(1.6), True)
+    assert not judged["T=0.6, epoch 2: times vLLM suffix"].met
 
 
 def test_samples_that_differ_from_those_without_drafting_are_counted() -> None:
     plain, other = epoch(1.0), epoch(1.0)
     other.completions["0"][1].token_ids[7] = 99
-    rounds = [{0.6: {PLAIN.name: [plain], OURS.name: [other]}}]
-    assert same_samples(rounds) == 3 / 4
+    rollouts = Rollouts(rollout.QUICK, None, {})
+    rollouts.epochs["case", 0] = {PLAIN.name: plain, OURS.name: other}
+    assert rollouts.same_samples().startswith("75.0% of the samples")
 
 
-def test_a_tokens_cost_is_the_slope_of_its_steps_and_the_first_step_is_not_among_them() -> None:
-    first = Step(4, 4, 100.0)
-    plain = [Step(n, n, 0.01 + 0.002 * n) for n in (4, 5, 6, 7) for _ in range(10)]
-    drafted = [Step(5, n, 0.02 + 0.003 * n) for n in range(6, 20) for _ in range(10)]
-    outlier = Step(5, 6, 1.0)
-    measured = Epoch(1.0, 1.0, 0.0, (first, *plain, *drafted, outlier), {"0": (completion(20),)})
-    lines = step_costs([{0.6: {PLAIN.name: [measured]}}])
-    assert [(line.fewest, line.drafted, line.num_steps) for line in lines] == [
-        (4, False, 40),
-        (4, True, 141),
-    ]
-    assert [line.base for line in lines] == pytest.approx([0.01, 0.02])
-    assert [line.token for line in lines] == pytest.approx([0.002, 0.003])
-
-
-def test_modes_take_turns_at_being_first_and_what_is_replayed_comes_before() -> None:
-    modes = [PLAIN, ORACLE, OURS, COUPLED]
-    assert rollout._in_turn(modes, 0) == [PLAIN, OURS, COUPLED, ORACLE]
-    assert rollout._in_turn(modes, 1) == [OURS, COUPLED, PLAIN, ORACLE]
-    assert rollout._in_turn(modes, 3) == rollout._in_turn(modes, 0)
+def test_what_is_replayed_is_measured_after_what_replays_it() -> None:
+    for case in rollout.cases_of(rollout.FULL).values():
+        for number in range(case.num_rounds):
+            assert case.in_turn(number)[-1] == ORACLE.name
 
 
 def test_every_mode_gets_the_same_requests_and_no_two_samples_share_a_seed() -> None:
@@ -251,40 +201,46 @@ def test_every_mode_gets_the_same_requests_and_no_two_samples_share_a_seed() -> 
 
 
 def test_the_oracle_drafts_what_was_foretold_and_nothing_once_that_was_wrong() -> None:
-    drafter = ReplayDrafter(None)
+    settings = SimpleNamespace(
+        speculative_config=SimpleNamespace(num_speculative_tokens=NUM_TOKENS)
+    )
+    drafter = ReplayDrafter(settings)
     drafter.attach(lambda: [("0/0", 2), ("0/1", 2), ("0/2", 2), ("1/0", 2)])
     future = np.arange(10, 30, dtype=np.int32)
     drafter.foretell({"0/0": future, "0/1": future, "0/2": future})
+    tokens = np.zeros((4, 64), np.int32)
+    for row, sampled in enumerate([[10, 11, 12], [10, 11, 99], future, [10]]):
+        tokens[row, 2 : 2 + len(sampled)] = sampled
     counts = np.array([5, 5, 2 + len(future), 3], dtype=np.int32)
-    drafts = drafter.propose([[11, 12], [99], [29], [10]], counts, np.zeros((4, 64), np.int32))
+    drafts = drafter.propose([[11, 12], [99], [29], [10]], counts, tokens)
     assert drafts == [list(range(13, 13 + NUM_TOKENS)), [], [], []]
 
 
 @pytest.mark.slow
-def test_engines_sample_the_same_and_an_oracle_is_always_right(tmp_path) -> None:
+def test_engines_sample_the_same_tokens_and_an_oracle_is_always_right(tmp_path) -> None:
     plan = replace(
         rollout.QUICK,
         modes=(PLAIN, COUPLED, ORACLE),
-        temperatures=(0.6, 1.0),
+        temperatures=(1.0,),
         num_problems=2,
         num_samples=2,
-        training=Training(num_steps=2, versions=2, max_tokens=24, shape=SMALL),
+        training=Training(num_steps=2, versions=1, max_tokens=24, shape=SMALL),
         shape=LARGE,
     )
     weights = publish_versions(plan.training, plan.shape, tmp_path / "model", tmp_path / "weights")
-    (measured,) = rollout._measure(plan, weights, tmp_path)
-    epochs = measured[1.0]
+    with closing(EngineProcess(tmp_path / "log")) as engine:
+        rollouts = Rollouts(plan, weights, dict.fromkeys(plan.installed, engine))
+        (rounds,) = interleaved(rollout.cases_of(plan), rollouts.measure).rounds.values()
+    (by_mode,) = rollouts.epochs.values()
     tokens = {
-        mode: [
-            [each.token_ids.tolist() for group in found.completions.values() for each in group]
-            for found in by_epoch
-        ]
-        for mode, by_epoch in epochs.items()
+        name: {
+            request: [each.token_ids.tolist() for each in group]
+            for request, group in found.completions.items()
+        }
+        for name, found in by_mode.items()
     }
     assert tokens[PLAIN.name] == tokens[COUPLED.name] == tokens[ORACLE.name]
-    for found in epochs[ORACLE.name]:
-        assert found.num_accepted > 0.5 * found.num_tokens
-        assert len(found.steps) < 0.5 * len(epochs[PLAIN.name][0].steps)
-    for found in epochs[PLAIN.name]:
-        assert found.num_drafted == found.num_accepted == 0
-    assert report(SETTING, [measured], 0.0).figures["step_costs"] is not None
+    plain, oracle = rounds[0][PLAIN.name], rounds[0][ORACLE.name]
+    assert by_mode[ORACLE.name].num_accepted > 0.5 * oracle["tokens"]
+    assert oracle["steps"] < 0.5 * plain["steps"]
+    assert plain["accepted"] is None, "nothing was drafted"

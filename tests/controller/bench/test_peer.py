@@ -1,4 +1,4 @@
-"""The peer really runs, and its stopwatch accounts for what it does."""
+"""The peer really runs, on what it is given, and its stopwatch accounts for what it does."""
 
 from __future__ import annotations
 
@@ -7,33 +7,27 @@ from pathlib import Path
 
 import pytest
 
-from paceline.configs.schema.model import ModelConfig
-from paceline.controller.bench.e2e.paceline_runs import resolve
-from paceline.controller.bench.e2e.trl_job import Problem
-from paceline.controller.bench.e2e.trl_runs import train_trl
+from paceline.controller.bench.e2e.trl_job import Problem, TRLJob
 from paceline.controller.bench.e2e.workload import SHORT
-from paceline.controller.data.tokenizer import load_tokenizer
-from paceline.learner.model.model import write_initial_model
+from paceline.controller.bench.learner.batch import BRIEF
 
 pytest.importorskip("trl")
 
+TINY = replace(BRIEF, layers=1, vocabulary=160, num_groups=2, num_prompt=8, longest=24)
 
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    config: ModelConfig = resolve({}).model
-    tokenizer = load_tokenizer(config)
-    folder = tmp_path / "model"
-    write_initial_model(config, len(tokenizer), tokenizer.eos_token_id, 0, str(folder))
-    tokenizer.save_pretrained(str(folder))
-    return folder
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return TINY.write_model(tmp_path_factory.mktemp("peer") / "model")
 
 
 @pytest.mark.slow
 def test_a_step_of_the_peer_is_timed_part_by_part(model: Path, tmp_path: Path) -> None:
+    from paceline.controller.bench.e2e.trl_trainer import run
+
     workload = replace(SHORT, groups_per_step=2, samples_per_group=4, peer_microbatch_size=4)
     problems = (Problem("abc=", "cba"), Problem("abcdefghij=", "jihgfedcba")) * 2
-
-    steps = train_trl("trl", tmp_path, workload, model, problems, num_steps=2)
+    steps = run(TRLJob.of(workload, model, problems, 2, tmp_path / "answer.json"))
 
     assert len(steps) == 2
     for step in steps:
@@ -45,3 +39,10 @@ def test_a_step_of_the_peer_is_timed_part_by_part(model: Path, tmp_path: Path) -
         parts = step["generate"] + step["forward_backward"] + step["optimizer"]
         assert min(step["generate"], step["forward_backward"], step["optimizer"]) > 0
         assert parts < step["seconds"]
+
+
+@pytest.mark.slow
+def test_the_peer_trains_on_what_it_is_handed(model: Path) -> None:
+    from paceline.controller.bench.learner.peer import trl_steps
+
+    assert len(trl_steps(TINY, model, 2, microbatch_size=8)) == 2
