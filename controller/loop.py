@@ -176,7 +176,7 @@ class Loop:
             seconds=self._clock.read_and_reset(),
             occupancy=self.buffer.occupancy(),
             num_bytes=self.buffer.num_bytes,
-            is_last=batch.batch.step + 1 == self.num_steps,
+            is_last=batch.step + 1 == self.num_steps,
         )
 
     def _adapt(self, batch: AssembledBatch, asked: float) -> None:
