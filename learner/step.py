@@ -16,6 +16,7 @@ from paceline.configs.errors import BatchError, NonFiniteError
 from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.vocabulary import TrainBatch
 from paceline.learner.batch.microbatch import Microbatch
+from paceline.learner.batch.sequences import token_sequences
 from paceline.learner.batch.tokens import BatchTokens, batch_tokens
 from paceline.learner.engines.metrics import StepMetrics
 from paceline.learner.engines.training_engine import LossOf
@@ -57,7 +58,9 @@ class TrainingStep:
         self._algorithm = algorithm
         self._models = models
         self._critic = critic
-        self._tokens = self._with_passes(batch_tokens(batch), algorithm.passes)
+        tokens = batch_tokens(batch)
+        self._sequences = token_sequences(batch.groups)
+        self._tokens = self._with_passes(tokens, algorithm.passes)
         prepared = algorithm.prepare(self._tokens)
         check_advantages(self._tokens, prepared.columns["advantages"])
         self._columns: Columns = dict(prepared.columns)
@@ -73,6 +76,11 @@ class TrainingStep:
         self.num_padding_tokens = 0
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of the batch, each sample's prompt included."""
+        return sum(len(sequence.token_ids) for sequence in self._sequences)
+
+    @property
     def is_done(self) -> bool:
         """Whether every update had its gradients."""
         return self._next_update == len(self._updates)
@@ -84,10 +92,10 @@ class TrainingStep:
             NonFiniteError: its loss is not finite.
         """
         chosen = self._updates[self._next_update]
-        samples = [self._batch.samples[index] for index in chosen]
+        sequences = [self._sequences[index] for index in chosen]
         metrics = StepMetrics()
         models = self._models
-        share = models.share(samples)
+        share = models.share(sequences)
         microbatches = share.microbatches
         self._imbalances.append(share.imbalance)
         self.num_padding_tokens += sum(m.num_padding_tokens for m in microbatches)
@@ -188,7 +196,7 @@ class TrainingStep:
 
     def _with_passes(self, tokens: BatchTokens, passes: frozenset[Pass]) -> BatchTokens:
         """Compute what the algorithm wants to know of every token."""
-        models, samples = self._models, self._batch.samples
+        models, sequences = self._models, self._sequences
         temperature = self._batch.temperature
         missing = {
             "teacher": tokens.teacher_logprobs is None,
@@ -208,10 +216,10 @@ class TrainingStep:
         return replace(
             tokens,
             proximal_logprobs=computed(
-                "proximal", lambda: models.logprobs(models.policy, samples, temperature)
+                "proximal", lambda: models.logprobs(models.policy, sequences, temperature)
             ),
             reference_logprobs=computed(
-                "reference", lambda: models.reference_logprobs(samples, temperature)
+                "reference", lambda: models.reference_logprobs(sequences, temperature)
             ),
-            values=computed("values", lambda: models.values(samples)),
+            values=computed("values", lambda: models.values(sequences)),
         )

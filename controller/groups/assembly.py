@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from paceline.configs.errors import UserError
-from paceline.configs.vocabulary import Group, Prompt, TrainBatch, TrainSample
+from paceline.configs.vocabulary import Group, Prompt, TrainBatch
 from paceline.controller.data.curriculum import Outcome
 from paceline.controller.groups.buffer import WorkBuffer
 from paceline.controller.groups.signal_filter import SignalFilter
@@ -31,7 +31,7 @@ class NoSignalError(UserError):
 
 @dataclass(frozen=True)
 class AssembledBatch:
-    """A batch with the groups it was made of, and how many were dropped on the way, by reason.
+    """A batch, and how many groups were dropped on the way to it, by reason.
 
     ``slots`` are the P groups whose slots this step holds: those it trains on and, where it had to
     make do with fewer, dropped ones in their stead. Every step therefore uses up P admissions,
@@ -41,10 +41,19 @@ class AssembledBatch:
     """
 
     batch: TrainBatch
-    groups: tuple[Group, ...]
     slots: tuple[int, ...]
     dropped: Counter[str]
     outcomes: tuple[Outcome, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """The step that trains it, counted from 0."""
+        return self.batch.step
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups it was made of."""
+        return self.batch.groups
 
     @property
     def ages(self) -> list[int]:
@@ -53,7 +62,7 @@ class AssembledBatch:
         Demonstrations were sampled by no version: they have no age.
         """
         versions = [group.oldest_version for group in self.groups]
-        return [self.batch.step - version for version in versions if version is not None]
+        return [self.step - version for version in versions if version is not None]
 
     @property
     def max_age(self) -> int:
@@ -147,28 +156,13 @@ class Collector:
         return self._assembled(recorded)
 
     def _assembled(self, recorded: RecordedBatch) -> AssembledBatch:
-        batch, groups = recorded.batch, recorded.groups
-        train_batch = self._train_batch(batch.step, groups)
-        dropped = Counter(batch.dropped.values())
-        return AssembledBatch(train_batch, groups, batch.slots, dropped, _outcomes(recorded))
-
-    def _train_batch(self, step: int, groups: Sequence[Group]) -> TrainBatch:
-        samples = tuple(
-            TrainSample(
-                token_ids=trajectory.token_ids,
-                loss_mask=trajectory.loss_mask,
-                logprobs=trajectory.logprobs,
-                reward=trajectory.reward,
-                group=index,
-                versions=trajectory.versions,
-                teacher_logprobs=trajectory.teacher_logprobs,
-                routed_experts=trajectory.routed_experts,
-            )
-            for index, group in enumerate(groups)
-            for trajectory in group.trajectories
+        batch = recorded.batch
+        return AssembledBatch(
+            TrainBatch(batch.step, recorded.groups, self._temperature),
+            batch.slots,
+            Counter(batch.dropped.values()),
+            _outcomes(recorded),
         )
-        group_ids = tuple(group.group_id for group in groups)
-        return TrainBatch(step, group_ids, samples, self._temperature)
 
 
 def _outcomes(recorded: RecordedBatch) -> tuple[Outcome, ...]:

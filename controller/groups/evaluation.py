@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paceline.configs.vocabulary import Group, Prompt, SamplingParameters, Trajectory
+from paceline.configs.vocabulary import Group, Prompt, Sample, SamplingParameters
 from paceline.controller.groups.buffer import Work, WorkerLost
 from paceline.controller.groups.generation import Rollouts
 
@@ -28,17 +28,17 @@ class Evaluator:
     max_tokens: int
     stop_token_ids: tuple[int, ...]
 
-    async def greedy(self, prompts: Sequence[Prompt]) -> list[Trajectory]:
+    async def greedy(self, prompts: Sequence[Prompt]) -> list[Sample]:
         """One graded completion a prompt at temperature 0."""
         return await self._run(prompts, 0.0, GREEDY_STREAM)
 
-    async def sampled(self, prompts: Sequence[Prompt]) -> list[Trajectory]:
+    async def sampled(self, prompts: Sequence[Prompt]) -> list[Sample]:
         """One graded completion a prompt at temperature 1, the same random streams every time."""
         return await self._run(prompts, 1.0, SAMPLED_STREAM)
 
     async def _run(
         self, prompts: Sequence[Prompt], temperature: float, stream: int
-    ) -> list[Trajectory]:
+    ) -> list[Sample]:
         sampling = SamplingParameters(
             temperature=temperature, max_tokens=self.max_tokens, stop_token_ids=self.stop_token_ids
         )
@@ -46,7 +46,7 @@ class Evaluator:
         groups = await asyncio.gather(
             *(retried(rollouts, Work(index, prompt)) for index, prompt in enumerate(prompts))
         )
-        return [group.trajectories[0] for group in groups]
+        return [group.samples[0] for group in groups]
 
 
 async def retried(rollouts: Rollouts, work: Work) -> Group:
@@ -58,6 +58,6 @@ async def retried(rollouts: Rollouts, work: Work) -> Group:
             return group
 
 
-def accuracy(trajectories: Sequence[Trajectory]) -> float:
+def accuracy(samples: Sequence[Sample]) -> float:
     """Mean reward."""
-    return float(np.mean([trajectory.reward for trajectory in trajectories]))
+    return float(np.mean([sample.reward for sample in samples]))

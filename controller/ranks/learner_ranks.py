@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup
 
 from paceline.configs.errors import ClusterError, UserError
 from paceline.configs.schema.learner import OptimizerConfig
-from paceline.configs.vocabulary import StepReport, TrainBatch, WeightVersion
+from paceline.configs.vocabulary import Group, StepReport, TrainBatch, WeightVersion
 from paceline.controller.actors import kill, result_of, start_actor
 from paceline.controller.parts import Algorithm, Finish
 from paceline.controller.ranks.hangs import Hang, HangWatch, RankStatus
@@ -138,9 +138,9 @@ class LearnerRanks:
         """Write the model in Hugging Face format."""
         await self.call(Rank.export, folder)
 
-    async def greedy_mismatches(self, sequences: list[tuple[Any, ...]], tolerance: float) -> int:
+    async def greedy_mismatches(self, groups: Sequence[Group], tolerance: float) -> int:
         """Count completion tokens that are not the argmax of the learner's own forward pass."""
-        return await self.call(Rank.greedy_mismatches, sequences, tolerance)
+        return await self.call(Rank.greedy_mismatches, groups, tolerance)
 
     async def close(self) -> None:
         """Stop every rank; dead ones are fine."""

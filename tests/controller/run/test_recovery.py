@@ -69,8 +69,8 @@ class Lineage(World):
         assert work.group_id not in self.finished, f"group {work.group_id} was sampled again"
         version = self.served_version
         group = await super().generate(work)
-        marked = (replace(t, text=str(self.weights[version])) for t in group.trajectories)
-        return replace(group, trajectories=tuple(marked))
+        marked = (replace(s, text=str(self.weights[version])) for s in group.samples)
+        return replace(group, samples=tuple(marked))
 
     async def apply(self, batch):
         report = await super().apply(batch)
@@ -87,7 +87,7 @@ class Lineage(World):
         self.lineage[batch.batch.step] = batch
         assert batch.max_age <= self.max_age
         for group in batch.groups:
-            assert group.trajectories[0].text == str(self.weights[group.oldest_version])
+            assert group.samples[0].text == str(self.weights[group.oldest_version])
         await super().after_step(step)
         return step.finished % CHECKPOINT_EVERY == 0
 

@@ -143,8 +143,8 @@ def test_critic_and_reference_do_what_they_do_in_one_process(
 
 @on_meshes("tensor_sequence")
 def test_greedy_mismatches_are_counted_once(on_ranks, num_ranks, parallel):
-    sequences = [(s.token_ids, int(s.loss_mask.argmax())) for s in random_batch().samples]
-    [one] = on_ranks(1, ranks.greedy_mismatches, sequences, 1e-4)
-    found = on_ranks(num_ranks, ranks.greedy_mismatches, sequences, 1e-4, parallel=parallel)
+    groups = random_batch().groups
+    [one] = on_ranks(1, ranks.greedy_mismatches, groups, 1e-4)
+    found = on_ranks(num_ranks, ranks.greedy_mismatches, groups, 1e-4, parallel=parallel)
     assert found == [one] * num_ranks
     assert one > 0

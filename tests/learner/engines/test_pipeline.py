@@ -18,7 +18,13 @@ from paceline.learner.objective.losses.policy import Clip
 from paceline.learner.objective.objective import Objective
 from paceline.weights_sync.shared_memory import read_weights
 from tests.learner import ranks
-from tests.learner.conftest import VOCAB_SIZE, model_config, random_batch, random_sample
+from tests.learner.conftest import (
+    VOCAB_SIZE,
+    model_config,
+    random_batch,
+    random_group,
+    sequences_of,
+)
 from tests.learner.test_worker import assert_same, spoil
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -66,7 +72,7 @@ def gradients(worker, batch, algorithm=ranks.LOSS, role="policy"):
         if parameter.grad is not None
     }
     worker._drop_gradients()
-    return report.metrics, found, worker.logprobs(batch.samples, batch.temperature)
+    return report.metrics, found, worker.logprobs(batch.groups, batch.temperature)
 
 
 def train(worker, batches, algorithm=ranks.LOSS, reference=None):
@@ -118,7 +124,7 @@ def step_with_a_bad_gradient(worker, batch, stage):
 
 def look_and_run_out_of_memory(worker, batch):
     """On the last microbatch: before it, other stages would wait to be heard."""
-    microbatches = worker._models.share(batch.samples).microbatches
+    microbatches = worker._models.share(sequences_of(batch)).microbatches
     left = iter(microbatches)
 
     def head(hidden, weight, targets):
@@ -210,8 +216,8 @@ def test_stages_that_are_divided_further_compute_the_same(on_stages, num_ranks, 
 def test_stages_without_work_keep_step(on_stages, num_samples):
     """Fewer samples than a pipeline has ranks, and more than one round of them."""
     generator = np.random.default_rng(0)
-    samples = tuple(random_sample(generator, 10, 40) for _ in range(num_samples))
-    batch = TrainBatch(0, (0,), samples)
+    groups = tuple(random_group(generator, 10, 40) for _ in range(num_samples))
+    batch = TrainBatch(0, groups)
     expected = on_stages(1, gradients, batch)
     for settings in (PLAIN, INTERLEAVED):
         assert_same_gradients(on_stages(2, gradients, batch, **settings), expected)
@@ -223,7 +229,7 @@ def test_many_microbatches_go_through_in_rounds(on_stages, settings):
     generator = np.random.default_rng(0)
     # more than half a row each: a microbatch of its own
     shapes = [(10, int(n)) for n in generator.integers(25, 50, 37)]
-    batch = TrainBatch(0, (0,), tuple(random_sample(generator, *shape) for shape in shapes))
+    batch = TrainBatch(0, tuple(random_group(generator, *shape) for shape in shapes))
     expected = on_stages(1, gradients, batch)
     assert_same_gradients(on_stages(2, gradients, batch, **settings), expected)
 
@@ -323,9 +329,9 @@ def test_looking_at_weights_between_gradient_and_update_leaves_nothing_stale(on_
 
 @pytest.mark.slow
 def test_greedy_mismatches_are_those_of_one_process(on_stages):
-    sequences = [(s.token_ids, int(s.loss_mask.argmax())) for s in random_batch().samples]
-    [one] = on_stages(1, ranks.greedy_mismatches, sequences, 1e-4)
-    assert on_stages(2, ranks.greedy_mismatches, sequences, 1e-4, **PLAIN) == [one, one]
+    groups = random_batch().groups
+    [one] = on_stages(1, ranks.greedy_mismatches, groups, 1e-4)
+    assert on_stages(2, ranks.greedy_mismatches, groups, 1e-4, **PLAIN) == [one, one]
     assert one > 0
 
 

@@ -14,7 +14,7 @@ from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.vocabulary import TrainBatch
 from paceline.weights_sync.shared_memory import read_weights
 from tests.learner import ranks
-from tests.learner.conftest import random_batch, random_sample, rank_process
+from tests.learner.conftest import random_batch, random_group, rank_process
 from tests.learner.test_worker import assert_same, spoil
 
 pytestmark = pytest.mark.slow
@@ -42,7 +42,7 @@ def test_a_rank_without_samples_keeps_step_and_adds_nothing(on_ranks, num_sample
     """One sample for two ranks; or a long one in two microbatches' worth of short ones."""
     generator = np.random.default_rng(0)
     shapes = [(10, 50), (10, 40), (10, 40)][:num_samples]
-    batch = TrainBatch(0, (0,), tuple(random_sample(generator, *shape) for shape in shapes))
+    batch = TrainBatch(0, tuple(random_group(generator, *shape) for shape in shapes))
     [(_, expected)] = on_ranks(1, ranks.gradients, batch)
     for report, found in on_ranks(2, ranks.gradients, batch):
         assert report.num_padding_tokens == 1
@@ -99,9 +99,9 @@ def test_looking_at_weights_between_gradient_and_update_leaves_nothing_stale(on_
 
 
 def test_greedy_mismatches_are_counted_over_both_ranks(on_ranks):
-    sequences = [(s.token_ids, int(s.loss_mask.argmax())) for s in random_batch().samples]
-    [one] = on_ranks(1, ranks.greedy_mismatches, sequences, 1e-4)
-    assert on_ranks(2, ranks.greedy_mismatches, sequences, 1e-4) == [one, one]
+    groups = random_batch().groups
+    [one] = on_ranks(1, ranks.greedy_mismatches, groups, 1e-4)
+    assert on_ranks(2, ranks.greedy_mismatches, groups, 1e-4) == [one, one]
     assert one > 0
 
 
