@@ -82,7 +82,7 @@ class StepView:
     @property
     def finished(self) -> int:
         """Steps that are done, this one included; also the version it made."""
-        return self.batch.batch.step + 1
+        return self.batch.step + 1
 
 
 class StepObserver(Protocol):

@@ -154,7 +154,7 @@ class _Lives:
             batch = {"trained": groups, "held": [], "dropped": {}}
             await self._journal.write(Kind.BATCHED, step, batch)
             self._journal.note(Kind.TRAINED, step, {"checksum": step})
-            await self._buffer.release(tuple(groups))
+            self._buffer.release(tuple(groups))
             if step % STEPS_PER_CHECKPOINT == STEPS_PER_CHECKPOINT - 1:
                 self._journal.settle(step + 1)
         return GROUPS_PER_STEP * (step + 1)

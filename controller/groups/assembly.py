@@ -10,9 +10,8 @@ import numpy as np
 
 from paceline.configs.errors import UserError
 from paceline.configs.vocabulary import Group, Prompt, TrainBatch
-from paceline.controller.data.curriculum import Outcome
+from paceline.controller.data.curriculum import GroupOutcome
 from paceline.controller.groups.buffer import WorkBuffer
-from paceline.controller.groups.signal_filter import SignalFilter
 from paceline.controller.ledger.events import Kind
 from paceline.controller.ledger.journal import Journal
 from paceline.controller.ledger.state import Batch
@@ -30,6 +29,30 @@ class NoSignalError(UserError):
 
 
 @dataclass(frozen=True)
+class SignalFilter:
+    """Dynamic sampling: groups whose rewards are all equal carry no gradient and are replaced.
+
+    Yu et al. 2025 (DAPO, arXiv 2503.14476, section 3.2). With ``drops_equal`` a step looks at up to
+    ``max_draws`` times its groups before it makes do with fewer; without, every group is trained.
+    """
+
+    drops_equal: bool = True
+    max_draws: int = 8
+
+    def drop_reason(self, group: Group) -> str | None:
+        """Why a group is not worth training on, in a word for the ledger; None to train it."""
+        if group.fault is not None:
+            return group.fault
+        if self.drops_equal and np.ptp(group.rewards) == 0:
+            return "zero_signal"
+        return None
+
+
+EVERYTHING = SignalFilter(drops_equal=False, max_draws=1)
+"""Demonstrations: each is trained on as it comes."""
+
+
+@dataclass(frozen=True)
 class AssembledBatch:
     """A batch, and how many groups were dropped on the way to it, by reason.
 
@@ -43,7 +66,7 @@ class AssembledBatch:
     batch: TrainBatch
     slots: tuple[int, ...]
     dropped: Counter[str]
-    outcomes: tuple[Outcome, ...] = ()
+    outcomes: tuple[GroupOutcome, ...] = ()
 
     @property
     def step(self) -> int:
@@ -134,7 +157,7 @@ class Collector:
                 if len(kept) + len(held) + draws_left < self._groups_per_step:
                     held.append(group.group_id)
                 else:
-                    await self._buffer.release((group.group_id,))
+                    self._buffer.release((group.group_id,))
             if len(kept) + len(held) == self._groups_per_step:
                 break
         if not kept:
@@ -165,9 +188,9 @@ class Collector:
         )
 
 
-def _outcomes(recorded: RecordedBatch) -> tuple[Outcome, ...]:
+def _outcomes(recorded: RecordedBatch) -> tuple[GroupOutcome, ...]:
     rewards = recorded.batch.rewards
-    by_id = {i: Outcome(prompt, rewards[i]) for i, prompt in recorded.prompts.items()}
+    by_id = {i: GroupOutcome(prompt, rewards[i]) for i, prompt in recorded.prompts.items()}
     for group in recorded.groups:
-        by_id[group.group_id] = Outcome(group.prompt, float(group.rewards.mean()))
+        by_id[group.group_id] = GroupOutcome(group.prompt, float(group.rewards.mean()))
     return tuple(by_id[group_id] for group_id in sorted(by_id))

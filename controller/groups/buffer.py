@@ -79,7 +79,7 @@ class WorkBuffer:
     ...     await buffer.finish(Group(work.group_id, work.prompt, ()))
     ...     await buffer.take()  # group 0 leaves for training; its slot is still held
     ...     held = buffer.occupancy()["slots"]
-    ...     await buffer.release((0,))  # engines serve the weights it was trained into
+    ...     buffer.release((0,))  # engines serve the weights it was trained into
     ...     return held, buffer.occupancy()["slots"]
     >>> asyncio.run(life_of_group_0())
     (4, 3)
@@ -101,6 +101,7 @@ class WorkBuffer:
         self._largest = group_bytes  # what another claim may turn out to be
         self._entries: OrderedDict[int, Work] = OrderedDict()
         self._slots: set[int] = set()
+        self._in_training: set[int] = set()  # those of them that the learner took
         self._waiting: list[int] = []
         self._finished: list[int] = []
         self._feeders: deque[asyncio.Future[None]] = deque()
@@ -164,7 +165,7 @@ class WorkBuffer:
         self._wake()
         return work
 
-    async def give_back(
+    def give_back(
         self, work: Work, partial: tuple[Completion, ...] | None = None, reason: str = "worker_lost"
     ) -> None:
         """Return a claim that was not carried out, with what was sampled; somebody goes on."""
@@ -207,13 +208,19 @@ class WorkBuffer:
         self._wake()
         return work.group
 
-    async def release(self, group_ids: tuple[int, ...]) -> None:
+    def begin_training(self, group_ids: tuple[int, ...]) -> None:
+        """Count slots as those of a batch that the learner took, until they are released."""
+        assert self._slots.issuperset(group_ids), "a batch holds its slots until it is released"
+        self._in_training.update(group_ids)
+
+    def release(self, group_ids: tuple[int, ...]) -> None:
         """Free the slots of groups that were dropped, or whose weights the engines now serve."""
         for group_id in group_ids:
             self._slots.remove(group_id)
+        self._in_training.difference_update(group_ids)
         self._wake()
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """End every wait; nothing is admitted, claimed or taken afterwards."""
         self._closed = True
         self._wake()
@@ -223,13 +230,16 @@ class WorkBuffer:
         return tuple(sorted(self._slots))
 
     def occupancy(self) -> dict[str, int]:
-        """Entries by state, slots held, and slots that may be held now."""
+        """Return entries by state, slots held, those of them that are in training, and slots that
+        may be held now.
+        """
         waiting, finished = len(self._waiting), len(self._finished)
         return {
             State.WAITING.value: waiting,
             State.CLAIMED.value: len(self._entries) - waiting - finished,
             State.FINISHED.value: finished,
             "slots": len(self._slots),
+            "training": len(self._in_training),
             "limit": self._limit,
         }
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 from paceline.configs.schema.learner import OptimizerConfig
-from paceline.configs.vocabulary import RankProgress, StepReport, TrainBatch
+from paceline.configs.vocabulary import Group, RankProgress, StepReport, TrainBatch
 from paceline.controller.parts import Algorithm
 from paceline.weights_sync.handle import WeightHandle
 
@@ -46,7 +47,7 @@ class Rank(Protocol):
     def export(self, folder: str) -> None:
         """Write the model in Hugging Face format."""
 
-    def greedy_mismatches(self, sequences: list[tuple[Any, ...]], tolerance: float) -> int:
+    def greedy_mismatches(self, groups: Sequence[Group], tolerance: float) -> int:
         """Count completion tokens that are not the argmax of the rank's own forward pass."""
 
     def progress(self) -> RankProgress:

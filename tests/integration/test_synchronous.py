@@ -27,12 +27,11 @@ from paceline.configs.vocabulary import (
     TrainBatch,
     WeightVersion,
 )
-from paceline.controller.groups.assembly import Collector
+from paceline.controller.groups.assembly import Collector, SignalFilter
 from paceline.controller.groups.buffer import WorkBuffer
 from paceline.controller.groups.freshness import freshness_budget
 from paceline.controller.groups.generation import Rollouts, request_seed
 from paceline.controller.groups.pacing import Pacer
-from paceline.controller.groups.signal_filter import SignalFilter
 from paceline.controller.ledger.journal import Journal
 from paceline.controller.ledger.memory import MemoryStore
 from paceline.controller.loop import Loop

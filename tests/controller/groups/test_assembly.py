@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from paceline.controller.groups.assembly import Collector, NoSignalError
+from paceline.controller.groups.assembly import EVERYTHING, Collector, NoSignalError, SignalFilter
 from paceline.controller.groups.buffer import WorkBuffer
 from paceline.controller.groups.freshness import FreshnessBudget
-from paceline.controller.groups.signal_filter import EVERYTHING, SignalFilter
 from paceline.controller.ledger.journal import Journal
 from paceline.controller.ledger.memory import MemoryStore
 from tests.controller.builders import make_group, make_prompt

@@ -75,7 +75,7 @@ def outcome(rates, *, paced, lag=4, window=0.0, steps=300, first=60):
         async def after_step(step):
             nonlocal began
             world.ages += step.batch.ages
-            if step.batch.batch.step == first:
+            if step.batch.step == first:
                 world.ages.clear()
                 world.busy, began = 0.0, asyncio.get_running_loop().time()
             return False

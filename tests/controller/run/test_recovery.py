@@ -21,11 +21,10 @@ from hypothesis import strategies as st
 
 from paceline.configs.errors import ConfigError
 from paceline.configs.load import load_config
-from paceline.controller.groups.assembly import Collector
+from paceline.controller.groups.assembly import Collector, SignalFilter
 from paceline.controller.groups.buffer import WorkBuffer
 from paceline.controller.groups.freshness import freshness_budget
 from paceline.controller.groups.pacing import Pacer
-from paceline.controller.groups.signal_filter import SignalFilter
 from paceline.controller.ledger.events import LedgerError
 from paceline.controller.ledger.journal import Journal
 from paceline.controller.ledger.memory import MemoryStore
@@ -84,7 +83,7 @@ class Lineage(World):
 
     async def after_step(self, step):
         batch = step.batch
-        self.lineage[batch.batch.step] = batch
+        self.lineage[batch.step] = batch
         assert batch.max_age <= self.max_age
         for group in batch.groups:
             assert group.samples[0].text == str(self.weights[group.oldest_version])
