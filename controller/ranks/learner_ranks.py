@@ -259,6 +259,19 @@ class LearnerRanks:
         return path
 
 
+def for_ranks(batch: TrainBatch) -> TrainBatch:
+    """Return a batch without what no rank reads: texts, records' fields and draft sources."""
+
+    def shipped(group: Group) -> Group:
+        prompt = replace(group.prompt, text="", reference=None, metadata={})
+        completions = (replace(s.completion, draft_sources=None) for s in group.samples)
+        pairs = zip(group.samples, completions, strict=True)
+        samples = tuple(replace(s, text="", completion=completion) for s, completion in pairs)
+        return replace(group, prompt=prompt, samples=samples)
+
+    return replace(batch, groups=tuple(map(shipped, batch.groups)))
+
+
 @dataclass(frozen=True)
 class LearnerPhase:
     """A phase of training, a `Learner`: its optimiser's settings and its number of steps."""
@@ -270,7 +283,7 @@ class LearnerPhase:
     async def forward_backward(self, batch: TrainBatch, algorithm: Algorithm) -> RanksUpdate:
         """Find what a batch's tokens are worth, and its first update's gradients over all ranks."""
         # Put once, read by every rank: Ray resolves the reference before it calls.
-        shared: Any = ray.put(batch)
+        shared: Any = ray.put(for_ranks(batch))
         report = await self.ranks.call(Rank.forward_backward, shared, algorithm)
         return RanksUpdate(self, batch.step, report)
 
