@@ -87,7 +87,7 @@ class RankModels:
         self._moves_reference = False
 
     def trained(self) -> dict[str, TrainingEngine]:
-        """Every model that is trained, by its role's name."""
+        """Return every model that is trained, by its role's name."""
         roles = {"policy": self.policy}
         if self.critic is not None:
             roles["critic"] = self.critic
@@ -104,7 +104,7 @@ class RankModels:
         self._moves_reference = offload and self.mesh.devices is None
 
     def share(self, sequences: Sequence[TokenSequence]) -> Share:
-        """What this rank computes of the sequences that have a completion."""
+        """Choose what this rank computes of the sequences that have a completion."""
         capacity, num_ranks = self._config.tokens_per_microbatch, self.mesh.num_data_ranks
         num_stages = self.mesh.sizes["pipeline"]
         bundles = bundle_samples(
@@ -133,14 +133,14 @@ class RankModels:
     def logprobs(
         self, model: TrainingEngine, sequences: Sequence[TokenSequence], temperature: float
     ) -> list[NDArray[np.float32]]:
-        """Log-probabilities under a model of each completion, float32 [C]; on every rank."""
+        """Return log-probabilities of each completion under a model, float32 [C], on every rank."""
         head = partial(logprobs_and_entropy, temperature=temperature)
         return self.evaluate(model, sequences, head)
 
     def reference_logprobs(
         self, sequences: Sequence[TokenSequence], temperature: float
     ) -> list[NDArray[np.float32]]:
-        """The same under the reference policy."""
+        """Return the same under the reference policy."""
         assert self.reference is not None, "load_reference() comes first"
         if not self._moves_reference:
             return self.logprobs(self.reference, sequences, temperature)
@@ -151,14 +151,14 @@ class RankModels:
             self.reference.to("cpu")
 
     def values(self, sequences: Sequence[TokenSequence]) -> list[NDArray[np.float32]]:
-        """Values of the states before each completion token, float32 [C]; on every rank."""
+        """Return values of the states before each completion token, float32 [C], on every rank."""
         assert self.value_model is not None, "there is no critic"
         return self.evaluate(self.value_model, sequences, no_head)
 
     def evaluate(
         self, model: TrainingEngine, sequences: Sequence[TokenSequence], head: Head
     ) -> list[NDArray[np.float32]]:
-        """The first output for each completion, float32 [C], on every rank."""
+        """Return the first output for each completion, float32 [C], on every rank."""
         with self.activity.during("evaluation"):
             here = self._pieces(model.evaluate(self.share(sequences).microbatches, head))
             result = [np.zeros(0, dtype=np.float32)] * len(sequences)
@@ -170,7 +170,7 @@ class RankModels:
     def _pieces(
         self, found: Iterable[tuple[Microbatch, Tensor]]
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """By sample: its index and what was found for its tokens."""
+        """Yield each sample's index and what was found for its tokens."""
         for number, (microbatch, output) in enumerate(found, 1):
             self.activity.tell(f"evaluated {number} microbatches")
             values = output.float().cpu().numpy()

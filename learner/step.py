@@ -82,7 +82,7 @@ class TrainingStep:
 
     @property
     def is_done(self) -> bool:
-        """Whether every update had its gradients."""
+        """True once every update had its gradients."""
         return self._next_update == len(self._updates)
 
     def add_gradients(self) -> None:
@@ -121,7 +121,7 @@ class TrainingStep:
         self._next_update += 1
 
     def metrics(self) -> dict[str, float]:
-        """What is recorded of the updates so far: means over their tokens, and maxima."""
+        """Return metrics of the updates so far: means over their tokens, and maxima."""
         counts = np.array([count for count, _ in self._means], dtype=np.float64)
         shares = counts / counts.sum()
         means = {
@@ -137,7 +137,7 @@ class TrainingStep:
         return derived_metrics(means) | self._batch_metrics | routers | waiting
 
     def _told(self, model: str, num_microbatches: int, loss_of: LossOf) -> LossOf:
-        """The same loss, which tells how far this rank has come."""
+        """Return the same loss, which tells how far this rank has come."""
         update = f"update {self._next_update + 1} of {len(self._updates)}, {model}"
         counter = itertools.count(1)
 
@@ -156,7 +156,7 @@ class TrainingStep:
         microbatch: Microbatch,
         outputs: tuple[Tensor, ...],
     ) -> Tensor:
-        """What is differentiated of the policy's outputs; a shared backbone's values among them."""
+        """Return the loss of the policy's outputs, a shared backbone's values among them."""
         logprobs, entropy, *values = outputs
         if not microbatch.samples:
             return sum((v.sum() for v in values), logprobs.sum())
@@ -177,7 +177,7 @@ class TrainingStep:
         microbatch: Microbatch,
         outputs: tuple[Tensor, ...],
     ) -> Tensor:
-        """What is differentiated of the values."""
+        """Return the loss of the values."""
         (values,) = outputs
         if not microbatch.samples:
             return values.sum()
@@ -188,7 +188,7 @@ class TrainingStep:
         return self._critic.coefficient * (columns["weights"] * errors_T).sum()
 
     def _columns_of(self, samples: NDArray[np.int64], names: Set[str]) -> dict[str, Tensor]:
-        """Columns of some samples' tokens, in their order, float32 [T]."""
+        """Return columns of some samples' tokens, in their order, float32 [T]."""
         starts, lengths = self._tokens.starts[samples], self._tokens.lengths[samples]
         rows = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
         device = self._models.mesh.device

@@ -179,7 +179,7 @@ class LearnerWorker:
         self._saving.finish()
 
     def progress(self) -> RankProgress:
-        """Where this rank stands; may be called from any thread while a call runs."""
+        """Return where this rank stands; may be called from any thread while a call runs."""
         return RankProgress(self.version, self._models.activity.now, collectives_begun())
 
     def load(self, folder: str) -> None:
@@ -231,7 +231,7 @@ class LearnerWorker:
                 dist.destroy_process_group()
 
     def _apply(self, optimizer: OptimizerConfig, step: int, num_steps: int) -> dict[str, float]:
-        """One update of the policy and, where it has optimiser of its own, of the critic."""
+        """Update the policy and, where it has an optimiser of its own, the critic."""
         models = self._models
         with models.activity.during("optimiser"):
             found = models.policy.take_step(optimizer, step, num_steps)

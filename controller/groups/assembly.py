@@ -18,7 +18,7 @@ from paceline.controller.ledger.state import Batch
 
 
 class NoSignalError(UserError):
-    """Nothing was left to learn from: every group's rewards were equal."""
+    """End of a run in which every group's rewards were equal: nothing can be learned."""
 
     def __init__(self, num_groups: int, mean_reward: float) -> None:
         super().__init__(
@@ -40,7 +40,7 @@ class SignalFilter:
     max_draws: int = 8
 
     def drop_reason(self, group: Group) -> str | None:
-        """Why a group is not worth training on, in a word for the ledger; None to train it."""
+        """Return why a group is not worth training on, a word for the ledger; None to train it."""
         if group.fault is not None:
             return group.fault
         if self.drops_equal and np.ptp(group.rewards) == 0:

@@ -26,7 +26,7 @@ from paceline.controller.ledger.memory import MemoryStore
 
 
 class State(Enum):
-    """Where an entry stands."""
+    """State of an entry."""
 
     WAITING = "waiting"
     CLAIMED = "claimed"
@@ -92,7 +92,10 @@ class WorkBuffer:
         max_bytes: int = 1 << 30,
         group_bytes: int = 0,
     ) -> None:
-        """``group_bytes`` is what a group is taken to need until a larger one has finished."""
+        """Create an empty buffer.
+
+        A group is taken to need ``group_bytes`` until a larger one has finished.
+        """
         self._journal = journal or Journal(MemoryStore())
         self._budget = budget
         self._limit = budget.capacity
@@ -141,7 +144,7 @@ class WorkBuffer:
         """Wait for a free slot, then draw a (position, prompt) and let it in.
 
         Drawn only once it can be admitted, so that a checkpoint's cursor never counts a prompt
-        nobody holds. Positions must grow: they are the order of training.
+        that no entry holds. Positions must grow: they are the order of training.
         """
         await self._wait(self._feeders, self._has_room)
         if self._closed:
@@ -168,7 +171,7 @@ class WorkBuffer:
     def give_back(
         self, work: Work, partial: tuple[Completion, ...] | None = None, reason: str = "worker_lost"
     ) -> None:
-        """Return a claim that was not carried out, with what was sampled; somebody goes on."""
+        """Return a claim that was not carried out, with what was sampled: it waits again."""
         assert work.state is State.CLAIMED, f"group {work.group_id} is {work.state.value}"
         self._journal.note(Kind.RETURNED, work.group_id, {"reason": reason})
         if partial is not None:
@@ -226,7 +229,7 @@ class WorkBuffer:
         self._wake()
 
     def unreleased(self) -> tuple[int, ...]:
-        """Ids of groups whose slot is held, ascending: what a resumed run must do again."""
+        """Return ids of groups whose slot is held, ascending: a resumed run must do them again."""
         return tuple(sorted(self._slots))
 
     def occupancy(self) -> dict[str, int]:
@@ -276,7 +279,7 @@ class WorkBuffer:
                 await turn
             except asyncio.CancelledError:
                 if turn.done() and not turn.cancelled():
-                    self._wake()  # it was somebody's turn who left: the next one's, then
+                    self._wake()  # the waiter whose turn it was left: the next one's, then
                 raise
 
     def _wake(self) -> None:

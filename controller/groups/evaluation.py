@@ -29,11 +29,11 @@ class Evaluator:
     stop_token_ids: tuple[int, ...]
 
     async def greedy(self, prompts: Sequence[Prompt]) -> list[Sample]:
-        """One graded completion a prompt at temperature 0."""
+        """Return one graded completion a prompt at temperature 0."""
         return await self._run(prompts, 0.0, GREEDY_STREAM)
 
     async def sampled(self, prompts: Sequence[Prompt]) -> list[Sample]:
-        """One graded completion a prompt at temperature 1, the same random streams every time."""
+        """Return one graded completion a prompt at temperature 1, of the same random streams."""
         return await self._run(prompts, 1.0, SAMPLED_STREAM)
 
     async def _run(
@@ -50,7 +50,7 @@ class Evaluator:
 
 
 async def retried(rollouts: Rollouts, work: Work) -> Group:
-    """A group, from another worker where one died; the pool ends it when none is left."""
+    """Return a group, from another worker where one died; the pool raises when none is left."""
     while True:
         with contextlib.suppress(WorkerLost):
             group = await rollouts(work)
@@ -59,5 +59,5 @@ async def retried(rollouts: Rollouts, work: Work) -> Group:
 
 
 def accuracy(samples: Sequence[Sample]) -> float:
-    """Mean reward."""
+    """Return the mean reward."""
     return float(np.mean([sample.reward for sample in samples]))

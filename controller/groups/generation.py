@@ -33,7 +33,7 @@ Teach = Callable[[Prompt, Sequence[Completion]], Awaitable[Sequence[np.ndarray]]
 
 
 def request_seed(run_seed: int, stream: int, index: int) -> int:
-    """A seed for one request's samples: independent streams for every (run, stream, index)."""
+    """Return a seed for a request's samples: each (run, stream, index) is independent."""
     return int(np.random.SeedSequence([run_seed, stream, index]).generate_state(1)[0])
 
 
@@ -74,7 +74,9 @@ class Rollouts:
     _attempts: Iterator[int] = field(default_factory=itertools.count)
 
     async def __call__(self, work: Work) -> Group | UnfinishedGroup:
-        """The finished group; samples cut off by the token limit get reward 0 if so configured.
+        """Return the finished group.
+
+        With ``require_finish`` samples that the token limit cut off get reward 0.
 
         Where a sample is unfinished, nothing is graded: the group is to be continued.
 
@@ -133,9 +135,9 @@ class Demonstrations:
     given: Callable[[Prompt], tuple[Demonstration, ...]]
 
     async def __call__(self, work: Work) -> Group:
-        """A group of them: no version sampled them and they have no log-probabilities.
+        """Return a group of them, the first with reward 1, others 0.
 
-        The first has reward 1, others 0.
+        No version sampled them, and their log-probabilities are 0.
         """
         samples = tuple(
             Sample(unsampled(demonstration), float(index == 0), demonstration.text)
@@ -145,7 +147,7 @@ class Demonstrations:
 
 
 def unsampled(demonstration: Demonstration) -> Completion:
-    """A completion that no version sampled."""
+    """Return a completion that no version sampled, with log-probabilities of 0."""
     return Completion(
         token_ids=demonstration.token_ids,
         logprobs=np.zeros(len(demonstration.token_ids), dtype=np.float32),

@@ -53,7 +53,7 @@ class Bundle:
 
     @property
     def size(self) -> int:
-        """What it takes of ``learner.tokens_per_microbatch``."""
+        """Share of ``learner.tokens_per_microbatch`` that it takes, in tokens."""
         return max(self.num_tokens, math.ceil(self.num_keys / KEYS_PER_TOKEN))
 
     def cost(self, quadratic_cost: float) -> float:
@@ -110,7 +110,7 @@ def _split(indices: Sequence[int], sequences: Sequence[TokenSequence], limit: in
 
 
 def _with(bundle: Bundle | None, index: int, sequences: Sequence[TokenSequence]) -> Bundle:
-    """The bundle and one more sample; the second one turns the first's beginning into a prefix."""
+    """Add a sample to the bundle; the second one turns the first's beginning into a prefix."""
     if bundle is None:
         return Bundle(0, (index,), (sequences[index].num_read,))
     samples = (*bundle.samples, index)

@@ -46,7 +46,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a sample lies in a row: its first ``prefix`` tokens, shared with siblings, from
+    """Place of a sample in a row: its first ``prefix`` tokens, shared with siblings, from
     ``prefix_start`` on and the others from ``start`` on (prefix 0: all of them)."""
 
     sample: int
@@ -102,7 +102,7 @@ def build_microbatch(
 def _routed_experts(
     pieces: Sequence[Piece], sequences: Sequence[TokenSequence], num_padding: int
 ) -> Tensor | None:
-    """Of every token of the row, int16 [T, layers, K]; None where no sample knows any."""
+    """Return the experts of every token of the row, int16 [T, layers, K]; None without any."""
     known = [sequences[piece.sample].routed_experts for piece in pieces]
     of_token = next((experts.shape[1:] for experts in known if experts is not None), None)
     if of_token is None:
@@ -118,7 +118,7 @@ def _routed_experts(
 
 
 def _lay_out(bundles: Sequence[Bundle]) -> tuple[list[Segment], list[Piece], list[Placement]]:
-    """Whole samples and prompts, longest first; then what samples add to prompts, likewise.
+    """Place whole samples and prompts, longest first; then what samples add to prompts, likewise.
 
     Equal shapes lie side by side. A sample may add nothing: its one trained token is predicted by
     the prompt.

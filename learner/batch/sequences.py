@@ -27,7 +27,7 @@ class TokenSequence:
 
     @property
     def num_completion(self) -> int:
-        """C."""
+        """Tokens of the completion, C."""
         return len(self.token_ids) - self.num_prompt
 
     @property

@@ -39,17 +39,17 @@ class BatchTokens:
     values: NDArray[np.float32] | None = None
 
     def name_of(self, sample: int) -> str:
-        """How an error names a sample: by its group and its place among the siblings."""
+        """Name a sample for an error: by its group and its place among the siblings."""
         place = int((self.groups[:sample] == self.groups[sample]).sum())
         return f"sample {place} of group {self.group_ids[self.groups[sample]]}"
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
-        """Where each sample's tokens begin, int64 [n]."""
+        """Index of each sample's first token, int64 [n]."""
         return np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
 
     def of_tokens(self, of_samples: NDArray) -> NDArray:
-        """A sample's value [n] for each of its tokens [N]."""
+        """Repeat a sample's value [n] for each of its tokens [N]."""
         return np.repeat(of_samples, self.lengths)
 
     def sums(self, of_tokens: NDArray) -> NDArray[np.float64]:
@@ -82,7 +82,7 @@ def batch_tokens(batch: TrainBatch) -> BatchTokens:
 
 
 def _ages(completion: Completion, step: int) -> NDArray[np.int64]:
-    """Versions between the one that sampled each token and the one trained; 0 where none did."""
+    """Count versions between the one that sampled each token and the one trained; 0 if none did."""
     ages = np.zeros(len(completion.token_ids), dtype=np.int64)
     for span in completion.versions:
         ages[span.start : span.end] = step - span.version
