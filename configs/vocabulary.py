@@ -1,7 +1,8 @@
 """The words every room shares: what flows from a prompt to a training step.
 
-``Prompt -> RolloutRequest -> Trajectory -> Group -> TrainBatch -> StepReport`` flows forward;
-only ``WeightVersion`` (and freed slots) flow back. Arrays are numpy: tensors exist only inside
+``Prompt -> RolloutRequest -> Completion -> Sample -> Group -> TrainBatch -> StepReport`` flows
+forward; only ``WeightVersion`` (and freed slots) flow back. A prompt is there once a group, and
+arrays are of completions only. Arrays are numpy: tensors exist only inside
 ``learner/`` and ``kernels/``.
 
 A weight version is the number of optimiser steps that made it: version 0 is the initial model,
@@ -153,64 +154,33 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Trajectory:
-    """Prompt and completion of one sample, ready to be trained on.
+class Sample:
+    """A completion and what came of it: the unit of a loss.
 
-    All arrays have length L = prompt + completion: ``token_ids`` int32, ``loss_mask`` bool (True
-    where the token was sampled by the policy), ``logprobs`` float32 (behaviour log-probabilities,
-    0 where ``loss_mask`` is False) and, where a teacher looked at it, ``teacher_logprobs`` float32;
-    where engines draft ``draft_sources`` uint8, and where they record it ``routed_experts`` int16
-    [L, layers, K], as in ``Completion``.
+    ``text`` is the completion decoded; ``teacher_logprobs`` float32 [C], where a teacher scored it,
+    are natural-log probabilities of its tokens at temperature 1.
     """
 
-    token_ids: NDArray[np.int32]
-    loss_mask: NDArray[np.bool_]
-    logprobs: NDArray[np.float32]
-    versions: tuple[VersionSpan, ...]
-    finish_reason: FinishReason
+    completion: Completion
     reward: float = 0.0
     text: str = ""
     teacher_logprobs: NDArray[np.float32] | None = None
-    draft_sources: NDArray[np.uint8] | None = None
-    routed_experts: NDArray[np.int16] | None = None
 
     @property
-    def num_completion_tokens(self) -> int:
-        """How many tokens the policy sampled."""
-        return int(self.loss_mask.sum())
+    def num_tokens(self) -> int:
+        """Tokens of the completion, all of them trained on."""
+        return len(self.completion.token_ids)
 
     @property
     def num_bytes(self) -> int:
         """Size of its arrays."""
-        optional = (self.teacher_logprobs, self.draft_sources, self.routed_experts)
-        arrays = (self.token_ids, self.loss_mask, self.logprobs, *optional)
-        return sum(array.nbytes for array in arrays if array is not None)
+        taught = 0 if self.teacher_logprobs is None else self.teacher_logprobs.nbytes
+        return self.completion.num_bytes + taught
 
     @property
     def oldest_version(self) -> WeightVersion | None:
         """The oldest weights that sampled any token of it; None for a demonstration."""
-        return min((span.version for span in self.versions), default=None)
-
-    @classmethod
-    def from_completion(cls, prompt: Prompt, completion: Completion) -> Trajectory:
-        """Join a prompt and one completion; the reward is still to be given."""
-        num_prompt = len(prompt.token_ids)
-        zeros = np.zeros(num_prompt, dtype=np.float32)
-        mask = np.ones(num_prompt + len(completion.token_ids), dtype=np.bool_)
-        mask[:num_prompt] = False
-        prompt_ids = np.asarray(prompt.token_ids, dtype=np.int32)
-        sources = completion.draft_sources
-        if sources is not None:
-            sources = np.concatenate([np.zeros(num_prompt, dtype=np.uint8), sources])
-        return cls(
-            token_ids=np.concatenate([prompt_ids, completion.token_ids]),
-            loss_mask=mask,
-            logprobs=np.concatenate([zeros, completion.logprobs]),
-            versions=completion.versions,
-            finish_reason=completion.finish_reason,
-            draft_sources=sources,
-            routed_experts=completion.routed_experts,
-        )
+        return min((span.version for span in self.completion.versions), default=None)
 
 
 @dataclass(frozen=True)
@@ -222,13 +192,13 @@ class Group:
 
     group_id: int
     prompt: Prompt
-    trajectories: tuple[Trajectory, ...]
+    samples: tuple[Sample, ...]
     fault: str | None = None
 
     @property
     def rewards(self) -> NDArray[np.float64]:
         """Rewards of the samples, float64 [n]."""
-        return np.array([t.reward for t in self.trajectories], dtype=np.float64)
+        return np.array([sample.reward for sample in self.samples], dtype=np.float64)
 
     @property
     def oldest_version(self) -> WeightVersion | None:
@@ -243,10 +213,10 @@ class Group:
     @property
     def num_bytes(self) -> int:
         """Size of its arrays."""
-        return sum(trajectory.num_bytes for trajectory in self.trajectories)
+        return sum(sample.num_bytes for sample in self.samples)
 
     def _versions(self) -> Iterator[WeightVersion]:
-        return (span.version for t in self.trajectories for span in t.versions)
+        return (span.version for s in self.samples for span in s.completion.versions)
 
 
 @dataclass(frozen=True)
@@ -258,26 +228,6 @@ class UnfinishedGroup:
 
 
 @dataclass(frozen=True)
-class TrainSample:
-    """One trajectory as the learner takes it; all arrays of length L.
-
-    ``group`` is the index of its group in the batch's ``group_ids``; ``versions`` count from its
-    first trained token and are empty for a demonstration, whose ``logprobs`` say nothing.
-    ``teacher_logprobs`` is there where a teacher looked at it, ``routed_experts`` int16
-    [L, layers, K] where routers are to choose as the engine's did (see ``Completion``).
-    """
-
-    token_ids: NDArray[np.int32]
-    loss_mask: NDArray[np.bool_]
-    logprobs: NDArray[np.float32]
-    reward: float = 0.0
-    group: int = 0
-    versions: tuple[VersionSpan, ...] = ()
-    teacher_logprobs: NDArray[np.float32] | None = None
-    routed_experts: NDArray[np.int16] | None = None
-
-
-@dataclass(frozen=True)
 class TrainBatch:
     """What one optimiser step trains on.
 
@@ -286,14 +236,23 @@ class TrainBatch:
     """
 
     step: int
-    group_ids: tuple[int, ...]
-    samples: tuple[TrainSample, ...]
+    groups: tuple[Group, ...]
     temperature: float = 1.0
+
+    @property
+    def group_ids(self) -> tuple[int, ...]:
+        """Ids of its groups, in their order."""
+        return tuple(group.group_id for group in self.groups)
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """Samples of all groups, group by group: an index into them names a sample in a step."""
+        return tuple(sample for group in self.groups for sample in group.samples)
 
     @property
     def num_trained_tokens(self) -> int:
         """Tokens that carry loss, over all ranks."""
-        return int(sum(sample.loss_mask.sum() for sample in self.samples))
+        return sum(sample.num_tokens for sample in self.samples)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,6 @@ class Loop:
     _clock: StepClock = field(default_factory=StepClock, init=False)
     _batches: Queue[AssembledBatch | None] = field(default_factory=lambda: Queue(1), init=False)
     _published: Queue[Published] = field(default_factory=lambda: Queue(1), init=False)
-    _in_training: int = field(default=0, init=False)
     _took_batch: float = field(default=0.0, init=False)
 
     async def run(self) -> None:
@@ -97,10 +96,10 @@ class Loop:
             try:
                 group = await self.generate(work)
             except WorkerLost:
-                await self.buffer.give_back(work)
+                self.buffer.give_back(work)
                 continue
             if isinstance(group, UnfinishedGroup):
-                await self.buffer.give_back(work, group.partial, "unfinished")
+                self.buffer.give_back(work, group.partial, "unfinished")
             else:
                 await self.buffer.finish(group)
 
@@ -147,8 +146,7 @@ class Loop:
             handle, slots = await self._published.get()
             with self._clock.measure("sync"):
                 await self.weights.push(handle)
-            await self.buffer.release(slots)
-            self._in_training -= len(slots)
+            self.buffer.release(slots)
             self._published.task_done()
 
     async def _next_batch(self) -> AssembledBatch | None:
@@ -182,9 +180,9 @@ class Loop:
     def _adapt(self, batch: AssembledBatch, asked: float) -> None:
         """Let more or less work in, by how long the learner waited and what lay ready."""
         now = asyncio.get_running_loop().time()
-        self._in_training += len(batch.slots)
+        self.buffer.begin_training(batch.slots)
         occupancy = self.buffer.occupancy()
         in_production = occupancy["waiting"] + occupancy["claimed"]
-        surplus = occupancy["slots"] - in_production - self._in_training
+        surplus = occupancy["slots"] - in_production - occupancy["training"]
         self.buffer.limit = self.pace.observe(Flow(now - asked, now - self._took_batch, surplus))
         self._took_batch = now

@@ -12,7 +12,7 @@ from paceline.learner.checkpoints.background_save import GROUP_NAME
 
 
 class Activity:
-    """What a rank is doing, in words; empty between two calls.
+    """Words for what a rank is doing; empty between two calls.
 
     >>> activity = Activity()
     >>> with activity.during("optimiser"):
@@ -41,7 +41,7 @@ class Activity:
 
 
 def collectives_begun() -> dict[str, int]:
-    """How many collectives this rank has begun, by process group: its ranks, and its place among
+    """Count the collectives this rank has begun, by process group: its ranks, and its place among
     the groups of the same ranks. Those of saves in the background do not count."""
     found: dict[str, int] = {}
     if not dist.is_initialized():

@@ -19,11 +19,11 @@ from paceline.configs.errors import ClusterError
 from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.schema.learner import LearnerConfig
 from paceline.configs.schema.model import ModelConfig
-from paceline.configs.vocabulary import TrainSample
 from paceline.learner.activity import Activity
 from paceline.learner.batch.bundles import bundle_samples
 from paceline.learner.batch.microbatch import Microbatch, build_microbatch
 from paceline.learner.batch.packing import imbalance, plan_packing
+from paceline.learner.batch.sequences import TokenSequence
 from paceline.learner.engines.mesh import RankMesh, join_process_group
 from paceline.learner.engines.sharded import ShardedEngine, shard
 from paceline.learner.engines.training_engine import TrainingEngine
@@ -87,7 +87,7 @@ class RankModels:
         self._moves_reference = False
 
     def trained(self) -> dict[str, TrainingEngine]:
-        """Every model that is trained, by its role's name."""
+        """Return every model that is trained, by its role's name."""
         roles = {"policy": self.policy}
         if self.critic is not None:
             roles["critic"] = self.critic
@@ -103,12 +103,12 @@ class RankModels:
         self.reference = shard(policy, self.mesh, self._precision, trains=False, offload=offload)
         self._moves_reference = offload and self.mesh.devices is None
 
-    def share(self, samples: Sequence[TrainSample]) -> Share:
-        """What this rank computes of the samples that train anything."""
+    def share(self, sequences: Sequence[TokenSequence]) -> Share:
+        """Choose what this rank computes of the sequences that have a completion."""
         capacity, num_ranks = self._config.tokens_per_microbatch, self.mesh.num_data_ranks
         num_stages = self.mesh.sizes["pipeline"]
         bundles = bundle_samples(
-            samples,
+            sequences,
             capacity,
             num_ranks * num_stages,
             shares_prompts=self._config.share_prompts,
@@ -124,45 +124,44 @@ class RankModels:
         )
         microbatches = [
             build_microbatch(
-                [bundles[i] for i in chosen], samples, self.mesh.device, self.mesh.num_token_ranks
+                [bundles[i] for i in chosen], sequences, self.mesh.device, self.mesh.num_token_ranks
             )
             for chosen in plan[self.mesh.data_rank]
         ]
         return Share(microbatches, imbalance(plan, costs))
 
     def logprobs(
-        self, model: TrainingEngine, samples: Sequence[TrainSample], temperature: float
+        self, model: TrainingEngine, sequences: Sequence[TokenSequence], temperature: float
     ) -> list[NDArray[np.float32]]:
-        """Log-probabilities under a model of each sample's trained tokens; on every rank."""
+        """Return log-probabilities of each completion under a model, float32 [C], on every rank."""
         head = partial(logprobs_and_entropy, temperature=temperature)
-        return self.evaluate(model, samples, head)
+        return self.evaluate(model, sequences, head)
 
     def reference_logprobs(
-        self, samples: Sequence[TrainSample], temperature: float
+        self, sequences: Sequence[TokenSequence], temperature: float
     ) -> list[NDArray[np.float32]]:
-        """The same under the reference policy."""
+        """Return the same under the reference policy."""
         assert self.reference is not None, "load_reference() comes first"
         if not self._moves_reference:
-            return self.logprobs(self.reference, samples, temperature)
+            return self.logprobs(self.reference, sequences, temperature)
         self.reference.to(self.mesh.device)
         try:
-            return self.logprobs(self.reference, samples, temperature)
+            return self.logprobs(self.reference, sequences, temperature)
         finally:
             self.reference.to("cpu")
 
-    def values(self, samples: Sequence[TrainSample]) -> list[NDArray[np.float32]]:
-        """Values of the states before each sample's trained tokens; on every rank."""
+    def values(self, sequences: Sequence[TokenSequence]) -> list[NDArray[np.float32]]:
+        """Return values of the states before each completion token, float32 [C], on every rank."""
         assert self.value_model is not None, "there is no critic"
-        return self.evaluate(self.value_model, samples, no_head)
+        return self.evaluate(self.value_model, sequences, no_head)
 
     def evaluate(
-        self, model: TrainingEngine, samples: Sequence[TrainSample], head: Head
+        self, model: TrainingEngine, sequences: Sequence[TokenSequence], head: Head
     ) -> list[NDArray[np.float32]]:
-        """The first output for each sample's trained tokens, on every rank; empty where one trains
-        nothing."""
+        """Return the first output for each completion, float32 [C], on every rank."""
         with self.activity.during("evaluation"):
-            here = self._pieces(model.evaluate(self.share(samples).microbatches, head))
-            result = [np.zeros(0, dtype=np.float32)] * len(samples)
+            here = self._pieces(model.evaluate(self.share(sequences).microbatches, head))
+            result = [np.zeros(0, dtype=np.float32)] * len(sequences)
             for found in self.mesh.gather(list(here)):
                 for index, values in found:
                     result[index] = values
@@ -171,7 +170,7 @@ class RankModels:
     def _pieces(
         self, found: Iterable[tuple[Microbatch, Tensor]]
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """By sample: its index and what was found for its tokens."""
+        """Yield each sample's index and what was found for its tokens."""
         for number, (microbatch, output) in enumerate(found, 1):
             self.activity.tell(f"evaluated {number} microbatches")
             values = output.float().cpu().numpy()

@@ -16,6 +16,7 @@ from paceline.configs.errors import BatchError, NonFiniteError
 from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.vocabulary import TrainBatch
 from paceline.learner.batch.microbatch import Microbatch
+from paceline.learner.batch.sequences import token_sequences
 from paceline.learner.batch.tokens import BatchTokens, batch_tokens
 from paceline.learner.engines.metrics import StepMetrics
 from paceline.learner.engines.training_engine import LossOf
@@ -57,7 +58,9 @@ class TrainingStep:
         self._algorithm = algorithm
         self._models = models
         self._critic = critic
-        self._tokens = self._with_passes(batch_tokens(batch), algorithm.passes)
+        tokens = batch_tokens(batch)
+        self._sequences = token_sequences(batch.groups)
+        self._tokens = self._with_passes(tokens, algorithm.passes)
         prepared = algorithm.prepare(self._tokens)
         check_advantages(self._tokens, prepared.columns["advantages"])
         self._columns: Columns = dict(prepared.columns)
@@ -73,8 +76,13 @@ class TrainingStep:
         self.num_padding_tokens = 0
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of the batch, each sample's prompt included."""
+        return sum(len(sequence.token_ids) for sequence in self._sequences)
+
+    @property
     def is_done(self) -> bool:
-        """Whether every update had its gradients."""
+        """True once every update had its gradients."""
         return self._next_update == len(self._updates)
 
     def add_gradients(self) -> None:
@@ -84,10 +92,10 @@ class TrainingStep:
             NonFiniteError: its loss is not finite.
         """
         chosen = self._updates[self._next_update]
-        samples = [self._batch.samples[index] for index in chosen]
+        sequences = [self._sequences[index] for index in chosen]
         metrics = StepMetrics()
         models = self._models
-        share = models.share(samples)
+        share = models.share(sequences)
         microbatches = share.microbatches
         self._imbalances.append(share.imbalance)
         self.num_padding_tokens += sum(m.num_padding_tokens for m in microbatches)
@@ -113,7 +121,7 @@ class TrainingStep:
         self._next_update += 1
 
     def metrics(self) -> dict[str, float]:
-        """What is recorded of the updates so far: means over their tokens, and maxima."""
+        """Return metrics of the updates so far: means over their tokens, and maxima."""
         counts = np.array([count for count, _ in self._means], dtype=np.float64)
         shares = counts / counts.sum()
         means = {
@@ -129,7 +137,7 @@ class TrainingStep:
         return derived_metrics(means) | self._batch_metrics | routers | waiting
 
     def _told(self, model: str, num_microbatches: int, loss_of: LossOf) -> LossOf:
-        """The same loss, which tells how far this rank has come."""
+        """Return the same loss, which tells how far this rank has come."""
         update = f"update {self._next_update + 1} of {len(self._updates)}, {model}"
         counter = itertools.count(1)
 
@@ -148,7 +156,7 @@ class TrainingStep:
         microbatch: Microbatch,
         outputs: tuple[Tensor, ...],
     ) -> Tensor:
-        """What is differentiated of the policy's outputs; a shared backbone's values among them."""
+        """Return the loss of the policy's outputs, a shared backbone's values among them."""
         logprobs, entropy, *values = outputs
         if not microbatch.samples:
             return sum((v.sum() for v in values), logprobs.sum())
@@ -169,7 +177,7 @@ class TrainingStep:
         microbatch: Microbatch,
         outputs: tuple[Tensor, ...],
     ) -> Tensor:
-        """What is differentiated of the values."""
+        """Return the loss of the values."""
         (values,) = outputs
         if not microbatch.samples:
             return values.sum()
@@ -180,7 +188,7 @@ class TrainingStep:
         return self._critic.coefficient * (columns["weights"] * errors_T).sum()
 
     def _columns_of(self, samples: NDArray[np.int64], names: Set[str]) -> dict[str, Tensor]:
-        """Columns of some samples' tokens, in their order, float32 [T]."""
+        """Return columns of some samples' tokens, in their order, float32 [T]."""
         starts, lengths = self._tokens.starts[samples], self._tokens.lengths[samples]
         rows = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
         device = self._models.mesh.device
@@ -188,7 +196,7 @@ class TrainingStep:
 
     def _with_passes(self, tokens: BatchTokens, passes: frozenset[Pass]) -> BatchTokens:
         """Compute what the algorithm wants to know of every token."""
-        models, samples = self._models, self._batch.samples
+        models, sequences = self._models, self._sequences
         temperature = self._batch.temperature
         missing = {
             "teacher": tokens.teacher_logprobs is None,
@@ -208,10 +216,10 @@ class TrainingStep:
         return replace(
             tokens,
             proximal_logprobs=computed(
-                "proximal", lambda: models.logprobs(models.policy, samples, temperature)
+                "proximal", lambda: models.logprobs(models.policy, sequences, temperature)
             ),
             reference_logprobs=computed(
-                "reference", lambda: models.reference_logprobs(samples, temperature)
+                "reference", lambda: models.reference_logprobs(sequences, temperature)
             ),
-            values=computed("values", lambda: models.values(samples)),
+            values=computed("values", lambda: models.values(sequences)),
         )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,14 +19,14 @@ from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.schema.learner import LearnerConfig, OptimizerConfig
 from paceline.configs.schema.model import ModelConfig
 from paceline.configs.vocabulary import (
+    Group,
     RankProgress,
     StepReport,
     TrainBatch,
-    TrainSample,
     WeightVersion,
 )
 from paceline.learner.activity import collectives_begun
-from paceline.learner.batch.inspection import prompt_and_completion
+from paceline.learner.batch.sequences import token_sequences
 from paceline.learner.checkpoints.background_save import BackgroundSave
 from paceline.learner.checkpoints.checkpoint import checkpoint_state, export_model, load_checkpoint
 from paceline.learner.engines.mesh import require_determinism
@@ -101,7 +100,7 @@ class LearnerWorker:
         self._step = step
         return StepReport(
             version=self.version,
-            num_tokens=sum(len(sample.token_ids) for sample in batch.samples),
+            num_tokens=step.num_tokens,
             num_trained_tokens=batch.num_trained_tokens,
             num_padding_tokens=sum(self._models.mesh.gather(step.num_padding_tokens)),
             seconds=time.perf_counter() - started,
@@ -180,7 +179,7 @@ class LearnerWorker:
         self._saving.finish()
 
     def progress(self) -> RankProgress:
-        """Where this rank stands; may be called from any thread while a call runs."""
+        """Return where this rank stands; may be called from any thread while a call runs."""
         return RankProgress(self.version, self._models.activity.now, collectives_begun())
 
     def load(self, folder: str) -> None:
@@ -205,28 +204,18 @@ class LearnerWorker:
         export_model(folder, self._models.policy, self._precision, self._models.mesh)
 
     def logprobs(
-        self, samples: Sequence[TrainSample], temperature: float = 1.0
+        self, groups: Sequence[Group], temperature: float = 1.0
     ) -> list[NDArray[np.float32]]:
-        """Log-probabilities under the current weights: of each sample, float32 [L].
+        """Return log-probabilities under the current weights, float32 [C] of each sample."""
+        models = self._models
+        return models.logprobs(models.policy, token_sequences(groups), temperature)
 
-        0 where ``loss_mask`` is False, as in ``Trajectory.logprobs``.
+    def greedy_mismatches(self, groups: Sequence[Group], tolerance: float) -> int:
+        """Count tokens of greedy completions that are not the most likely after what precedes them.
+
+        A token whose logit is within ``tolerance`` of the highest counts as the highest.
         """
-        found = self._models.logprobs(self._models.policy, samples, temperature)
-        result = [np.zeros(len(sample.token_ids), dtype=np.float32) for sample in samples]
-        for sample, values, filled in zip(samples, found, result, strict=True):
-            filled[sample.loss_mask] = values
-        return result
-
-    def greedy_mismatches(self, sequences: Sequence[tuple[Any, ...]], tolerance: float) -> int:
-        """How many completion tokens are not the most likely one after what precedes them.
-
-        Args:
-            sequences: ``(token_ids [L], prompt_length)`` of greedy completions, and where they were
-                recorded the experts [L, layers, K] that the engine chose.
-            tolerance: a token whose logit is this close to the highest counts as the highest.
-        """
-        samples = [prompt_and_completion(*sequence) for sequence in sequences]
-        found = self._models.evaluate(self._models.policy, samples, argmax_gaps)
+        found = self._models.evaluate(self._models.policy, token_sequences(groups), argmax_gaps)
         return sum(int((gaps > tolerance).sum()) for gaps in found)
 
     def close(self) -> None:
@@ -242,7 +231,7 @@ class LearnerWorker:
                 dist.destroy_process_group()
 
     def _apply(self, optimizer: OptimizerConfig, step: int, num_steps: int) -> dict[str, float]:
-        """One update of the policy and, where it has optimiser of its own, of the critic."""
+        """Update the policy and, where it has an optimiser of its own, the critic."""
         models = self._models
         with models.activity.during("optimiser"):
             found = models.policy.take_step(optimizer, step, num_steps)

@@ -21,7 +21,14 @@ from typing import Literal
 
 import numpy as np
 
-from paceline.configs.vocabulary import Group, Prompt, Trajectory, VersionSpan, WeightVersion
+from paceline.configs.vocabulary import (
+    Completion,
+    Group,
+    Prompt,
+    Sample,
+    VersionSpan,
+    WeightVersion,
+)
 from paceline.controller.bench.harness.compare import Case, compare
 from paceline.controller.bench.harness.redis_server import redis_server
 from paceline.controller.bench.harness.resident_memory import resident_bytes
@@ -42,7 +49,7 @@ GROUPS_PER_STEP = 32
 NUM_WORKERS = 1000
 MOST_FINISHED = 2000
 STEPS_PER_CHECKPOINT = 25
-SAMPLES, TOKENS = 4, 1390
+SAMPLES, TOKENS = 4, 1564
 """A group of 50 KB: int32 ids, float32 log-probabilities and a mask of each token."""
 
 TARGETS: dict[StoreName, float] = {"memory": 20_000, "sqlite": 2_000, "redis": 5_000}
@@ -164,23 +171,21 @@ class _Lives:
             batch = {"trained": groups, "held": [], "dropped": {}}
             await self._journal.write(Kind.BATCHED, step, batch)
             self._journal.note(Kind.TRAINED, step, {"checksum": step})
-            await self._buffer.release(tuple(groups))
+            self._buffer.release(tuple(groups))
             if step % STEPS_PER_CHECKPOINT == STEPS_PER_CHECKPOINT - 1:
                 self._journal.settle(step + 1)
         return GROUPS_PER_STEP * (step + 1)
 
 
 def _group() -> Group:
-    trajectory = Trajectory(
+    completion = Completion(
         token_ids=np.arange(TOKENS, dtype=np.int32),
-        loss_mask=np.ones(TOKENS, dtype=np.bool_),
         logprobs=np.full(TOKENS, -1.0, dtype=np.float32),
         versions=(VersionSpan(WeightVersion(0), 0, TOKENS),),
         finish_reason="stop",
-        reward=1.0,
-        text="answer",
     )
-    return Group(0, Prompt("p", "", (1, 2, 3)), (trajectory,) * SAMPLES)
+    sample = Sample(completion, reward=1.0, text="answer")
+    return Group(0, Prompt("p", "", (1, 2, 3)), (sample,) * SAMPLES)
 
 
 @contextmanager

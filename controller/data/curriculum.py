@@ -18,7 +18,7 @@ from paceline.configs.schema.data import CurriculumConfig
 from paceline.configs.vocabulary import Prompt
 
 
-class Outcome(NamedTuple):
+class GroupOutcome(NamedTuple):
     """How a group went: its prompt and the mean of its samples' rewards."""
 
     prompt: Prompt
@@ -63,7 +63,7 @@ class Curriculum:
         self._num_passed += not admitted
         return admitted
 
-    def observe(self, outcomes: Iterable[Outcome]) -> None:
+    def observe(self, outcomes: Iterable[GroupOutcome]) -> None:
         """Learn from how groups went."""
         for outcome in outcomes:
             key = difficulty(self._config, outcome.prompt)

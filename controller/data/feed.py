@@ -16,7 +16,7 @@ from typing import Any
 from paceline.configs.errors import CheckpointError, DataError
 from paceline.configs.schema.data import CurriculumConfig
 from paceline.configs.vocabulary import Prompt
-from paceline.controller.data.curriculum import Curriculum, Outcome, require_fitting
+from paceline.controller.data.curriculum import Curriculum, GroupOutcome, require_fitting
 from paceline.controller.data.rendering import Demonstration, PromptRenderer
 from paceline.controller.data.sources import PromptSource
 
@@ -116,7 +116,7 @@ class PromptFeed(Iterator[tuple[int, Prompt]]):
                 break
         return position, prompt
 
-    def observe(self, outcomes: Iterable[Outcome]) -> dict[str, float]:
+    def observe(self, outcomes: Iterable[GroupOutcome]) -> dict[str, float]:
         """Tell the curriculum how groups went; its metrics, of which there are none without one."""
         if self._curriculum is None:
             return {}

@@ -66,7 +66,7 @@ class DriftWindow:
                 "rollout.drafting.max_drift needs the metric kl of each step, and the algorithm "
                 f"reports {', '.join(sorted(report.metrics))}: set max_drift to null"
             )
-        age = mean_square_age(batch.groups, WeightVersion(batch.batch.step))
+        age = mean_square_age(batch.groups, WeightVersion(batch.step))
         self._drift.observe(report.metrics["kl"], age)
         oldest = self._drift.oldest_near()
         if oldest > self._oldest:
@@ -79,8 +79,8 @@ def mean_square_age(groups: Iterable[Group], version: WeightVersion) -> float:
     """Mean over sampled tokens of the square of their age at a version; 0 where there are none."""
     total = squares = 0
     for group in groups:
-        for trajectory in group.trajectories:
-            for span in trajectory.versions:
+        for sample in group.samples:
+            for span in sample.completion.versions:
                 total += span.end - span.start
                 squares += (span.end - span.start) * (version - span.version) ** 2
     return squares / total if total else 0.0

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from paceline.configs.vocabulary import Completion, Group, RolloutRequest, Trace, Trajectory
+from paceline.configs.vocabulary import Completion, Group, RolloutRequest, Trace
 from paceline.controller.drafts.blocks import Block, TraceChannel
 from paceline.controller.drafts.corpus import TraceArchive
 from paceline.controller.groups.buffer import WorkerLost
@@ -162,8 +162,8 @@ class TraceExchange:
         self._archive.add_missing(
             trace
             for group in groups
-            for trajectory in group.trajectories
-            for trace in self._traces_of(group.prompt.token_ids, sampled_part(trajectory), 0)
+            for sample in group.samples
+            for trace in self._traces_of(group.prompt.token_ids, sample.completion, 0)
         )
         self._whole = None
 
@@ -250,17 +250,6 @@ class TraceExchange:
         errand = asyncio.create_task(discard())
         self._errands.add(errand)
         errand.add_done_callback(self._errands.discard)
-
-
-def sampled_part(trajectory: Trajectory) -> Completion:
-    """The completion that a trajectory was made of."""
-    sampled = trajectory.loss_mask
-    return Completion(
-        trajectory.token_ids[sampled],
-        trajectory.logprobs[sampled],
-        trajectory.versions,
-        trajectory.finish_reason,
-    )
 
 
 def in_blocks(traces: Iterable[tuple[int, Iterable[Trace]]]) -> Iterator[Block]:

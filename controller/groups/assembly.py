@@ -9,17 +9,16 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from paceline.configs.errors import UserError
-from paceline.configs.vocabulary import Group, Prompt, TrainBatch, TrainSample
-from paceline.controller.data.curriculum import Outcome
+from paceline.configs.vocabulary import Group, Prompt, TrainBatch
+from paceline.controller.data.curriculum import GroupOutcome
 from paceline.controller.groups.buffer import WorkBuffer
-from paceline.controller.groups.signal_filter import SignalFilter
 from paceline.controller.ledger.events import Kind
 from paceline.controller.ledger.journal import Journal
 from paceline.controller.ledger.state import Batch
 
 
 class NoSignalError(UserError):
-    """Nothing was left to learn from: every group's rewards were equal."""
+    """End of a run in which every group's rewards were equal: nothing can be learned."""
 
     def __init__(self, num_groups: int, mean_reward: float) -> None:
         super().__init__(
@@ -30,8 +29,32 @@ class NoSignalError(UserError):
 
 
 @dataclass(frozen=True)
+class SignalFilter:
+    """Dynamic sampling: groups whose rewards are all equal carry no gradient and are replaced.
+
+    Yu et al. 2025 (DAPO, arXiv 2503.14476, section 3.2). With ``drops_equal`` a step looks at up to
+    ``max_draws`` times its groups before it makes do with fewer; without, every group is trained.
+    """
+
+    drops_equal: bool = True
+    max_draws: int = 8
+
+    def drop_reason(self, group: Group) -> str | None:
+        """Return why a group is not worth training on, a word for the ledger; None to train it."""
+        if group.fault is not None:
+            return group.fault
+        if self.drops_equal and np.ptp(group.rewards) == 0:
+            return "zero_signal"
+        return None
+
+
+EVERYTHING = SignalFilter(drops_equal=False, max_draws=1)
+"""Demonstrations: each is trained on as it comes."""
+
+
+@dataclass(frozen=True)
 class AssembledBatch:
-    """A batch with the groups it was made of, and how many were dropped on the way, by reason.
+    """A batch, and how many groups were dropped on the way to it, by reason.
 
     ``slots`` are the P groups whose slots this step holds: those it trains on and, where it had to
     make do with fewer, dropped ones in their stead. Every step therefore uses up P admissions,
@@ -41,10 +64,19 @@ class AssembledBatch:
     """
 
     batch: TrainBatch
-    groups: tuple[Group, ...]
     slots: tuple[int, ...]
     dropped: Counter[str]
-    outcomes: tuple[Outcome, ...] = ()
+    outcomes: tuple[GroupOutcome, ...] = ()
+
+    @property
+    def step(self) -> int:
+        """The step that trains it, counted from 0."""
+        return self.batch.step
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups it was made of."""
+        return self.batch.groups
 
     @property
     def ages(self) -> list[int]:
@@ -53,7 +85,7 @@ class AssembledBatch:
         Demonstrations were sampled by no version: they have no age.
         """
         versions = [group.oldest_version for group in self.groups]
-        return [self.batch.step - version for version in versions if version is not None]
+        return [self.step - version for version in versions if version is not None]
 
     @property
     def max_age(self) -> int:
@@ -125,7 +157,7 @@ class Collector:
                 if len(kept) + len(held) + draws_left < self._groups_per_step:
                     held.append(group.group_id)
                 else:
-                    await self._buffer.release((group.group_id,))
+                    self._buffer.release((group.group_id,))
             if len(kept) + len(held) == self._groups_per_step:
                 break
         if not kept:
@@ -147,33 +179,18 @@ class Collector:
         return self._assembled(recorded)
 
     def _assembled(self, recorded: RecordedBatch) -> AssembledBatch:
-        batch, groups = recorded.batch, recorded.groups
-        train_batch = self._train_batch(batch.step, groups)
-        dropped = Counter(batch.dropped.values())
-        return AssembledBatch(train_batch, groups, batch.slots, dropped, _outcomes(recorded))
-
-    def _train_batch(self, step: int, groups: Sequence[Group]) -> TrainBatch:
-        samples = tuple(
-            TrainSample(
-                token_ids=trajectory.token_ids,
-                loss_mask=trajectory.loss_mask,
-                logprobs=trajectory.logprobs,
-                reward=trajectory.reward,
-                group=index,
-                versions=trajectory.versions,
-                teacher_logprobs=trajectory.teacher_logprobs,
-                routed_experts=trajectory.routed_experts,
-            )
-            for index, group in enumerate(groups)
-            for trajectory in group.trajectories
+        batch = recorded.batch
+        return AssembledBatch(
+            TrainBatch(batch.step, recorded.groups, self._temperature),
+            batch.slots,
+            Counter(batch.dropped.values()),
+            _outcomes(recorded),
         )
-        group_ids = tuple(group.group_id for group in groups)
-        return TrainBatch(step, group_ids, samples, self._temperature)
 
 
-def _outcomes(recorded: RecordedBatch) -> tuple[Outcome, ...]:
+def _outcomes(recorded: RecordedBatch) -> tuple[GroupOutcome, ...]:
     rewards = recorded.batch.rewards
-    by_id = {i: Outcome(prompt, rewards[i]) for i, prompt in recorded.prompts.items()}
+    by_id = {i: GroupOutcome(prompt, rewards[i]) for i, prompt in recorded.prompts.items()}
     for group in recorded.groups:
-        by_id[group.group_id] = Outcome(group.prompt, float(group.rewards.mean()))
+        by_id[group.group_id] = GroupOutcome(group.prompt, float(group.rewards.mean()))
     return tuple(by_id[group_id] for group_id in sorted(by_id))

@@ -26,7 +26,7 @@ from paceline.controller.ledger.memory import MemoryStore
 
 
 class State(Enum):
-    """Where an entry stands."""
+    """State of an entry."""
 
     WAITING = "waiting"
     CLAIMED = "claimed"
@@ -79,7 +79,7 @@ class WorkBuffer:
     ...     await buffer.finish(Group(work.group_id, work.prompt, ()))
     ...     await buffer.take()  # group 0 leaves for training; its slot is still held
     ...     held = buffer.occupancy()["slots"]
-    ...     await buffer.release((0,))  # engines serve the weights it was trained into
+    ...     buffer.release((0,))  # engines serve the weights it was trained into
     ...     return held, buffer.occupancy()["slots"]
     >>> asyncio.run(life_of_group_0())
     (4, 3)
@@ -92,7 +92,10 @@ class WorkBuffer:
         max_bytes: int = 1 << 30,
         group_bytes: int = 0,
     ) -> None:
-        """``group_bytes`` is what a group is taken to need until a larger one has finished."""
+        """Create an empty buffer.
+
+        A group is taken to need ``group_bytes`` until a larger one has finished.
+        """
         self._journal = journal or Journal(MemoryStore())
         self._budget = budget
         self._limit = budget.capacity
@@ -101,6 +104,7 @@ class WorkBuffer:
         self._largest = group_bytes  # what another claim may turn out to be
         self._entries: OrderedDict[int, Work] = OrderedDict()
         self._slots: set[int] = set()
+        self._in_training: set[int] = set()  # those of them that the learner took
         self._waiting: list[int] = []
         self._finished: list[int] = []
         self._feeders: deque[asyncio.Future[None]] = deque()
@@ -140,7 +144,7 @@ class WorkBuffer:
         """Wait for a free slot, then draw a (position, prompt) and let it in.
 
         Drawn only once it can be admitted, so that a checkpoint's cursor never counts a prompt
-        nobody holds. Positions must grow: they are the order of training.
+        that no entry holds. Positions must grow: they are the order of training.
         """
         await self._wait(self._feeders, self._has_room)
         if self._closed:
@@ -164,10 +168,10 @@ class WorkBuffer:
         self._wake()
         return work
 
-    async def give_back(
+    def give_back(
         self, work: Work, partial: tuple[Completion, ...] | None = None, reason: str = "worker_lost"
     ) -> None:
-        """Return a claim that was not carried out, with what was sampled; somebody goes on."""
+        """Return a claim that was not carried out, with what was sampled: it waits again."""
         assert work.state is State.CLAIMED, f"group {work.group_id} is {work.state.value}"
         self._journal.note(Kind.RETURNED, work.group_id, {"reason": reason})
         if partial is not None:
@@ -207,29 +211,38 @@ class WorkBuffer:
         self._wake()
         return work.group
 
-    async def release(self, group_ids: tuple[int, ...]) -> None:
+    def begin_training(self, group_ids: tuple[int, ...]) -> None:
+        """Count slots as those of a batch that the learner took, until they are released."""
+        assert self._slots.issuperset(group_ids), "a batch holds its slots until it is released"
+        self._in_training.update(group_ids)
+
+    def release(self, group_ids: tuple[int, ...]) -> None:
         """Free the slots of groups that were dropped, or whose weights the engines now serve."""
         for group_id in group_ids:
             self._slots.remove(group_id)
+        self._in_training.difference_update(group_ids)
         self._wake()
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """End every wait; nothing is admitted, claimed or taken afterwards."""
         self._closed = True
         self._wake()
 
     def unreleased(self) -> tuple[int, ...]:
-        """Ids of groups whose slot is held, ascending: what a resumed run must do again."""
+        """Return ids of groups whose slot is held, ascending: a resumed run must do them again."""
         return tuple(sorted(self._slots))
 
     def occupancy(self) -> dict[str, int]:
-        """Entries by state, slots held, and slots that may be held now."""
+        """Return entries by state, slots held, those of them that are in training, and slots that
+        may be held now.
+        """
         waiting, finished = len(self._waiting), len(self._finished)
         return {
             State.WAITING.value: waiting,
             State.CLAIMED.value: len(self._entries) - waiting - finished,
             State.FINISHED.value: finished,
             "slots": len(self._slots),
+            "training": len(self._in_training),
             "limit": self._limit,
         }
 
@@ -266,7 +279,7 @@ class WorkBuffer:
                 await turn
             except asyncio.CancelledError:
                 if turn.done() and not turn.cancelled():
-                    self._wake()  # it was somebody's turn who left: the next one's, then
+                    self._wake()  # the waiter whose turn it was left: the next one's, then
                 raise
 
     def _wake(self) -> None:

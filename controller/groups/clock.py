@@ -24,6 +24,6 @@ class StepClock:
             self._seconds[name] += time.perf_counter() - started
 
     def read_and_reset(self) -> dict[str, float]:
-        """Seconds by name since the last call."""
+        """Return seconds by name since the last call."""
         seconds, self._seconds = dict(self._seconds), defaultdict(float)
         return seconds

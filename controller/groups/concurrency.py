@@ -8,7 +8,7 @@ from typing import Any
 
 
 async def gather_or_cancel(*awaitables: Awaitable[Any]) -> list[Any]:
-    """Results of all; the first failure cancels the rest, waits for them, and is raised alone."""
+    """Return results of all; the first failure cancels the rest, and is raised alone after them."""
     tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
     try:
         return list(await asyncio.gather(*tasks))

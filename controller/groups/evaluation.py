@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from paceline.configs.vocabulary import Group, Prompt, SamplingParameters, Trajectory
+from paceline.configs.vocabulary import Group, Prompt, Sample, SamplingParameters
 from paceline.controller.groups.buffer import Work, WorkerLost
 from paceline.controller.groups.generation import Rollouts
 
@@ -28,17 +28,17 @@ class Evaluator:
     max_tokens: int
     stop_token_ids: tuple[int, ...]
 
-    async def greedy(self, prompts: Sequence[Prompt]) -> list[Trajectory]:
-        """One graded completion a prompt at temperature 0."""
+    async def greedy(self, prompts: Sequence[Prompt]) -> list[Sample]:
+        """Return one graded completion a prompt at temperature 0."""
         return await self._run(prompts, 0.0, GREEDY_STREAM)
 
-    async def sampled(self, prompts: Sequence[Prompt]) -> list[Trajectory]:
-        """One graded completion a prompt at temperature 1, the same random streams every time."""
+    async def sampled(self, prompts: Sequence[Prompt]) -> list[Sample]:
+        """Return one graded completion a prompt at temperature 1, of the same random streams."""
         return await self._run(prompts, 1.0, SAMPLED_STREAM)
 
     async def _run(
         self, prompts: Sequence[Prompt], temperature: float, stream: int
-    ) -> list[Trajectory]:
+    ) -> list[Sample]:
         sampling = SamplingParameters(
             temperature=temperature, max_tokens=self.max_tokens, stop_token_ids=self.stop_token_ids
         )
@@ -46,11 +46,11 @@ class Evaluator:
         groups = await asyncio.gather(
             *(retried(rollouts, Work(index, prompt)) for index, prompt in enumerate(prompts))
         )
-        return [group.trajectories[0] for group in groups]
+        return [group.samples[0] for group in groups]
 
 
 async def retried(rollouts: Rollouts, work: Work) -> Group:
-    """A group, from another worker where one died; the pool ends it when none is left."""
+    """Return a group, from another worker where one died; the pool raises when none is left."""
     while True:
         with contextlib.suppress(WorkerLost):
             group = await rollouts(work)
@@ -58,6 +58,6 @@ async def retried(rollouts: Rollouts, work: Work) -> Group:
             return group
 
 
-def accuracy(trajectories: Sequence[Trajectory]) -> float:
-    """Mean reward."""
-    return float(np.mean([trajectory.reward for trajectory in trajectories]))
+def accuracy(samples: Sequence[Sample]) -> float:
+    """Return the mean reward."""
+    return float(np.mean([sample.reward for sample in samples]))

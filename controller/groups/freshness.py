@@ -47,7 +47,7 @@ class FreshnessBudget:
 def freshness_budget(
     groups_per_step: int, max_lag: int, window_fraction: float = 0.0
 ) -> FreshnessBudget:
-    """The largest budget whose ``max_age`` is ``max_lag``.
+    """Return the largest budget whose ``max_age`` is ``max_lag``.
 
     The window is ``window_fraction`` of the slots there would be without one, but never so large
     that fewer than one step's groups fit (a batch could then never be filled), nor larger than what

@@ -15,8 +15,8 @@ from paceline.configs.vocabulary import (
     Group,
     Prompt,
     RolloutRequest,
+    Sample,
     SamplingParameters,
-    Trajectory,
     UnfinishedGroup,
 )
 from paceline.controller.data.rendering import Demonstration
@@ -25,7 +25,7 @@ from paceline.controller.groups.concurrency import gather_or_cancel
 
 logger = logging.getLogger(__name__)
 
-Sample = Callable[[RolloutRequest], Awaitable[tuple[Completion, ...]]]
+Sampler = Callable[[RolloutRequest], Awaitable[tuple[Completion, ...]]]
 Grade = Callable[[Prompt, Sequence[str]], Awaitable[list[float]]]
 Decode = Callable[[np.ndarray], str]
 Teach = Callable[[Prompt, Sequence[Completion]], Awaitable[Sequence[np.ndarray]]]
@@ -33,11 +33,11 @@ Teach = Callable[[Prompt, Sequence[Completion]], Awaitable[Sequence[np.ndarray]]
 
 
 def request_seed(run_seed: int, stream: int, index: int) -> int:
-    """A seed for one request's samples: independent streams for every (run, stream, index)."""
+    """Return a seed for a request's samples: each (run, stream, index) is independent."""
     return int(np.random.SeedSequence([run_seed, stream, index]).generate_state(1)[0])
 
 
-async def sample_to_end(sample: Sample, request: RolloutRequest) -> tuple[Completion, ...]:
+async def sample_to_end(sample: Sampler, request: RolloutRequest) -> tuple[Completion, ...]:
     """Ask again, with what there is, until every sample is finished.
 
     Raises:
@@ -60,7 +60,7 @@ class Rollouts:
     ``teach``, where there is one, looks at finished samples while they are graded.
     """
 
-    sample: Sample
+    sample: Sampler
     grade: Grade
     decode: Decode
     sampling: SamplingParameters
@@ -74,7 +74,9 @@ class Rollouts:
     _attempts: Iterator[int] = field(default_factory=itertools.count)
 
     async def __call__(self, work: Work) -> Group | UnfinishedGroup:
-        """The finished group; samples cut off by the token limit get reward 0 if so configured.
+        """Return the finished group.
+
+        With ``require_finish`` samples that the token limit cut off get reward 0.
 
         Where a sample is unfinished, nothing is graded: the group is to be continued.
 
@@ -96,10 +98,12 @@ class Rollouts:
             return UnfinishedGroup(work.group_id, completions)
         if self.teach is None:
             return await self._graded(work, completions)
-        graded, taught = await gather_or_cancel(
+        group, taught = await gather_or_cancel(
             self._graded(work, completions), self.teach(work.prompt, completions)
         )
-        return with_teacher(graded, taught)
+        pairs = zip(group.samples, taught, strict=True)
+        samples = tuple(replace(sample, teacher_logprobs=found) for sample, found in pairs)
+        return replace(group, samples=samples)
 
     async def _graded(self, work: Work, completions: Sequence[Completion]) -> Group:
         texts = [self.decode(completion.token_ids) for completion in completions]
@@ -111,30 +115,14 @@ class Rollouts:
                 raise
             logger.warning("dropping group %d: %s", work.group_id, error)
             rewards, fault = [0.0] * len(texts), "grader_error"
-        trajectories = tuple(
-            replace(
-                Trajectory.from_completion(work.prompt, completion),
-                reward=0.0 if self._is_cut_off(completion) else reward,
-                text=text,
-            )
-            for completion, text, reward in zip(completions, texts, rewards, strict=True)
+        samples = tuple(
+            Sample(completion, 0.0 if self._is_cut_off(completion) else reward, text)
+            for completion, reward, text in zip(completions, rewards, texts, strict=True)
         )
-        return Group(work.group_id, work.prompt, trajectories, fault)
+        return Group(work.group_id, work.prompt, samples, fault)
 
     def _is_cut_off(self, completion: Completion) -> bool:
         return self.require_finish and completion.finish_reason != "stop"
-
-
-def with_teacher(group: Group, taught: Sequence[np.ndarray]) -> Group:
-    """The group with the teacher's log-probabilities of the tokens that were sampled."""
-
-    def of(trajectory: Trajectory, logprobs: np.ndarray) -> Trajectory:
-        whole = np.zeros(len(trajectory.token_ids), dtype=np.float32)
-        whole[trajectory.loss_mask] = logprobs
-        return replace(trajectory, teacher_logprobs=whole)
-
-    pairs = zip(group.trajectories, taught, strict=True)
-    return replace(group, trajectories=tuple(of(*pair) for pair in pairs))
 
 
 @dataclass(frozen=True)
@@ -147,23 +135,19 @@ class Demonstrations:
     given: Callable[[Prompt], tuple[Demonstration, ...]]
 
     async def __call__(self, work: Work) -> Group:
-        """A group of them: no version sampled them and they have no log-probabilities.
+        """Return a group of them, the first with reward 1, others 0.
 
-        The first has reward 1, others 0.
+        No version sampled them, and their log-probabilities are 0.
         """
-        trajectories = tuple(
-            replace(
-                Trajectory.from_completion(work.prompt, unsampled(demonstration)),
-                reward=float(index == 0),
-                text=demonstration.text,
-            )
+        samples = tuple(
+            Sample(unsampled(demonstration), float(index == 0), demonstration.text)
             for index, demonstration in enumerate(self.given(work.prompt))
         )
-        return Group(work.group_id, work.prompt, trajectories)
+        return Group(work.group_id, work.prompt, samples)
 
 
 def unsampled(demonstration: Demonstration) -> Completion:
-    """A completion that no version sampled."""
+    """Return a completion that no version sampled, with log-probabilities of 0."""
     return Completion(
         token_ids=demonstration.token_ids,
         logprobs=np.zeros(len(demonstration.token_ids), dtype=np.float32),

@@ -36,8 +36,8 @@ PATIENCE = 3
 
 @dataclass(frozen=True)
 class Flow:
-    """What one step saw: seconds waited for its batch, seconds since the batch before, and how
-    many finished groups were left over, anywhere, when it took its own."""
+    """Measurements of one step: seconds waited for its batch, seconds since the batch before, and
+    how many finished groups were left over, anywhere, when it took its own."""
 
     waited: float
     elapsed: float
@@ -56,7 +56,7 @@ class Pacer:
         self._surplus: deque[int] = deque(maxlen=PATIENCE)
 
     def observe(self, flow: Flow) -> int:
-        """The limit from now on."""
+        """Return the limit from now on."""
         groups = self.budget.groups_per_step
         if flow.waited > WAIT_SHARE * flow.elapsed:
             self._surplus.clear()
@@ -81,5 +81,5 @@ class Unpaced:
     budget: FreshnessBudget
 
     def observe(self, flow: Flow) -> int:
-        """The budget's capacity."""
+        """Return the budget's capacity."""
         return self.budget.capacity

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from paceline.configs.vocabulary import (
     NOT_ROUTED,
+    Completion,
     Group,
     Prompt,
-    Trajectory,
+    Sample,
     VersionSpan,
     WeightVersion,
 )
@@ -31,10 +33,11 @@ _ARRAYS: dict[str, tuple[np.dtype[Any], str]] = {
     "logprobs": (np.dtype("<f4"), "F32"),
     "teacher_logprobs": (np.dtype("<f4"), "F32"),
     "routed_experts": (np.dtype("<i2"), "I16"),
-    "loss_mask": (np.dtype(np.bool_), "BOOL"),
     "draft_sources": (np.dtype(np.uint8), "U8"),
 }
-"""Types of what a trajectory holds, in numpy and in safetensors; the widest come first."""
+"""Types of a sample's arrays, in numpy and in safetensors; the widest come first."""
+_OF_PROMPT_TOO = "routed_experts"
+"""Has entries for the prompt's tokens before those of the completion's."""
 _UNKNOWN = {"draft_sources": 0, "routed_experts": NOT_ROUTED}
 """What stands for them in a sample that was finished before the engines recorded them."""
 _WHAT_TO_DO = "restore the ledger from a copy, or start the run anew under another name"
@@ -43,10 +46,11 @@ _WHAT_TO_DO = "restore the ledger from a copy, or start the run anew under anoth
 def encode_group(group: Group) -> bytes:
     """Samples of a group in one piece; its prompt is named, not kept: the feed has it."""
     shapes = {name: _shape_of_token(group, name) for name in _present(group)}
+    num_prompt = len(group.prompt.token_ids)
     arrays: list[memoryview] = [
-        np.ascontiguousarray(_array(trajectory, name, shape), _ARRAYS[name][0]).data
+        np.ascontiguousarray(_array(sample, name, shape, num_prompt), _ARRAYS[name][0]).data
         for name, shape in shapes.items()
-        for trajectory in group.trajectories
+        for sample in group.samples
     ]
     header = _header(group, shapes)
     # Our own safetensors writer: the library's would copy every byte four times.
@@ -68,13 +72,21 @@ def decode_group(content: bytes, prompt: Prompt, group_id: int) -> Group:
             f"{group_id} of prompt {prompt.id} was expected: the data changed, or the ledger is "
             "of another run; resume with the same data"
         )
-    ends = np.cumsum(facts["lengths"])[:-1]
-    parts = {name: np.split(array, ends) for name, array in arrays.items()}
-    trajectories = tuple(
-        _trajectory(sample, {name: parts[name][index] for name in parts})
-        for index, sample in enumerate(facts["samples"])
+    if facts["prompt_tokens"] != _checksum(prompt):
+        raise LedgerError(
+            f"group {group_id} was sampled from other tokens of prompt {prompt.id}: its text, the "
+            "prompt's template or the tokenizer changed; resume with the same"
+        )
+    lengths, num_prompt = np.array(facts["lengths"]), len(prompt.token_ids)
+    parts = {
+        name: np.split(array, np.cumsum(_lengths(name, lengths, num_prompt))[:-1])
+        for name, array in arrays.items()
+    }
+    samples = tuple(
+        _sample(of_sample, {name: parts[name][index] for name in parts})
+        for index, of_sample in enumerate(facts["samples"])
     )
-    return Group(group_id, prompt, trajectories, facts["fault"])
+    return Group(group_id, prompt, samples, facts["fault"])
 
 
 def verify(content: bytes, group_id: int) -> None:
@@ -95,41 +107,57 @@ def verify(content: bytes, group_id: int) -> None:
         )
 
 
+def _checksum(prompt: Prompt) -> int:
+    return xxhash.xxh3_64_intdigest(np.array(prompt.token_ids, "<i4").tobytes())
+
+
 def _present(group: Group) -> list[str]:
-    """The arrays that the group's trajectories have."""
-    is_taught = {trajectory.teacher_logprobs is not None for trajectory in group.trajectories}
+    """The arrays that the group's samples have."""
+    is_taught = {sample.teacher_logprobs is not None for sample in group.samples}
     assert len(is_taught) == 1, "a teacher looked at all samples of a group or at none"
-    return [n for n in _ARRAYS if any(getattr(t, n) is not None for t in group.trajectories)]
+    return [n for n in _ARRAYS if any(_stored(s, n) is not None for s in group.samples)]
+
+
+def _stored(sample: Sample, name: str) -> NDArray[Any] | None:
+    return getattr(sample if name == "teacher_logprobs" else sample.completion, name)
 
 
 def _shape_of_token(group: Group, name: str) -> tuple[int, ...]:
     """What an array holds of each token: one number, or several."""
-    return next(a.shape[1:] for t in group.trajectories if (a := getattr(t, name)) is not None)
+    return next(a.shape[1:] for s in group.samples if (a := _stored(s, name)) is not None)
 
 
-def _array(trajectory: Trajectory, name: str, shape: tuple[int, ...]) -> Any:
-    """An array of a trajectory; what was not recorded of its sample is not known."""
-    array = getattr(trajectory, name)
+def _lengths(name: str, completions: NDArray[np.int64], num_prompt: int) -> NDArray[np.int64]:
+    """Return how many tokens an array has entries for, of each sample."""
+    return completions + num_prompt if name == _OF_PROMPT_TOO else completions
+
+
+def _array(sample: Sample, name: str, shape: tuple[int, ...], num_prompt: int) -> NDArray[Any]:
+    """An array of a sample; what was not recorded of it is not known."""
+    array = _stored(sample, name)
     if array is None:
-        return np.full((len(trajectory.token_ids), *shape), _UNKNOWN[name], _ARRAYS[name][0])
+        (length,) = _lengths(name, np.array([sample.num_tokens]), num_prompt)
+        return np.full((length, *shape), _UNKNOWN[name], _ARRAYS[name][0])
     return array
 
 
 def _header(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> bytes:
     """What safetensors says before the arrays, padded so that they are aligned."""
-    lengths = [len(trajectory.token_ids) for trajectory in group.trajectories]
+    lengths = [sample.num_tokens for sample in group.samples]
     facts = {
         "group_id": group.group_id,
         "prompt": group.prompt.id,
+        "prompt_tokens": _checksum(group.prompt),
         "fault": group.fault,
         "lengths": lengths,
-        "samples": [_facts(trajectory) for trajectory in group.trajectories],
+        "samples": [_facts(sample) for sample in group.samples],
     }
     text = f'{{"__metadata__":{{"group":{json.dumps(json.dumps(facts))}}}'
-    length, start = sum(lengths), 0
+    start = 0
     for name, of_token in shapes.items():
         dtype, code = _ARRAYS[name]
-        shape = [length, *of_token]
+        of_samples = _lengths(name, np.array(lengths), len(group.prompt.token_ids))
+        shape = [int(of_samples.sum()), *of_token]
         end = start + math.prod(shape) * dtype.itemsize
         text += f',"{name}":{{"dtype":"{code}","shape":{shape},"data_offsets":[{start},{end}]}}'
         start = end
@@ -148,21 +176,18 @@ def _read(body: bytes, group_id: int) -> tuple[dict[str, np.ndarray], dict[str, 
         )
 
 
-def _facts(trajectory: Trajectory) -> dict[str, Any]:
+def _facts(sample: Sample) -> dict[str, Any]:
+    completion = sample.completion
     return {
-        "versions": [(span.version, span.start, span.end) for span in trajectory.versions],
-        "finish_reason": trajectory.finish_reason,
-        "reward": trajectory.reward,
-        "text": trajectory.text,
+        "versions": [(span.version, span.start, span.end) for span in completion.versions],
+        "finish_reason": completion.finish_reason,
+        "reward": sample.reward,
+        "text": sample.text,
     }
 
 
-def _trajectory(facts: dict[str, Any], arrays: dict[str, np.ndarray]) -> Trajectory:
+def _sample(facts: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Sample:
     spans = (VersionSpan(WeightVersion(v), start, end) for v, start, end in facts["versions"])
-    return Trajectory(
-        **arrays,
-        versions=tuple(spans),
-        finish_reason=facts["finish_reason"],
-        reward=facts["reward"],
-        text=facts["text"],
-    )
+    teacher_logprobs = arrays.pop("teacher_logprobs", None)
+    completion = Completion(**arrays, versions=tuple(spans), finish_reason=facts["finish_reason"])
+    return Sample(completion, facts["reward"], facts["text"], teacher_logprobs)

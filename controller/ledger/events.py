@@ -10,12 +10,27 @@ from typing import Any, NamedTuple
 from paceline.configs.errors import UserError
 from paceline.configs.vocabulary import Group
 
-SCHEMA = 1
-"""Version of what a store holds; a store with a newer one is refused and left as it is."""
+SCHEMA = 2
+"""Version of what a store holds; a store with another one is refused and left as it is. In 1 the
+samples of a group held its prompt's tokens, each."""
 
 
 class LedgerError(UserError):
     """The ledger cannot be reached or read, or what it says cannot be."""
+
+
+def require_schema(version: int, name: str) -> None:
+    """Check the schema of a store.
+
+    Raises:
+        LedgerError: it is not this version's.
+    """
+    if version != SCHEMA:
+        writer = "newer" if version > SCHEMA else "older"
+        raise LedgerError(
+            f"{name} has schema {version}, this version of Paceline writes {SCHEMA}: continue the "
+            f"run with the {writer} version that wrote it, or start it anew under another name"
+        )
 
 
 class Kind(StrEnum):

@@ -26,7 +26,15 @@ from redis import exceptions
 
 from paceline.configs.vocabulary import Group, Prompt
 from paceline.controller.ledger.codec import decode_group, encode_group, verify
-from paceline.controller.ledger.events import SCHEMA, Event, Kind, LedgerError, as_row, from_row
+from paceline.controller.ledger.events import (
+    SCHEMA,
+    Event,
+    Kind,
+    LedgerError,
+    as_row,
+    from_row,
+    require_schema,
+)
 from paceline.controller.ledger.redis_server import Command, RedisServer, explained, is_taken
 
 CONSUMERS = "learner"
@@ -61,7 +69,7 @@ class RedisStore:
         """Connect, and find where the run's journal ends.
 
         Raises:
-            LedgerError: no answer, refused, volatile, newer, or damaged.
+            LedgerError: no answer, refused, volatile, of another schema, or damaged.
         """
         self._owner = uuid.uuid4().int >> 65  # what an id of Redis can hold
         self._consumer = f"controller-{self._owner}"
@@ -277,12 +285,8 @@ class RedisStore:
         version = self._redis.get(self._keys["schema"])
         if version is None and write:
             self._redis.set(self._keys["schema"], SCHEMA, nx=True)
-        elif version is not None and int(version) > SCHEMA:
-            raise LedgerError(
-                f"the ledger {self._keys['journal']} in {self._url} has schema {int(version)}, "
-                f"this version of Paceline writes {SCHEMA}: continue the run with the newer "
-                "version that wrote it"
-            )
+        elif version is not None:
+            require_schema(int(version), f"the ledger {self._keys['journal']} in {self._url}")
 
     def _create_consumers(self) -> None:
         with contextlib.suppress(exceptions.ResponseError):  # it exists: BUSYGROUP

@@ -13,7 +13,15 @@ from typing import Literal
 
 from paceline.configs.vocabulary import Group, Prompt
 from paceline.controller.ledger.codec import decode_group, encode_group, verify
-from paceline.controller.ledger.events import SCHEMA, Event, Kind, LedgerError, as_row, from_row
+from paceline.controller.ledger.events import (
+    SCHEMA,
+    Event,
+    Kind,
+    LedgerError,
+    as_row,
+    from_row,
+    require_schema,
+)
 
 APPLICATION_ID = 0x70616365  # "pace": tells our files from other SQLite databases
 PAGE_BYTES = 16384  # samples are kilobytes: with small pages each is a long chain of them
@@ -44,7 +52,7 @@ class SQLiteStore:
         """Open or create the file.
 
         Raises:
-            LedgerError: it is in use, newer, no ledger, or cannot be read or written.
+            LedgerError: it is in use, of another schema, no ledger, or cannot be read or written.
         """
         self._path = path
         if read_only and not path.exists():
@@ -124,11 +132,8 @@ class SQLiteStore:
         tables = execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
         if tables and execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
             raise LedgerError(f"{self._path} is a database, but no ledger: move it away")
-        if version > SCHEMA:
-            raise LedgerError(
-                f"{self._path} has schema {version}, this version of Paceline writes {SCHEMA}: "
-                "continue the run with the newer version that wrote it"
-            )
+        if tables:
+            require_schema(version, str(self._path))
         if not read_only:
             if not tables:
                 execute(f"PRAGMA page_size = {PAGE_BYTES}")

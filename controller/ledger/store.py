@@ -13,7 +13,7 @@ class Store(Protocol):
     """An append-only journal and, beside it, the samples of finished groups.
 
     Called from one thread at a time, blocking. Every method may raise `LedgerError`, one line that
-    says what to do: unreachable, refused, of a newer schema, corrupt. Nothing is overwritten then.
+    says what to do: unreachable, refused, of another schema, corrupt. Nothing is overwritten then.
     """
 
     @property

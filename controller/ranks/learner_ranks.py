@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup
 
 from paceline.configs.errors import ClusterError, UserError
 from paceline.configs.schema.learner import OptimizerConfig
-from paceline.configs.vocabulary import StepReport, TrainBatch, WeightVersion
+from paceline.configs.vocabulary import Group, StepReport, TrainBatch, WeightVersion
 from paceline.controller.actors import kill, result_of, start_actor
 from paceline.controller.parts import Algorithm, Finish
 from paceline.controller.ranks.hangs import Hang, HangWatch, RankStatus
@@ -138,9 +138,9 @@ class LearnerRanks:
         """Write the model in Hugging Face format."""
         await self.call(Rank.export, folder)
 
-    async def greedy_mismatches(self, sequences: list[tuple[Any, ...]], tolerance: float) -> int:
+    async def greedy_mismatches(self, groups: Sequence[Group], tolerance: float) -> int:
         """Count completion tokens that are not the argmax of the learner's own forward pass."""
-        return await self.call(Rank.greedy_mismatches, sequences, tolerance)
+        return await self.call(Rank.greedy_mismatches, groups, tolerance)
 
     async def close(self) -> None:
         """Stop every rank; dead ones are fine."""
@@ -259,6 +259,19 @@ class LearnerRanks:
         return path
 
 
+def for_ranks(batch: TrainBatch) -> TrainBatch:
+    """Return a batch without what no rank reads: texts, records' fields and draft sources."""
+
+    def shipped(group: Group) -> Group:
+        prompt = replace(group.prompt, text="", reference=None, metadata={})
+        completions = (replace(s.completion, draft_sources=None) for s in group.samples)
+        pairs = zip(group.samples, completions, strict=True)
+        samples = tuple(replace(s, text="", completion=completion) for s, completion in pairs)
+        return replace(group, prompt=prompt, samples=samples)
+
+    return replace(batch, groups=tuple(map(shipped, batch.groups)))
+
+
 @dataclass(frozen=True)
 class LearnerPhase:
     """A phase of training, a `Learner`: its optimiser's settings and its number of steps."""
@@ -270,7 +283,7 @@ class LearnerPhase:
     async def forward_backward(self, batch: TrainBatch, algorithm: Algorithm) -> RanksUpdate:
         """Find what a batch's tokens are worth, and its first update's gradients over all ranks."""
         # Put once, read by every rank: Ray resolves the reference before it calls.
-        shared: Any = ray.put(batch)
+        shared: Any = ray.put(for_ranks(batch))
         report = await self.ranks.call(Rank.forward_backward, shared, algorithm)
         return RanksUpdate(self, batch.step, report)
 

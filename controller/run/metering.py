@@ -36,11 +36,8 @@ class RunTotals:
         self.groups_trained += len(batch.groups)
         self.groups_dropped += batch.dropped
         self.max_age = max(self.max_age, batch.max_age)
-        completion = sum(t.num_completion_tokens for g in batch.groups for t in g.trajectories)
-        self.completion_tokens += completion
-        self.prompt_tokens += sum(
-            len(g.prompt.token_ids) * len(g.trajectories) for g in batch.groups
-        )
+        self.completion_tokens += sum(sample.num_tokens for sample in batch.batch.samples)
+        self.prompt_tokens += sum(len(g.prompt.token_ids) * len(g.samples) for g in batch.groups)
         self.trained_tokens += report.num_trained_tokens
 
     def as_dict(self) -> dict[str, Any]:
@@ -81,7 +78,7 @@ class StepMeter:
         seconds["step"] = elapsed
         sampled = bool(batch.ages)
         rewards = np.concatenate([group.rewards for group in batch.groups])
-        lengths = [t.num_completion_tokens for g in batch.groups for t in g.trajectories]
+        lengths = [sample.num_tokens for sample in batch.batch.samples]
         metrics = dict(report.metrics)
         metrics["padding_fraction"] = report.num_padding_tokens / max(
             1, report.num_tokens + report.num_padding_tokens
@@ -156,22 +153,22 @@ def summed(engines: Engines) -> Counter[str]:
 def sample_records(batch: AssembledBatch, count: int) -> list[SampleRecord]:
     """The first sample of each of ``count`` groups of a batch, spread over it."""
     chosen = np.linspace(0, len(batch.groups) - 1, min(count, len(batch.groups))).astype(int)
-    step = batch.batch.step
+    step = batch.step
     records = []
     for group in (batch.groups[index] for index in chosen):
-        trajectory = group.trajectories[0]
-        oldest = trajectory.oldest_version
+        sample, completion = group.samples[0], group.samples[0].completion
+        oldest = sample.oldest_version
         records.append(
             SampleRecord(
                 step=step + 1,
                 prompt=group.prompt.text,
-                completion=trajectory.text,
-                reward=trajectory.reward,
+                completion=sample.text,
+                reward=sample.reward,
                 reference=group.prompt.reference,
-                versions=tuple(span.version for span in trajectory.versions),
+                versions=tuple(span.version for span in completion.versions),
                 age=None if oldest is None else step - oldest,
-                finish_reason=trajectory.finish_reason,
-                drafted=drafted_tokens(trajectory.draft_sources),
+                finish_reason=completion.finish_reason,
+                drafted=drafted_tokens(completion.draft_sources),
             )
         )
     return records

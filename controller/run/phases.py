@@ -58,7 +58,7 @@ class TrainingObserver:
             metrics |= hook(step)
         report = replace(step.report, metrics=metrics)
         self.totals.add(step.batch, report)
-        if step.batch.batch.step in self.journal.state.diverged:
+        if step.batch.step in self.journal.state.diverged:
             self.recorder.message(
                 f"step {step.finished}, done again, made other weights than before it was "
                 "interrupted: settings or machine differ; groups that were sampled since are of "

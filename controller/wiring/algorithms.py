@@ -23,7 +23,7 @@ from paceline.configs.schema.algorithm import (
 from paceline.configs.schema.algorithm_parts import CorrectionConfig
 from paceline.configs.schema.base import Section
 from paceline.configs.schema.run import given_completions
-from paceline.controller.groups.signal_filter import EVERYTHING, SignalFilter
+from paceline.controller.groups.assembly import EVERYTHING, SignalFilter
 from paceline.controller.parts import Algorithm
 from paceline.learner.objective.advantages import (
     BatchNormalized,

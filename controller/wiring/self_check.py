@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-import numpy as np
-
-from paceline.configs.vocabulary import Prompt, RolloutRequest, SamplingParameters
+from paceline.configs.vocabulary import Group, Prompt, RolloutRequest, Sample, SamplingParameters
 from paceline.controller.engines.pool import WorkerPool
 from paceline.controller.ranks.learner_ranks import LearnerRanks
 from paceline.weights_sync.handle import WeightSyncError
@@ -37,21 +35,17 @@ async def check_greedy_tokens(
         for index, prompt in enumerate(prompts)
     ]
     per_worker = await asyncio.gather(*(pool.generate_everywhere(request) for request in requests))
-    sequences = [
-        (
-            np.concatenate([np.asarray(prompt.token_ids, np.int32), completion.token_ids]),
-            len(prompt.token_ids),
-            completion.routed_experts,
-        )
-        for prompt, answers in zip(prompts, per_worker, strict=True)
+    groups = [
+        Group(index, prompt, (Sample(completion),))
+        for index, (prompt, answers) in enumerate(zip(prompts, per_worker, strict=True))
         for (completion,) in answers
     ]
-    if not sequences:
+    if not groups:
         return 0  # every worker died over it
-    mismatches = await learner.greedy_mismatches(sequences, TOLERANCES[precision])
+    mismatches = await learner.greedy_mismatches(groups, TOLERANCES[precision])
     if mismatches:
         raise WeightSyncError(
             f"{label}: {mismatches} greedy tokens of the engines are not the learner's argmax: "
             "they serve other weights, or vLLM and transformers disagree on this model"
         )
-    return sum(len(tokens) - start for tokens, start, _ in sequences)
+    return sum(sample.num_tokens for group in groups for sample in group.samples)

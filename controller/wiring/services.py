@@ -17,7 +17,7 @@ from paceline.controller.engines.pool import WorkerPool
 from paceline.controller.engines.teacher import Teacher
 from paceline.controller.groups.concurrency import gather_or_cancel
 from paceline.controller.groups.evaluation import Evaluator
-from paceline.controller.groups.generation import Demonstrations, Rollouts, Sample, sample_to_end
+from paceline.controller.groups.generation import Demonstrations, Rollouts, Sampler, sample_to_end
 from paceline.controller.parts import Generate
 from paceline.controller.ranks.learner_ranks import LearnerRanks
 from paceline.controller.wiring.drafting import trace_exchange
@@ -84,7 +84,7 @@ class Services:
 
     def rollouts(
         self,
-        sample: Sample,
+        sample: Sampler,
         sampling: SamplingParameters,
         num_samples: int,
         stream: int,

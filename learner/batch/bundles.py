@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from paceline.configs.vocabulary import TrainSample
+from paceline.learner.batch.sequences import TokenSequence
 
 KEYS_PER_TOKEN = 4
 """A shared prompt's keys are read by every completion: a bundle may hold this many keys a token of
@@ -23,15 +23,6 @@ room, so that memory stays bounded where short completions share a long prompt."
 
 BUNDLES_PER_RANK = 4
 """No bundle exceeds this fraction of a rank's work: larger ones could not be balanced."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """The part of a sample that matters: ``prefix`` tokens before the first trained one, and
-    ``length`` tokens, prefix included, that the model must read to predict the last trained one."""
-
-    prefix: int
-    length: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,7 @@ class Bundle:
 
     @property
     def size(self) -> int:
-        """What it takes of ``learner.tokens_per_microbatch``."""
+        """Share of ``learner.tokens_per_microbatch`` that it takes, in tokens."""
         return max(self.num_tokens, math.ceil(self.num_keys / KEYS_PER_TOKEN))
 
     def cost(self, quadratic_cost: float) -> float:
@@ -72,67 +63,56 @@ class Bundle:
         return self.num_tokens + quadratic_cost * pairs
 
 
-def span_of(sample: TrainSample) -> Span:
-    """What of a sample the model must read; ``Span(0, 0)`` where nothing is trained."""
-    trained = np.flatnonzero(sample.loss_mask)
-    if not len(trained):
-        return Span(0, 0)
-    assert trained[0] > 0, "the first token of a sample has nothing before it to predict it"
-    return Span(int(trained[0]), int(trained[-1]))
-
-
 def bundle_samples(
-    samples: Sequence[TrainSample],
+    sequences: Sequence[TokenSequence],
     capacity: int,
     num_ranks: int = 1,
     *,
     shares_prompts: bool = True,
 ) -> list[Bundle]:
-    """Put samples with the same prompt together; each with trained tokens is in one bundle.
+    """Put samples of one prompt together; each that has a completion is in one bundle.
 
     Where no prompts are shared each sample is a bundle of its own.
 
     A bundle's ``size`` stays within ``capacity``, unless one sample alone exceeds it, and within a
     fraction of a rank's work. The result depends on the arguments only, so all ranks agree.
     """
-    spans = [span_of(sample) for sample in samples]
-    siblings: dict[bytes, list[int]] = defaultdict(list)
-    for index, (sample, span) in enumerate(zip(samples, spans, strict=True)):
-        if span.length:
-            prompt = _prompt(sample, span)
-            siblings[prompt if shares_prompts else str(index).encode()].append(index)
+    siblings: dict[Hashable, list[int]] = defaultdict(list)
+    for index, sequence in enumerate(sequences):
+        if sequence.num_read:
+            assert sequence.num_prompt, "nothing precedes the completion that could predict it"
+            siblings[_family(sequence) if shares_prompts else index].append(index)
     limit = capacity
     if num_ranks > 1:
-        all_tokens = sum(span.length for span in spans)
+        all_tokens = sum(sequence.num_read for sequence in sequences)
         limit = min(capacity, all_tokens // (BUNDLES_PER_RANK * num_ranks))
-    return [bundle for indices in siblings.values() for bundle in _split(indices, spans, limit)]
+    return [bundle for family in siblings.values() for bundle in _split(family, sequences, limit)]
 
 
-def _prompt(sample: TrainSample, span: Span) -> bytes:
-    """What samples must have in common to share their prompt: its tokens and, where routers choose
-    as the engine's did, its experts."""
-    shared = [sample.token_ids[: span.prefix].tobytes()]
-    if sample.routed_experts is not None:
-        shared.append(sample.routed_experts[: span.prefix].tobytes())
-    return b"".join(shared)
+def _family(sequence: TokenSequence) -> Hashable:
+    """Return what samples that share their prompt have in common: its tokens and, where routers
+    choose as the engine's did, its experts."""
+    experts = sequence.routed_experts
+    routing = None if experts is None else experts[: sequence.num_prompt].tobytes()
+    return sequence.prompt, routing
 
 
-def _split(indices: Sequence[int], spans: Sequence[Span], limit: int) -> list[Bundle]:
+def _split(indices: Sequence[int], sequences: Sequence[TokenSequence], limit: int) -> list[Bundle]:
     bundles = []
     bundle: Bundle | None = None
     for index in indices:
-        grown = _with(bundle, index, spans)
+        grown = _with(bundle, index, sequences)
         if bundle is not None and grown.size > limit:
             bundles.append(bundle)
-            grown = _with(None, index, spans)
+            grown = _with(None, index, sequences)
         bundle = grown
     return [*bundles, bundle] if bundle is not None else bundles
 
 
-def _with(bundle: Bundle | None, index: int, spans: Sequence[Span]) -> Bundle:
-    """The bundle and one more sample; the second one turns the first's beginning into a prefix."""
+def _with(bundle: Bundle | None, index: int, sequences: Sequence[TokenSequence]) -> Bundle:
+    """Add a sample to the bundle; the second one turns the first's beginning into a prefix."""
     if bundle is None:
-        return Bundle(0, (index,), (spans[index].length,))
+        return Bundle(0, (index,), (sequences[index].num_read,))
     samples = (*bundle.samples, index)
-    prefix = spans[index].prefix
-    return Bundle(prefix, samples, tuple(spans[i].length - prefix for i in samples))
+    prefix = sequences[index].num_prompt
+    return Bundle(prefix, samples, tuple(sequences[i].num_read - prefix for i in samples))

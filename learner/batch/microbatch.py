@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from paceline.configs.vocabulary import NOT_ROUTED, TrainSample
+from paceline.configs.vocabulary import NOT_ROUTED
 from paceline.learner.batch.bundles import Bundle
+from paceline.learner.batch.sequences import TokenSequence
 from paceline.learner.model.attention import PackedSegments, Segment
 from paceline.learner.model.model import PackedRow
 
-NO_MASK = np.zeros(0, dtype=np.bool_)
 NO_TOKENS = np.zeros(0, dtype=np.int64)
 
 
@@ -46,7 +46,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a sample lies in a row: its first ``prefix`` tokens, shared with siblings, from
+    """Place of a sample in a row: its first ``prefix`` tokens, shared with siblings, from
     ``prefix_start`` on and the others from ``start`` on (prefix 0: all of them)."""
 
     sample: int
@@ -54,59 +54,56 @@ class Placement:
     prefix_start: int
     start: int
 
-    def predictors(self, num_tokens: int) -> NDArray[np.int64]:
-        """For each token of the sample, the place of the one before it; of the first, nonsense."""
-        before = np.arange(-1, num_tokens - 1)
+    def predictors(self, num_prompt: int, num_tokens: int) -> NDArray[np.int64]:
+        """Return the place in the row of what comes before each completion token, int64 [C]."""
+        before = np.arange(num_prompt - 1, num_tokens - 1)
         return before + np.where(before < self.prefix, self.prefix_start, self.start - self.prefix)
 
 
 def build_microbatch(
     bundles: Sequence[Bundle],
-    samples: Sequence[TrainSample],
+    sequences: Sequence[TokenSequence],
     device: torch.device,
     multiple_of: int = 1,
 ) -> Microbatch:
-    """Lay bundles of ``samples`` into one row, and find the tokens they train.
+    """Lay bundles of ``sequences`` into one row, and find the tokens they train.
 
     The row is padded to a ``multiple_of`` some number, and to one token at least, by a sequence of
     its own, which trains nothing.
     """
-    segments, pieces, placements = _lay_out(bundles, samples)
+    segments, pieces, placements = _lay_out(bundles)
     num_tokens = sum(bundle.num_tokens for bundle in bundles)
     num_padding = max(1, math.ceil(num_tokens / multiple_of)) * multiple_of - num_tokens
     if num_padding:
         segments.append(Segment(num_tokens, num_padding))
-    tokens = [samples[piece.sample].token_ids[piece.start : piece.stop] for piece in pieces]
+    tokens = [sequences[piece.sample].token_ids[piece.start : piece.stop] for piece in pieces]
     tokens.append(np.zeros(num_padding, dtype=np.int32))
-    experts = _routed_experts(pieces, samples, num_padding)
+    experts = _routed_experts(pieces, sequences, num_padding)
     packed = PackedSegments.from_segments(segments, device)
     chosen = tuple(placement.sample for placement in placements)
-    trained = np.concatenate([NO_MASK, *(samples[index].loss_mask for index in chosen)])
 
     def of_trained(arrays: Iterable[NDArray]) -> Tensor:
-        found = np.concatenate([NO_TOKENS, *arrays])[trained]
-        return torch.from_numpy(found).to(device, torch.int64)
+        return torch.from_numpy(np.concatenate([NO_TOKENS, *arrays])).to(device, torch.int64)
 
-    predictors = (p.predictors(len(samples[p.sample].token_ids)) for p in placements)
+    placed = [(placement, sequences[placement.sample]) for placement in placements]
     row = PackedRow(
         token_ids=torch.from_numpy(np.concatenate(tokens)).to(device, torch.int64)[None],
         positions=packed.positions().to(device)[None],
         segments=packed,
-        predictors=of_trained(predictors),
-        targets=of_trained(samples[i].token_ids for i in chosen),
+        predictors=of_trained(p.predictors(s.num_prompt, len(s.token_ids)) for p, s in placed),
+        targets=of_trained(s.token_ids[s.num_prompt :] for _, s in placed),
         routed_experts=None if experts is None else experts.to(device, torch.int64),
     )
-    lengths = torch.tensor(
-        [int(samples[i].loss_mask.sum()) for i in chosen], dtype=torch.int64, device=device
-    )
-    return Microbatch(chosen, row, lengths, num_padding)
+    lengths = [sequence.num_completion for _, sequence in placed]
+    lengths_S = torch.tensor(lengths, dtype=torch.int64, device=device)
+    return Microbatch(chosen, row, lengths_S, num_padding)
 
 
 def _routed_experts(
-    pieces: Sequence[Piece], samples: Sequence[TrainSample], num_padding: int
+    pieces: Sequence[Piece], sequences: Sequence[TokenSequence], num_padding: int
 ) -> Tensor | None:
-    """Of every token of the row, int16 [T, layers, K]; None where no sample knows any."""
-    known = [samples[piece.sample].routed_experts for piece in pieces]
+    """Return the experts of every token of the row, int16 [T, layers, K]; None without any."""
+    known = [sequences[piece.sample].routed_experts for piece in pieces]
     of_token = next((experts.shape[1:] for experts in known if experts is not None), None)
     if of_token is None:
         return None
@@ -120,10 +117,8 @@ def _routed_experts(
     return torch.from_numpy(np.concatenate([*parts, np.full((num_padding, *of_token), unknown)]))
 
 
-def _lay_out(
-    bundles: Sequence[Bundle], samples: Sequence[TrainSample]
-) -> tuple[list[Segment], list[Piece], list[Placement]]:
-    """Whole samples and prompts, longest first; then what samples add to prompts, likewise.
+def _lay_out(bundles: Sequence[Bundle]) -> tuple[list[Segment], list[Piece], list[Placement]]:
+    """Place whole samples and prompts, longest first; then what samples add to prompts, likewise.
 
     Equal shapes lie side by side. A sample may add nothing: its one trained token is predicted by
     the prompt.

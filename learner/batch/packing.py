@@ -74,7 +74,7 @@ def imbalance(plan: Sequence[Sequence[Microbatch]], costs: Sequence[float]) -> f
 
 
 def _balance(costs: NDArray[np.float64], num_ranks: int) -> list[list[int]]:
-    """Indices for each rank, costliest first, each given to the rank with the least cost so far."""
+    """Give indices to ranks, costliest first, each to the rank with the least cost so far."""
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
     totals = np.zeros(num_ranks)
     for index in np.argsort(-costs, kind="stable"):
@@ -106,7 +106,7 @@ def _balanced_fit(
     capacity: int,
     number: int,
 ) -> list[Microbatch] | None:
-    """Costliest first into the microbatch with the least cost that has room; None if one finds
+    """Put costliest first into the microbatch with the least cost that has room; None if one finds
     none, though there might be another way."""
     microbatches: list[list[int]] = [[] for _ in range(number)]
     totals, room = np.zeros(number), np.full(number, capacity)

@@ -6,8 +6,6 @@ tokens in all.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paceline.configs.errors import BatchError, NonFiniteError
-from paceline.configs.vocabulary import TrainBatch, TrainSample
+from paceline.configs.vocabulary import Completion, Sample, TrainBatch
 
 
 @dataclass(frozen=True)
@@ -41,17 +39,17 @@ class BatchTokens:
     values: NDArray[np.float32] | None = None
 
     def name_of(self, sample: int) -> str:
-        """How an error names a sample: by its group and its place among the siblings."""
+        """Name a sample for an error: by its group and its place among the siblings."""
         place = int((self.groups[:sample] == self.groups[sample]).sum())
         return f"sample {place} of group {self.group_ids[self.groups[sample]]}"
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
-        """Where each sample's tokens begin, int64 [n]."""
+        """Index of each sample's first token, int64 [n]."""
         return np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
 
     def of_tokens(self, of_samples: NDArray) -> NDArray:
-        """A sample's value [n] for each of its tokens [N]."""
+        """Repeat a sample's value [n] for each of its tokens [N]."""
         return np.repeat(of_samples, self.lengths)
 
     def sums(self, of_tokens: NDArray) -> NDArray[np.float64]:
@@ -69,73 +67,68 @@ def batch_tokens(batch: TrainBatch) -> BatchTokens:
     """
     _check(batch)
     samples = batch.samples
-    lengths = np.array([sample.loss_mask.sum() for sample in samples], dtype=np.int64)
-    teacher = None
-    if all(sample.teacher_logprobs is not None for sample in samples):
-        teacher = _trained(samples, (sample.teacher_logprobs for sample in samples))
+    completions = [sample.completion for sample in samples]
+    taught = [s.teacher_logprobs for s in samples if s.teacher_logprobs is not None]
+    sizes = [len(group.samples) for group in batch.groups]
     return BatchTokens(
         group_ids=batch.group_ids,
         rewards=np.array([sample.reward for sample in samples], dtype=np.float64),
-        groups=np.array([sample.group for sample in samples], dtype=np.int64),
-        lengths=lengths,
-        behaviour_logprobs=_trained(samples, (sample.logprobs for sample in samples)),
-        ages=np.concatenate([_ages(sample, batch.step) for sample in samples]),
-        teacher_logprobs=teacher,
+        groups=np.repeat(np.arange(len(sizes)), sizes),
+        lengths=np.array([sample.num_tokens for sample in samples], dtype=np.int64),
+        behaviour_logprobs=np.concatenate([completion.logprobs for completion in completions]),
+        ages=np.concatenate([_ages(completion, batch.step) for completion in completions]),
+        teacher_logprobs=np.concatenate(taught) if len(taught) == len(samples) else None,
     )
 
 
-def _ages(sample: TrainSample, step: int) -> NDArray[np.int64]:
-    """Versions between the one that sampled each trained token and the one trained; else 0."""
-    ages = np.zeros(len(sample.loss_mask), dtype=np.int64)
-    first = int(np.argmax(sample.loss_mask))
-    for span in sample.versions:
-        ages[first + span.start : first + span.end] = step - span.version
-    return ages[sample.loss_mask]
-
-
-def _trained(
-    samples: Iterable[TrainSample], arrays: Iterable[NDArray | None]
-) -> NDArray[np.float32]:
-    pairs = zip(samples, arrays, strict=True)
-    return np.concatenate([a[s.loss_mask] for s, a in pairs if a is not None])
+def _ages(completion: Completion, step: int) -> NDArray[np.int64]:
+    """Count versions between the one that sampled each token and the one trained; 0 if none did."""
+    ages = np.zeros(len(completion.token_ids), dtype=np.int64)
+    for span in completion.versions:
+        ages[span.start : span.end] = step - span.version
+    return ages
 
 
 def _check(batch: TrainBatch) -> None:
     where = f"step {batch.step}"
-    if not batch.samples:
+    if not batch.groups:
         raise BatchError(f"{where} has no samples: a batch needs at least one")
-    places: Counter[int] = Counter()
-    for sample in batch.samples:
-        name = f"{where}: sample {places[sample.group]} of group {batch.group_ids[sample.group]}"
-        places[sample.group] += 1
-        _check_sample(name, sample)
-    for index, group_id in enumerate(batch.group_ids):
-        if not places[index]:
-            raise BatchError(f"{where}: group {group_id} has no samples: look at what fills it")
+    for group in batch.groups:
+        if not group.samples:
+            raise BatchError(
+                f"{where}: group {group.group_id} has no samples: look at what fills it"
+            )
+        if not group.prompt.token_ids:
+            raise BatchError(
+                f"{where}: group {group.group_id} has an empty prompt: nothing precedes the first "
+                "tokens of its samples"
+            )
+        for place, sample in enumerate(group.samples):
+            name = f"{where}: sample {place} of group {group.group_id}"
+            _check_sample(name, sample, len(group.prompt.token_ids))
 
 
-def _check_sample(name: str, sample: TrainSample) -> None:
-    lengths = [len(sample.token_ids), len(sample.loss_mask), len(sample.logprobs)]
+def _check_sample(name: str, sample: Sample, num_prompt: int) -> None:
+    completion = sample.completion
+    lengths = [len(completion.token_ids), len(completion.logprobs)]
     if sample.teacher_logprobs is not None:
         lengths.append(len(sample.teacher_logprobs))
-    if sample.routed_experts is not None:
-        lengths.append(len(sample.routed_experts))
+    if completion.routed_experts is not None:
+        lengths.append(len(completion.routed_experts) - num_prompt)
     if len(set(lengths)) > 1:
         raise BatchError(
-            f"{name} has arrays of lengths {lengths} (tokens, mask, log-probabilities, teacher's, "
-            "experts): they must be equal"
+            f"{name} has arrays of lengths {lengths} (tokens, log-probabilities, teacher's, "
+            "experts without the prompt's): they must be equal"
         )
-    if not sample.loss_mask.any():
+    if not sample.num_tokens:
         raise BatchError(f"{name} has no trained token: an empty completion cannot be learned from")
-    if sample.loss_mask[0]:
-        raise BatchError(f"{name} trains its first token, which nothing precedes: give a prompt")
     if not np.isfinite(sample.reward):
         raise NonFiniteError(
             f"{name} has reward {sample.reward}: a finite number is needed; look at the grader"
         )
-    bad = np.flatnonzero(sample.loss_mask & ~np.isfinite(sample.logprobs))
+    bad = np.flatnonzero(~np.isfinite(completion.logprobs))
     if len(bad):
         raise NonFiniteError(
-            f"{name} has log-probability {sample.logprobs[bad[0]]} at token {bad[0]}: a finite "
-            "number is needed; look at how it was sampled"
+            f"{name} has log-probability {completion.logprobs[bad[0]]} at token {bad[0]} of its "
+            "completion: a finite number is needed; look at how it was sampled"
         )

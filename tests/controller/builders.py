@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -11,7 +10,7 @@ from paceline.configs.vocabulary import (
     Completion,
     Group,
     Prompt,
-    Trajectory,
+    Sample,
     VersionSpan,
     WeightVersion,
 )
@@ -31,7 +30,5 @@ def make_completion(version: int, length: int = 4) -> Completion:
 
 
 def make_group(index: int, rewards: Sequence[float] = (0.0, 1.0), version: int = 0) -> Group:
-    prompt = make_prompt(index)
-    ungraded = Trajectory.from_completion(prompt, make_completion(version))
-    trajectories = tuple(replace(ungraded, reward=reward) for reward in rewards)
-    return Group(index, prompt, trajectories)
+    samples = tuple(Sample(make_completion(version), reward) for reward in rewards)
+    return Group(index, make_prompt(index), samples)

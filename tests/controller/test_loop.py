@@ -10,11 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paceline.configs.vocabulary import StepReport, TrainBatch, WeightVersion
-from paceline.controller.groups.assembly import Collector
+from paceline.controller.groups.assembly import Collector, SignalFilter
 from paceline.controller.groups.buffer import WorkBuffer, WorkerLost
 from paceline.controller.groups.freshness import freshness_budget
 from paceline.controller.groups.pacing import Pacer
-from paceline.controller.groups.signal_filter import SignalFilter
 from paceline.controller.ledger.journal import Journal
 from paceline.controller.ledger.memory import MemoryStore
 from paceline.controller.loop import Loop

@@ -17,21 +17,21 @@ import torch
 
 from paceline.configs.schema.learner import LearnerConfig, OptimizerConfig
 from paceline.configs.vocabulary import (
+    Completion,
+    Group,
     Prompt,
     RolloutRequest,
+    Sample,
     SamplingParameters,
     StepReport,
     TrainBatch,
-    TrainSample,
-    Trajectory,
     WeightVersion,
 )
-from paceline.controller.groups.assembly import Collector
+from paceline.controller.groups.assembly import Collector, SignalFilter
 from paceline.controller.groups.buffer import WorkBuffer
 from paceline.controller.groups.freshness import freshness_budget
 from paceline.controller.groups.generation import Rollouts, request_seed
 from paceline.controller.groups.pacing import Pacer
-from paceline.controller.groups.signal_filter import SignalFilter
 from paceline.controller.ledger.journal import Journal
 from paceline.controller.ledger.memory import MemoryStore
 from paceline.controller.loop import Loop
@@ -163,38 +163,29 @@ async def train_by_hand(pair: Pair) -> list[tuple[int, ...]]:
     handle = pair.learner.publish(0)
     for step in range(STEPS):
         await pair.worker.update_weights(handle)
-        samples, group_ids = [], []
-        while len(group_ids) < GROUPS:
+        groups = []
+        while len(groups) < GROUPS:
             position = next(positions)
-            group = await sampled_by_hand(pair, position)
-            rewards = np.array([reward_of(t.token_ids[t.loss_mask]) for t in group])
+            completions = await sampled_by_hand(pair, position)
+            rewards = np.array([reward_of(each.token_ids) for each in completions])
             if rewards.min() == rewards.max():
                 continue
             advantages = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
-            samples += [
-                scored(t, a, len(group_ids)) for t, a in zip(group, advantages, strict=True)
-            ]
-            group_ids.append(position)
-        batch = TrainBatch(step, tuple(group_ids), tuple(samples))
+            samples = tuple(map(Sample, completions, advantages))
+            groups.append(Group(position, prompt_at(position), samples))
+        batch = TrainBatch(step, tuple(groups))
         pair.learner.forward_backward(batch, GIVEN_ADVANTAGES)
         pair.learner.optimizer_step(OPTIMIZER, step, STEPS)
         handle = pair.learner.publish(step + 1)
-        trained.append(tuple(group_ids))
+        trained.append(batch.group_ids)
     return trained
 
 
-async def sampled_by_hand(pair: Pair, position: int) -> list[Trajectory]:
+async def sampled_by_hand(pair: Pair, position: int) -> tuple[Completion, ...]:
     prompt = prompt_at(position)
     seed = request_seed(SEED, 0, position)
     request = RolloutRequest(f"{position}", prompt.token_ids, SAMPLING, SAMPLES, seed)
-    completions = await pair.worker.generate(request)
-    return [Trajectory.from_completion(prompt, completion) for completion in completions]
-
-
-def scored(trajectory: Trajectory, advantage: float, group: int) -> TrainSample:
-    return TrainSample(
-        trajectory.token_ids, trajectory.loss_mask, trajectory.logprobs, advantage, group
-    )
+    return await pair.worker.generate(request)
 
 
 def test_without_lag_the_loop_makes_the_weights_of_a_synchronous_loop_written_by_hand(tmp_path):

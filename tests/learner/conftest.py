@@ -9,13 +9,15 @@ import pickle
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from paceline.configs.schema.model import ModelConfig
-from paceline.configs.vocabulary import TrainBatch, TrainSample
+from paceline.configs.vocabulary import Completion, Group, Prompt, Sample, TrainBatch
+from paceline.learner.batch.sequences import token_sequences
 from paceline.learner.model.model import write_initial_model
 
 REPOSITORY = str(Path(__file__).parents[2])
@@ -41,37 +43,61 @@ def model_config(model_type="qwen3", precision="float32", **settings):
     )
 
 
-def random_sample(generator, num_prompt, num_completion):
+def random_group(generator, num_prompt, *completions, group_id=0):
+    """A prompt and completions of so many tokens."""
     prompt = generator.integers(2, VOCAB_SIZE, num_prompt)
-    return continue_prompt(generator, prompt, num_completion)
+    samples = [random_sample(generator, num_prompt, length) for length in completions]
+    return group_of(prompt, samples, group_id)
 
 
-def continue_prompt(generator, prompt, num_completion, group=0):
-    length = len(prompt) + num_completion
-    trained = np.arange(length) >= len(prompt)
-    completion = generator.integers(2, VOCAB_SIZE, num_completion)
-    return TrainSample(
-        token_ids=np.concatenate([prompt, completion]).astype(np.int32),
-        loss_mask=trained,
-        logprobs=np.where(trained, generator.uniform(-5, -2, length), 0).astype(np.float32),
-        reward=float(generator.normal()),
-        group=group,
-    )
+def random_sample(generator, num_prompt, num_completion):
+    tokens = generator.integers(2, VOCAB_SIZE, num_completion)
+    logprobs = generator.uniform(-5, -2, num_prompt + num_completion)[num_prompt:]
+    completion = Completion(tokens.astype(np.int32), logprobs.astype(np.float32), (), "stop")
+    return Sample(completion, reward=float(generator.normal()))
+
+
+def group_of(prompt, samples, group_id=0):
+    return Group(group_id, Prompt("", "", tuple(map(int, prompt))), tuple(samples))
 
 
 def random_batch(seed=0, num_samples=12, temperature=1.0, longest=12):
     """Groups of 1 to 4 completions, of one token and more, of one prompt."""
     generator = np.random.default_rng(seed)
-    samples = []
-    for group in itertools.count():
+    groups = []
+    while num_samples > 0:
         prompt = generator.integers(2, VOCAB_SIZE, generator.integers(1, longest))
-        samples += [
-            continue_prompt(generator, prompt, generator.integers(1, longest), group)
+        samples = [
+            random_sample(generator, len(prompt), generator.integers(1, longest))
             for _ in range(generator.integers(1, 5))
         ]
-        if len(samples) >= num_samples:
-            break
-    return TrainBatch(0, tuple(range(group + 1)), tuple(samples[:num_samples]), temperature)
+        groups.append(group_of(prompt, samples[:num_samples], len(groups)))
+        num_samples -= len(samples)
+    return TrainBatch(0, tuple(groups), temperature)
+
+
+def with_samples(batch, samples):
+    """The batch with others in place of its samples, in their order."""
+    remaining = iter(samples)
+    groups = [
+        replace(group, samples=tuple(itertools.islice(remaining, len(group.samples))))
+        for group in batch.groups
+    ]
+    return replace(batch, groups=tuple(groups))
+
+
+def with_logprobs(batch, logprobs):
+    """The batch as sampled with these log-probabilities of each sample, float32 [C]."""
+    pairs = zip(batch.samples, logprobs, strict=True)
+    return with_samples(batch, (with_completion(s, logprobs=found) for s, found in pairs))
+
+
+def with_completion(sample, **changes):
+    return replace(sample, completion=replace(sample.completion, **changes))
+
+
+def sequences_of(batch):
+    return token_sequences(batch.groups)
 
 
 @pytest.fixture(scope="session")

@@ -126,7 +126,7 @@ def gradients(worker, batch, loss=LOSS, role="policy"):
 
 
 def gradients_and_logprobs(worker, batch):
-    return *gradients(worker, batch), worker.logprobs(batch.samples, batch.temperature)
+    return *gradients(worker, batch), worker.logprobs(batch.groups, batch.temperature)
 
 
 def merged(found):
@@ -267,25 +267,25 @@ def divided_logprobs(worker, hidden, weight, targets, scales, temperature):
 
 def logprobs_between_steps(worker, batch: TrainBatch):
     """Look at the weights after the gradient and before the update, then after it."""
-    before = worker.logprobs(batch.samples)
+    before = worker.logprobs(batch.groups)
     worker.forward_backward(batch, LOSS)
-    unchanged = worker.logprobs(batch.samples)
+    unchanged = worker.logprobs(batch.groups)
     worker.optimizer_step(OPTIMIZER, 0, 100)
-    return before, unchanged, worker.logprobs(batch.samples)
+    return before, unchanged, worker.logprobs(batch.groups)
 
 
 def look_and_train(worker, batch, num_steps):
     """Each step's metrics, log-probabilities having been looked at before it."""
     found = []
     for step in range(num_steps):
-        worker.logprobs(batch.samples)
+        worker.logprobs(batch.groups)
         found.append(dict(worker.forward_backward(batch, LOSS).metrics))
         worker.optimizer_step(OPTIMIZER, step, 100)
     return found
 
 
-def greedy_mismatches(worker, sequences, tolerance):
-    return worker.greedy_mismatches(sequences, tolerance)
+def greedy_mismatches(worker, groups, tolerance):
+    return worker.greedy_mismatches(groups, tolerance)
 
 
 def failing_step(worker, batch):
@@ -293,7 +293,7 @@ def failing_step(worker, batch):
     try:
         worker.forward_backward(batch, LOSS)
     except Exception as error:
-        return type(error).__name__, len(worker.logprobs(batch.samples))
+        return type(error).__name__, len(worker.logprobs(batch.groups))
     return None, 0
 
 

@@ -17,7 +17,13 @@ from paceline.learner.objective.advantages import GeneralizedAdvantage, Outcome,
 from paceline.learner.objective.losses.corrections import SecondMoment
 from paceline.learner.objective.losses.policy import Clip, SequenceClip
 from paceline.learner.objective.objective import Objective, ReferencePenalty
-from tests.learner.conftest import continue_prompt, random_batch
+from tests.learner.conftest import (
+    group_of,
+    random_batch,
+    random_sample,
+    sequences_of,
+    with_logprobs,
+)
 from tests.learner.ranks import LOSS, OPTIMIZER, gradients, make_worker, weights
 from tests.learner.test_worker import assert_same
 
@@ -50,7 +56,7 @@ def test_a_fresh_critic_expects_nothing_so_advantages_are_outcomes(new_worker):
     report, found = gradients(new_worker(critic=SEPARATE), batch, PPO)
     assert_same(found, expected)
     assert report.metrics["value_mean"] == 0.0
-    rewards = np.concatenate([np.full(s.loss_mask.sum(), s.reward) for s in batch.samples])
+    rewards = np.concatenate([np.full(s.num_tokens, s.reward) for s in batch.samples])
     assert report.metrics["value_loss"] == pytest.approx((rewards**2).mean() / 2, rel=1e-5)
 
 
@@ -67,10 +73,10 @@ def test_values_are_of_the_state_before_the_token(new_worker):
     worker = new_worker(critic=SEPARATE)
     batch = random_batch(num_samples=4)
     steps(worker, [batch], PPO)
-    sample = batch.samples[0]
-    other = sample.token_ids.copy()
+    sequence = sequences_of(batch)[0]
+    other = sequence.token_ids.copy()
     other[-1] = (other[-1] + 1) % 40
-    one, two = worker._models.values([sample, replace(sample, token_ids=other)])
+    one, two = worker._models.values([sequence, replace(sequence, token_ids=other)])
     np.testing.assert_allclose(one, two, atol=1e-6)
     assert np.abs(one).max() > 0
 
@@ -123,11 +129,9 @@ def test_several_updates_are_steps_on_the_parts_with_advantages_of_the_whole(new
     twice = new_worker()
     [report] = steps(twice, [batch], replace(LOSS, num_updates=2))
     by_hand = new_worker()
-    num_groups = len(batch.group_ids)
-    for groups in np.array_split(np.arange(num_groups), 2):
-        part = [replace(s, group=s.group - groups[0]) for s in batch.samples if s.group in groups]
-        ids = tuple(batch.group_ids[g] for g in groups)
-        by_hand.forward_backward(TrainBatch(0, ids, tuple(part)), LOSS)
+    for chosen in np.array_split(np.arange(len(batch.groups)), 2):
+        part = TrainBatch(0, tuple(batch.groups[index] for index in chosen))
+        by_hand.forward_backward(part, LOSS)
         by_hand.optimizer_step(OPTIMIZER, 0, 100)
     assert_same(weights(twice), weights(by_hand), 1e-6)
     assert {"loss", "ratio", "grad_norm", "learning_rate"} <= report.keys()
@@ -139,7 +143,7 @@ def test_a_later_update_is_relative_to_the_weights_at_the_start_of_the_step(new_
     worker = new_worker()
     batch = random_batch(num_samples=8)
     worker.forward_backward(batch, algorithm)
-    proximal = np.concatenate(worker._models.logprobs(worker._models.policy, batch.samples, 1.0))
+    proximal = np.concatenate(worker.logprobs(batch.groups))
     np.testing.assert_allclose(worker._step._columns["proximal_logprobs"], proximal, atol=1e-5)
     worker.optimizer_step(OPTIMIZER, 0, 100)
 
@@ -169,20 +173,21 @@ def test_an_offloaded_reference_says_the_same(new_worker, model_folder):
     for offload in (False, True):
         worker = new_worker()
         worker.load_reference(model_folder, offload)
-        found.append(worker._models.reference_logprobs(random_batch().samples, 1.0))
+        found.append(worker._models.reference_logprobs(sequences_of(random_batch()), 1.0))
     for one, two in zip(*found, strict=True):
         np.testing.assert_array_equal(one, two)
 
 
 def preference_batch(seed=0, num_pairs=4):
     generator = np.random.default_rng(seed)
-    samples = []
-    for group in range(num_pairs):
+    groups = []
+    for index in range(num_pairs):
         prompt = generator.integers(2, 40, 4)
-        for reward in (1.0, 0.0):
-            drawn = continue_prompt(generator, prompt, generator.integers(2, 8), group)
-            samples.append(replace(drawn, reward=reward, logprobs=np.zeros_like(drawn.logprobs)))
-    return TrainBatch(0, tuple(range(num_pairs)), tuple(samples))
+        pair = [random_sample(generator, 4, generator.integers(2, 8)) for _ in range(2)]
+        graded = [replace(s, reward=r) for s, r in zip(pair, (1.0, 0.0), strict=True)]
+        groups.append(group_of(prompt, graded, index))
+    batch = TrainBatch(0, tuple(groups))
+    return with_logprobs(batch, [np.zeros(s.num_tokens, np.float32) for s in batch.samples])
 
 
 def test_preferences_have_the_gradient_of_the_dpo_loss(new_worker, model_folder):
@@ -192,7 +197,7 @@ def test_preferences_have_the_gradient_of_the_dpo_loss(new_worker, model_folder)
     worker.load_reference(model_folder)
     # away from the reference, where all pairs would pull alike
     steps(worker, [random_batch(seed=3)], LOSS)
-    reference = worker._models.reference_logprobs(batch.samples, 1.0)
+    reference = worker._models.reference_logprobs(sequences_of(batch), 1.0)
     report, found = gradients(worker, batch, preferences(beta, 64))
 
     from transformers import AutoModelForCausalLM
@@ -200,10 +205,10 @@ def test_preferences_have_the_gradient_of_the_dpo_loss(new_worker, model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager")
     model.load_state_dict({n: torch.tensor(w) for n, w in weights(worker).items()}, strict=False)
     sums = []
-    for sample, ref in zip(batch.samples, reference, strict=True):
-        tokens = torch.from_numpy(sample.token_ids).long()
+    for sequence, ref in zip(sequences_of(batch), reference, strict=True):
+        tokens = torch.from_numpy(sequence.token_ids).long()
         logprobs = model(tokens[None]).logits[0, :-1].log_softmax(-1)
-        chosen = logprobs.gather(1, tokens[1:, None])[:, 0][sample.loss_mask[1:]]
+        chosen = logprobs.gather(1, tokens[1:, None])[sequence.num_prompt - 1 :, 0]
         sums.append(chosen.sum() - float(ref.sum()))
     margins = beta * torch.stack([sums[i] - sums[i + 1] for i in range(0, len(sums), 2)])
     loss = -torch.nn.functional.logsigmoid(margins).mean()
@@ -224,14 +229,11 @@ def test_training_on_preferences_widens_the_margin(new_worker, model_folder):
 
 def test_gspo_and_m2po_do_not_depend_on_how_a_batch_is_split(new_worker):
     batch = random_batch(num_samples=15)
-    own = new_worker().logprobs(batch.samples)
+    own = new_worker().logprobs(batch.groups)
     generator = np.random.default_rng(0)
     # near the current policy, so that some tokens are kept and some are not
-    samples = tuple(
-        replace(s, logprobs=(o + generator.normal(0, 0.2, len(o))).astype(np.float32))
-        for s, o in zip(batch.samples, own, strict=True)
-    )
-    batch = replace(batch, samples=samples)
+    near = [(o + generator.normal(0, 0.2, len(o))).astype(np.float32) for o in own]
+    batch = with_logprobs(batch, near)
     algorithm = Objective(
         Outcome(), SequenceClip(0.3, 0.3), "sequence_mean", 64, second_moment=SecondMoment(0.01)
     )

@@ -10,12 +10,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from paceline.configs.errors import BatchError, CheckpointError, ClusterError, NonFiniteError
-from paceline.configs.vocabulary import TrainBatch
+from paceline.configs.errors import CheckpointError, ClusterError, NonFiniteError
+from paceline.configs.vocabulary import Completion, Sample
 from paceline.controller.wiring.algorithms import imitation
 from paceline.learner.model.model import write_initial_model
 from paceline.weights_sync.shared_memory import read_weights
-from tests.learner.conftest import VOCAB_SIZE, model_config, random_batch, random_sample
+from tests.learner.conftest import (
+    VOCAB_SIZE,
+    group_of,
+    model_config,
+    random_batch,
+    sequences_of,
+    with_completion,
+    with_logprobs,
+    with_samples,
+)
 from tests.learner.ranks import (
     LOSS,
     OPTIMIZER,
@@ -40,12 +49,12 @@ def assert_same(found, expected, tolerance=0.0):
         np.testing.assert_allclose(found[name], values, atol=bound, rtol=0, err_msg=name)
 
 
-def reference_logprobs(folder, sample, temperature):
+def reference_logprobs(folder, sequence, temperature):
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    tokens = torch.from_numpy(sample.token_ids).long()
+    tokens = torch.from_numpy(sequence.token_ids).long()
     logits = model(tokens[None]).logits[0, :-1] / temperature
     chosen = logits.log_softmax(-1).gather(1, tokens[1:, None])[:, 0]
-    return model, chosen[torch.from_numpy(sample.loss_mask[1:])]
+    return model, chosen[sequence.num_prompt - 1 :]
 
 
 def test_loss_and_gradient_are_the_token_mean_of_the_whole_batch(new_worker, model_folder):
@@ -53,11 +62,11 @@ def test_loss_and_gradient_are_the_token_mean_of_the_whole_batch(new_worker, mod
     report, found = gradients(new_worker(), batch, imitation()[1])
     model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="eager")
     total = torch.zeros(())
-    for sample in batch.samples:
-        tokens = torch.from_numpy(sample.token_ids).long()
+    for sequence in sequences_of(batch):
+        tokens = torch.from_numpy(sequence.token_ids).long()
         logprobs = (model(tokens[None]).logits[0, :-1] / 0.8).log_softmax(-1)
         chosen = logprobs.gather(1, tokens[1:, None])[:, 0]
-        total = total - chosen[torch.from_numpy(sample.loss_mask[1:])].sum()
+        total = total - chosen[sequence.num_prompt - 1 :].sum()
     mean = total / batch.num_trained_tokens
     mean.backward()
     assert report.metrics["loss"] == pytest.approx(mean.item(), rel=1e-6)
@@ -79,7 +88,8 @@ def test_the_order_of_samples_changes_nothing(new_worker):
     batch = random_batch(num_samples=10)
     worker = new_worker()
     _, forwards = gradients(worker, batch)
-    _, backwards = gradients(worker, replace(batch, samples=batch.samples[::-1]))
+    backwards = tuple(replace(g, samples=g.samples[::-1]) for g in batch.groups[::-1])
+    _, backwards = gradients(worker, replace(batch, groups=backwards))
     assert_same(backwards, forwards, 1e-5)
 
 
@@ -96,7 +106,7 @@ def test_the_report_counts_tokens_and_carries_the_losses_metrics(new_worker):
     batch = random_batch()
     report = new_worker().forward_backward(batch, LOSS)
     assert report.version == 0
-    assert report.num_tokens == sum(len(sample.token_ids) for sample in batch.samples)
+    assert report.num_tokens == sum(len(sequence.token_ids) for sequence in sequences_of(batch))
     assert report.num_trained_tokens == batch.num_trained_tokens
     assert report.num_padding_tokens == 0
     assert set(report.metrics) == {
@@ -110,40 +120,17 @@ def test_log_probabilities_are_those_of_the_model_at_the_sampling_temperature(
     new_worker, model_folder
 ):
     batch = random_batch(num_samples=4)
-    for sample, found in zip(
-        batch.samples, new_worker().logprobs(batch.samples, temperature=0.7), strict=True
-    ):
-        _, expected = reference_logprobs(model_folder, sample, 0.7)
-        np.testing.assert_allclose(found[sample.loss_mask], expected.detach(), atol=1e-5)
-        assert not found[~sample.loss_mask].any()
-
-
-def test_trained_tokens_may_be_scattered_and_samples_may_have_none(new_worker, model_folder):
-    """Several turns: what the environment said in between, or at the end, is read, not trained."""
-    generator = np.random.default_rng(0)
-    sample = random_sample(generator, 3, 9)
-    mask = sample.loss_mask & (np.arange(12) % 3 == 0)
-    scattered = replace(sample, loss_mask=mask)
-    untrained = replace(sample, loss_mask=np.zeros(12, dtype=bool))
-    worker = new_worker()
-    found, nothing = worker.logprobs([scattered, untrained])
-    _, expected = reference_logprobs(model_folder, scattered, 1.0)
-    np.testing.assert_allclose(found[mask], expected.detach(), atol=1e-5)
-    assert not nothing.any()
-    report = worker.forward_backward(TrainBatch(0, (0,), (scattered,)), LOSS)
-    assert report.num_trained_tokens == mask.sum() == 3
-    with pytest.raises(BatchError, match="step 0: sample 1 of group 7 has no trained token"):
-        worker.forward_backward(TrainBatch(0, (7,), (scattered, untrained)), LOSS)
+    logprobs = new_worker().logprobs(batch.groups, temperature=0.7)
+    for sequence, found in zip(sequences_of(batch), logprobs, strict=True):
+        _, expected = reference_logprobs(model_folder, sequence, 0.7)
+        np.testing.assert_allclose(found, expected.detach(), atol=1e-5)
 
 
 def test_behaviour_of_the_current_weights_has_ratio_one_and_no_divergence(new_worker):
     worker = new_worker()
     batch = random_batch()
-    own = worker.logprobs(batch.samples)
-    samples = tuple(
-        replace(sample, logprobs=found) for sample, found in zip(batch.samples, own, strict=True)
-    )
-    metrics = worker.forward_backward(replace(batch, samples=samples), LOSS).metrics
+    own = worker.logprobs(batch.groups)
+    metrics = worker.forward_backward(with_logprobs(batch, own), LOSS).metrics
     assert metrics["ratio"] == pytest.approx(1.0, abs=1e-6)
     assert metrics["kl"] == pytest.approx(0.0, abs=1e-6)
     assert metrics["clip_fraction"] == 0.0
@@ -153,14 +140,11 @@ def test_behaviour_of_the_current_weights_has_ratio_one_and_no_divergence(new_wo
 def test_training_on_one_batch_raises_the_reward_weighted_likelihood(new_worker):
     worker = new_worker()
     batch = random_batch()
-    before = worker.logprobs(batch.samples)
-    samples = tuple(
-        replace(sample, logprobs=found) for sample, found in zip(batch.samples, before, strict=True)
-    )
-    train(worker, [replace(batch, samples=samples)] * 3)
-    after = worker.logprobs(batch.samples)
+    before = worker.logprobs(batch.groups)
+    train(worker, [with_logprobs(batch, before)] * 3)
+    after = worker.logprobs(batch.groups)
     gain = sum(
-        s.reward * float((a - b)[s.loss_mask].sum())
+        s.reward * float((a - b).sum())
         for s, a, b in zip(batch.samples, after, before, strict=True)
     )
     assert gain > 0
@@ -175,13 +159,15 @@ def test_greedy_mismatches_count_completion_tokens_that_are_not_the_argmax(
     tokens = model.generate(
         prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0
     )[0]
-    greedy = tokens.numpy().astype(np.int32)
-    wrong = greedy.copy()
-    wrong[-1] = (wrong[-1] + 1) % VOCAB_SIZE
+    [prompt], found = prompt.tolist(), tokens.numpy()[3:].astype(np.int32)
+    greedy = Sample(Completion(found, np.zeros(8, np.float32), (), "length"))
+    last = (found[-1:] + 1) % VOCAB_SIZE
+    wrong = with_completion(greedy, token_ids=np.concatenate([found[:-1], last]))
     worker = new_worker()
-    assert worker.greedy_mismatches([(greedy, 3)], tolerance=1e-4) == 0
-    assert worker.greedy_mismatches([(greedy, 3), (wrong, 3), (wrong, 3)], tolerance=1e-4) == 2
-    assert worker.greedy_mismatches([(wrong, 3)], tolerance=1e4) == 0
+    assert worker.greedy_mismatches([group_of(prompt, [greedy])], tolerance=1e-4) == 0
+    three = group_of(prompt, [greedy, wrong, wrong])
+    assert worker.greedy_mismatches([three], tolerance=1e-4) == 2
+    assert worker.greedy_mismatches([group_of(prompt, [wrong])], tolerance=1e4) == 0
 
 
 def test_published_weights_are_the_current_ones_in_the_layouts_precision(new_worker):
@@ -201,10 +187,10 @@ def test_an_exported_folder_gives_the_same_logits_in_transformers(new_worker, tm
     train(worker, [batch])
     worker.export(str(folder))
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("model")] == ["model"]
-    for sample, found in zip(batch.samples, worker.logprobs(batch.samples), strict=True):
-        model, expected = reference_logprobs(folder, sample, 1.0)
+    for sequence, found in zip(sequences_of(batch), worker.logprobs(batch.groups), strict=True):
+        model, expected = reference_logprobs(folder, sequence, 1.0)
         assert model.dtype == torch.float32
-        np.testing.assert_allclose(found[sample.loss_mask], expected.detach(), atol=1e-5)
+        np.testing.assert_allclose(found, expected.detach(), atol=1e-5)
 
 
 @pytest.mark.parametrize("num_steps_before", [0, 2])
@@ -234,12 +220,12 @@ def test_a_missing_or_foreign_checkpoint_is_refused(new_worker, tmp_path):
 
 def spoil(batch, name, value):
     """The batch with another reward, or another number at the last token, of its last sample."""
-    last = batch.samples[-1]
-    values = value
-    if name != "reward":
-        values = getattr(last, name).copy()
-        values[-1] = value
-    return replace(batch, samples=(*batch.samples[:-1], replace(last, **{name: values})))
+    *others, last = batch.samples
+    if name == "reward":
+        return with_samples(batch, [*others, replace(last, reward=value)])
+    values = getattr(last.completion, name).copy()
+    values[-1] = value
+    return with_samples(batch, [*others, with_completion(last, **{name: values})])
 
 
 @pytest.mark.parametrize(("name", "said"), [("reward", "reward"), ("logprobs", "log-probability")])

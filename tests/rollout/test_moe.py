@@ -9,7 +9,7 @@ import pytest
 
 from paceline.configs.errors import ModelError
 from paceline.configs.schema.learner import LearnerConfig
-from paceline.configs.vocabulary import NOT_ROUTED, Prompt, TrainSample, Trajectory
+from paceline.configs.vocabulary import NOT_ROUTED, Group, Prompt, Sample
 from paceline.learner.model.model import write_initial_model
 from paceline.learner.worker import LearnerWorker
 from tests.rollout.conftest import (
@@ -87,34 +87,36 @@ def parameters(learner):
     return dict(learner._models.policy.parts[0].named_parameters())
 
 
-def sample_of(request, completion):
-    prompt = Prompt("", "", request.prompt_token_ids)
-    whole = Trajectory.from_completion(prompt, completion)
-    return TrainSample(
-        whole.token_ids, whole.loss_mask, whole.logprobs, routed_experts=whole.routed_experts
-    )
+def group_of(request, completion):
+    return Group(0, Prompt("", "", request.prompt_token_ids), (Sample(completion),))
 
 
-def errors(learner, samples, temperature=1.0):
-    expected = learner.logprobs(samples, temperature)
-    return [spread(s.logprobs - found) for s, found in zip(samples, expected, strict=True)]
+def completion_of(group):
+    return group.samples[0].completion
 
 
-def without_routing(samples):
-    return [replace(sample, routed_experts=None) for sample in samples]
+def errors(learner, groups, temperature=1.0):
+    pairs = zip(groups, learner.logprobs(groups, temperature), strict=True)
+    return [spread(completion_of(group).logprobs - found) for group, found in pairs]
+
+
+def without_routing(groups):
+    unrouted = (replace(completion_of(group), routed_experts=None) for group in groups)
+    return [replace(g, samples=(Sample(c),)) for g, c in zip(groups, unrouted, strict=True)]
 
 
 def test_log_probabilities_of_the_engine_are_the_learners_after_every_update(learner, engine):
     for version in (0, 1):
         engine.update_weights(learner.publish(version))
         request = make_request(f"r{version}", num_samples=4, seed=version, temperature=0.7)
-        samples = [sample_of(request, c) for c in run_to_end(engine, request)[f"r{version}"]]
-        for sample in samples:
-            assert sample.routed_experts.shape == (len(sample.token_ids), 2, 2)
-            assert (sample.routed_experts[:-1] >= 0).all()
-            assert (sample.routed_experts[-1] == NOT_ROUTED).all()
-        assert max(errors(learner, samples, 0.7)) < EXACT
-        assert max(errors(learner, without_routing(samples), 0.7)) < EXACT
+        groups = [group_of(request, c) for c in run_to_end(engine, request)[f"r{version}"]]
+        for completion in map(completion_of, groups):
+            num_tokens = len(request.prompt_token_ids) + len(completion.token_ids)
+            assert completion.routed_experts.shape == (num_tokens, 2, 2)
+            assert (completion.routed_experts[:-1] >= 0).all()
+            assert (completion.routed_experts[-1] == NOT_ROUTED).all()
+        assert max(errors(learner, groups, 0.7)) < EXACT
+        assert max(errors(learner, without_routing(groups), 0.7)) < EXACT
         for parameter in parameters(learner).values():
             parameter.data.mul_(1.1)
 
@@ -122,12 +124,12 @@ def test_log_probabilities_of_the_engine_are_the_learners_after_every_update(lea
 def test_replayed_routing_is_exact_where_the_learners_own_would_flip(learner, engine):
     engine.update_weights(learner.publish(2))
     request = make_request("flip", num_samples=4, max_tokens=40)
-    samples = [sample_of(request, c) for c in run_to_end(engine, request)["flip"]]
+    groups = [group_of(request, c) for c in run_to_end(engine, request)["flip"]]
     # what rounding may do to any router: the same probabilities, another choice
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.topk", other_choice)
-        assert max(errors(learner, without_routing(samples))) > 0.1
-        assert max(errors(learner, samples)) < EXACT
+        assert max(errors(learner, without_routing(groups))) > 0.1
+        assert max(errors(learner, groups)) < EXACT
 
 
 def other_choice(probabilities, count, dim):
@@ -142,11 +144,11 @@ def test_cached_prompts_are_routed_as_they_were_when_they_were_read(learner, eng
     prompt = tuple(range(2, 127)) * 2
     for name in ("reads", "finds"):
         request = make_request(name, prompt, num_samples=2, max_tokens=20)
-        samples = [sample_of(request, c) for c in run_to_end(engine, request)[name]]
-        assert all((sample.routed_experts[:-1] >= 0).all() for sample in samples)
+        groups = [group_of(request, c) for c in run_to_end(engine, request)[name]]
+        assert all((completion_of(g).routed_experts[:-1] >= 0).all() for g in groups)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("torch.topk", other_choice)
-            assert max(errors(learner, samples)) < EXACT
+            assert max(errors(learner, groups)) < EXACT
 
 
 def test_interrupted_and_continued_requests_keep_the_routing_of_all_turns(learner, engine):
@@ -158,11 +160,11 @@ def test_interrupted_and_continued_requests_keep_the_routing_of_all_turns(learne
         (result,) = steps(engine, 4 + num_turns % 2 * 4) or [engine.interrupt("turns")]
         partial, num_turns = result.completions, num_turns + 1
     assert num_turns > 2
-    samples = [sample_of(request, completion) for completion in partial]
-    assert all((sample.routed_experts[:-1] >= 0).all() for sample in samples)
+    groups = [group_of(request, completion) for completion in partial]
+    assert all((completion_of(g).routed_experts[:-1] >= 0).all() for g in groups)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.topk", other_choice)
-        assert max(errors(learner, samples)) < EXACT
+        assert max(errors(learner, groups)) < EXACT
 
 
 def test_an_update_under_way_keeps_what_each_token_was_sampled_with(learner, engine):
@@ -171,7 +173,7 @@ def test_an_update_under_way_keeps_what_each_token_was_sampled_with(learner, eng
     request = make_request("moving", max_tokens=24)
     engine.add(request)
     steps(engine, 10)
-    before = sample_of(request, engine.interrupt("moving").completions[0])
+    before = engine.interrupt("moving").completions[0]
     engine.add(request)
     steps(engine, 10)
     for parameter in parameters(learner).values():
@@ -180,10 +182,10 @@ def test_an_update_under_way_keeps_what_each_token_was_sampled_with(learner, eng
     for parameter in parameters(learner).values():
         parameter.data.mul_(-1.0)
     completions = [result.completions for result in results] or [run_to_end(engine)["moving"]]
-    ((completion,),) = completions
-    after = sample_of(request, completion)
-    known = len(before.token_ids) - 1
-    np.testing.assert_array_equal(before.token_ids, after.token_ids[: known + 1])
+    ((after,),) = completions
+    known = len(before.routed_experts) - 1
+    num_before = len(before.token_ids)
+    np.testing.assert_array_equal(before.token_ids, after.token_ids[:num_before])
     np.testing.assert_array_equal(before.routed_experts[:known], after.routed_experts[:known])
     assert (after.routed_experts[:-1] >= 0).all()
 
@@ -193,19 +195,19 @@ def test_routing_is_exact_where_drafts_are_accepted_and_refused(learner, other_f
         other_folder, max_length=LONG, router_replay=True, drafting={"budget": "none"}
     )
     engine.update_weights(learner.publish(7))
-    samples = []
+    groups = []
     for turn in range(3):
         request = make_request(f"drafted{turn}", max_tokens=60, temperature=0.3, num_samples=2)
-        samples += [sample_of(request, c) for c in run_to_end(engine, request)[f"drafted{turn}"]]
+        groups += [group_of(request, c) for c in run_to_end(engine, request)[f"drafted{turn}"]]
     drafted, accepted = (
         sum(engine.draft_counters[f"num_{what}_{source}"] for source in ("siblings", "history"))
         for what in ("drafted", "accepted")
     )
     assert 0 < accepted < drafted
-    assert all((sample.routed_experts[:-1] >= 0).all() for sample in samples)
+    assert all((completion_of(g).routed_experts[:-1] >= 0).all() for g in groups)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torch.topk", other_choice)
-        assert max(errors(learner, samples, 0.3)) < EXACT
+        assert max(errors(learner, groups, 0.3)) < EXACT
 
 
 def test_a_model_without_experts_has_no_routing_to_record(tmp_path):

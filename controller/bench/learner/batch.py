@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from paceline.configs.schema.model import ModelConfig
-from paceline.configs.vocabulary import TrainBatch, TrainSample
+from paceline.configs.vocabulary import Completion, Group, Prompt, Sample, TrainBatch
 from paceline.controller.data.tokenizer import characters_tokenizer
 from paceline.learner.model.model import write_initial_model
 
@@ -69,20 +69,17 @@ class LearnerWorkload:
     def batch(self) -> TrainBatch:
         """The samples group by group; printable characters, random rewards, nothing to filter."""
         generator = np.random.default_rng(self.seed)
-        samples = []
-        for group in range(self.num_groups):
-            prompt = self._characters(generator, self.num_prompt)
-            for _ in range(self.samples_per_group):
-                drawn = self.median * np.exp(self.sigma * generator.standard_normal())
-                length = int(np.clip(drawn, 2, self.longest))
-                completion = self._characters(generator, length)
-                samples.append(self._sample(generator, prompt, completion, group))
-        return TrainBatch(0, tuple(range(self.num_groups)), tuple(samples))
+        groups = []
+        for index in range(self.num_groups):
+            prompt = Prompt("", "", tuple(self._characters(generator, self.num_prompt).tolist()))
+            samples = tuple(self._sample(generator) for _ in range(self.samples_per_group))
+            groups.append(Group(index, prompt, samples))
+        return TrainBatch(0, tuple(groups))
 
     def required_flops(self) -> float:
         """Floating-point operations that a step needs at least, forward and (twice that) backward:
         every prompt once, every completion once, logits of trained tokens only, causal pairs."""
-        lengths = [int(s.loss_mask.sum()) for s in self.batch().samples]
+        lengths = [sample.num_tokens for sample in self.batch().samples]
         num_tokens = self.num_groups * self.num_prompt + sum(lengths)
         heads, width = self.hidden // 64, self.hidden
         matrices = self.hidden * (2 * width + 2 * width * (heads // 2) // heads)
@@ -92,22 +89,20 @@ class LearnerWorkload:
         per_layer = 2 * matrices * num_tokens + 4 * width * pairs
         return 3 * (self.layers * per_layer + 2 * self.hidden * self.vocabulary * sum(lengths))
 
-    def _sample(
-        self,
-        generator: np.random.Generator,
-        prompt: np.ndarray,
-        completion: np.ndarray,
-        group: int,
-    ) -> TrainSample:
-        tokens = np.concatenate([prompt, completion])
-        trained = np.arange(len(tokens)) >= len(prompt)
-        # what random weights give a token, about
-        logprobs = np.where(trained, -np.log(self.vocabulary), 0).astype(np.float32)
-        reward = float(generator.normal())
-        return TrainSample(tokens, trained, logprobs, reward=reward, group=group)
+    def _sample(self, generator: np.random.Generator) -> Sample:
+        drawn = self.median * np.exp(self.sigma * generator.standard_normal())
+        token_ids = self._characters(generator, int(np.clip(drawn, 2, self.longest)))
+        completion = evenly_sampled(token_ids, self.vocabulary)
+        return Sample(completion, reward=float(generator.normal()))
 
     def _characters(self, generator: np.random.Generator, count: int) -> np.ndarray:
         return generator.integers(FIRST_PRINTABLE, AFTER_PRINTABLE, count).astype(np.int32)
+
+
+def evenly_sampled(token_ids: np.ndarray, vocabulary: int) -> Completion:
+    """A completion with about the log-probabilities that random weights give its tokens."""
+    logprobs = np.full(len(token_ids), -np.log(vocabulary), dtype=np.float32)
+    return Completion(token_ids, logprobs, (), "stop")
 
 
 LONG_TAILED = LearnerWorkload()

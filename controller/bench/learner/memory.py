@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from paceline.configs.schema.learner import Checkpointing, LearnerConfig
-from paceline.configs.vocabulary import TrainBatch, TrainSample
+from paceline.configs.vocabulary import Group, Prompt, Sample, TrainBatch
 from paceline.controller.bench.harness.resident_memory import (
     PAGES_AT_ONCE,
     environment,
@@ -29,7 +29,7 @@ from paceline.controller.bench.harness.resident_memory import (
 )
 from paceline.controller.bench.harness.result import Figures
 from paceline.controller.bench.harness.subprocesses import side_by_side
-from paceline.controller.bench.learner.batch import LearnerWorkload
+from paceline.controller.bench.learner.batch import LearnerWorkload, evenly_sampled
 from paceline.controller.bench.learner.steps import CLIP_HIGH, CLIP_LOW, OPTIMIZER, plain_loss
 
 PLAIN, LAYERS, CHUNKS = "plain HF step, checkpointing", "paceline, layers", "paceline, chunks"
@@ -40,7 +40,7 @@ MODEL = LearnerWorkload(layers=8, vocabulary=8192, num_groups=1, longest=LONGEST
 models (Qwen3-8B: 37 and 1; Qwen2.5-1.5B: 99 and 3.5; Qwen3-0.6B: 148 and 5.3)."""
 
 
-Step = Callable[[TrainSample], None]
+Step = Callable[[TrainBatch], None]
 Side = Callable[[Path, Path, int], Step]
 """From the model's folder, one for published weights, and the most tokens to a step."""
 
@@ -142,8 +142,8 @@ def paceline_step(
         seed=0,
     )
 
-    def step(sample: TrainSample) -> None:
-        worker.forward_backward(TrainBatch(0, (0,), (sample,)), algorithm)
+    def step(batch: TrainBatch) -> None:
+        worker.forward_backward(batch, algorithm)
         worker.optimizer_step(OPTIMIZER, 0, 1)
 
     return step
@@ -154,6 +154,7 @@ def plain_step(model: Path, weights: Path, longest: int) -> Step:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from paceline.learner.batch.sequences import token_sequences
     from paceline.learner.engines.optimizer import build_optimizer, take_step
 
     causal_lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -161,18 +162,23 @@ def plain_step(model: Path, weights: Path, longest: int) -> Step:
     causal_lm.train()
     optimizer = build_optimizer(list(causal_lm.parameters()))
 
-    def step(sample: TrainSample) -> None:
-        num_trained = int(sample.loss_mask.sum())
-        loss = plain_loss(causal_lm, [sample], torch.tensor([sample.reward]), num_trained)
+    def step(batch: TrainBatch) -> None:
+        [sample] = batch.samples
+        loss = plain_loss(
+            causal_lm,
+            token_sequences(batch.groups),
+            [torch.from_numpy(sample.completion.logprobs)],
+            torch.tensor([sample.reward]),
+            batch.num_trained_tokens,
+        )
         torch.autograd.backward(loss)
         take_step(optimizer, OPTIMIZER, 0, 1)
 
     return step
 
 
-def sequence(length: int) -> TrainSample:
+def sequence(length: int) -> TrainBatch:
     """One sequence of random tokens, all but the first trained."""
     tokens = np.random.default_rng(length).integers(1, MODEL.vocabulary, length, dtype=np.int32)
-    trained = np.arange(length) > 0
-    logprobs = np.where(trained, -np.log(MODEL.vocabulary), 0).astype(np.float32)
-    return TrainSample(tokens, trained, logprobs, reward=1.0, group=0)
+    sample = Sample(evenly_sampled(tokens[1:], MODEL.vocabulary), reward=1.0)
+    return TrainBatch(0, (Group(0, Prompt("", "", (int(tokens[0]),)), (sample,)),))

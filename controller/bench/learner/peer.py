@@ -33,11 +33,10 @@ def trl_steps(
 ) -> list[float]:
     """Seconds of TRL's steps on the workload's batch, after one that is not timed."""
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    samples = workload.batch().samples
-    firsts = samples[:: workload.samples_per_group]
-    prompts = [tokenizer.decode(s.token_ids[: workload.num_prompt]) for s in firsts]
-    completions = [s.token_ids[workload.num_prompt :].tolist() for s in samples]
-    rewards = [s.reward for s in samples]
+    batch = workload.batch()
+    prompts = [tokenizer.decode(group.prompt.token_ids) for group in batch.groups]
+    completions = [sample.completion.token_ids.tolist() for sample in batch.samples]
+    rewards = [sample.reward for sample in batch.samples]
     times = StepTimes()
     with tempfile.TemporaryDirectory() as folder:
         trainer = ReplayingTrainer(
@@ -51,7 +50,7 @@ def trl_steps(
         )
         times.trainer = trainer
         trainer.train()
-    lengths = [len(s.token_ids) for s in samples]
+    lengths = [workload.num_prompt + sample.num_tokens for sample in batch.samples]
     for step in times.steps:
         assert step["real_tokens"] == sum(lengths), "the peer trained on something else"
     return [step["seconds"] for step in times.steps[1:]]

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
 from paceline.configs.schema.learner import LearnerConfig, OptimizerConfig
-from paceline.configs.vocabulary import TrainSample
 from paceline.controller.bench.harness.subprocesses import side_by_side
 from paceline.controller.bench.learner.batch import LearnerWorkload
+from paceline.learner.batch.sequences import TokenSequence, token_sequences
 from paceline.learner.objective.advantages import GroupRelative
 from paceline.learner.objective.losses.policy import Clip
 from paceline.learner.objective.objective import Objective
@@ -125,28 +126,37 @@ def plain_gradients(
     rewards = torch.tensor([s.reward for s in batch.samples]).view(-1, workload.samples_per_group)
     centred = rewards - rewards.mean(dim=1, keepdim=True)
     advantages = (centred / (rewards.std(dim=1, keepdim=True) + 1e-6)).flatten()
-    for start in range(0, len(batch.samples), microbatch_size):
+    sequences = token_sequences(batch.groups)
+    sampled = [torch.from_numpy(sample.completion.logprobs) for sample in batch.samples]
+    for start in range(0, len(sequences), microbatch_size):
         some = slice(start, start + microbatch_size)
-        samples = batch.samples[some]
-        loss = plain_loss(causal_lm, samples, advantages[some], batch.num_trained_tokens)
+        loss = plain_loss(
+            causal_lm, sequences[some], sampled[some], advantages[some], batch.num_trained_tokens
+        )
         torch.autograd.backward(loss)
 
 
 def plain_loss(
     causal_lm: torch.nn.Module,
-    samples: Sequence[TrainSample],
+    sequences: Sequence[TokenSequence],
+    sampled_logprobs: Sequence[Tensor],
     advantages: Tensor,
     num_trained: int,
 ) -> Tensor:
-    """The clipped policy loss of padded samples [B, L], from their whole logits [B, L, V]."""
+    """The clipped policy loss of padded sequences [B, L], from their whole logits [B, L, V];
+    ``sampled_logprobs`` are float32 [C] each."""
 
     def padded(arrays: Sequence[Tensor]) -> Tensor:
         return pad_sequence(list(arrays), batch_first=True)
 
-    tokens = padded([torch.from_numpy(s.token_ids).long() for s in samples])
-    attended = padded([torch.ones(len(s.token_ids), dtype=torch.int64) for s in samples])
-    trained = padded([torch.from_numpy(s.loss_mask) for s in samples])[:, 1:]
-    sampled = padded([torch.from_numpy(s.logprobs) for s in samples])[:, 1:]
+    def behind_prompts(values: Sequence[Tensor]) -> Tensor:
+        pairs = zip(sequences, values, strict=True)
+        return padded([pad(value, (s.num_prompt, 0)) for s, value in pairs])[:, 1:]
+
+    tokens = padded([torch.from_numpy(s.token_ids).long() for s in sequences])
+    attended = padded([torch.ones(len(s.token_ids), dtype=torch.int64) for s in sequences])
+    trained = behind_prompts([torch.ones(s.num_completion, dtype=torch.bool) for s in sequences])
+    sampled = behind_prompts(sampled_logprobs)
     logits = causal_lm(input_ids=tokens, attention_mask=attended, use_cache=False).logits[:, :-1]
     logprobs = logits.log_softmax(dim=-1).gather(2, tokens[:, 1:, None])[..., 0]
     ratio = (logprobs - sampled).exp()

@@ -7,7 +7,7 @@ import pytest
 from paceline.controller.bench import buffer
 from paceline.controller.bench.buffer import CPU, RATE, Life, measure
 
-GROUP_BYTES = 4 * 1390 * 9
+GROUP_BYTES = 4 * 1564 * 8
 
 
 @pytest.mark.parametrize("store", ["memory", "sqlite", "redis"])

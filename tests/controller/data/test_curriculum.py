@@ -19,14 +19,13 @@ from paceline.configs.errors import ConfigError
 from paceline.configs.load import load_config
 from paceline.configs.schema.data import CurriculumConfig, PromptFormat
 from paceline.configs.vocabulary import Prompt, Record, StepReport, WeightVersion
-from paceline.controller.data.curriculum import Curriculum, Estimate, Outcome, difficulty
+from paceline.controller.data.curriculum import Curriculum, Estimate, GroupOutcome, difficulty
 from paceline.controller.data.feed import PromptFeed, PromptSet
 from paceline.controller.data.rendering import PromptRenderer
 from paceline.controller.data.tokenizer import characters_tokenizer
-from paceline.controller.groups.assembly import Collector
+from paceline.controller.groups.assembly import Collector, SignalFilter
 from paceline.controller.groups.buffer import WorkBuffer
 from paceline.controller.groups.freshness import FreshnessBudget
-from paceline.controller.groups.signal_filter import SignalFilter
 from paceline.controller.ledger.journal import Journal
 from paceline.controller.ledger.memory import MemoryStore
 from paceline.controller.ledger.state import Batch, LedgerState
@@ -84,14 +83,14 @@ def tell(feed: PromptFeed, story: list[tuple[int, list[float]]]) -> list[tuple[i
     drawn = []
     for count, outcomes in story:
         now = draw(feed, count)
-        feed.observe(Outcome(prompt, r) for (_, prompt), r in zip(now, outcomes, strict=False))
+        feed.observe(GroupOutcome(prompt, r) for (_, prompt), r in zip(now, outcomes, strict=False))
         drawn += now
     return drawn
 
 
 def test_without_a_curriculum_the_feed_is_what_it_was() -> None:
     feed = make_feed()
-    assert feed.observe([Outcome(make_prompt(0), 1.0)]) == {}
+    assert feed.observe([GroupOutcome(make_prompt(0), 1.0)]) == {}
     expected = [i for i in range(2, 100) if i % NUM_ROWS >= 2]
     assert [position for position, _ in draw(feed, len(expected))] == expected
     assert feed.state().keys() == {"position", "kept_apart"}
@@ -142,7 +141,7 @@ def test_no_more_than_max_passed_prompts_are_passed_over_in_a_row(
 
 def test_where_all_is_mastered_every_so_many_th_is_sampled_still() -> None:
     feed = make_feed(keep_outside=0, max_passed=30)
-    feed.observe(Outcome(prompt, 1.0) for _, prompt in draw(make_feed(), NUM_ROWS - 2))
+    feed.observe(GroupOutcome(prompt, 1.0) for _, prompt in draw(make_feed(), NUM_ROWS - 2))
     start = feed.position
     positions = [position for position, _ in draw(feed, 9)]
     allowed = [i for i in range(start, positions[-1] + 1) if i % NUM_ROWS >= 2]
@@ -151,7 +150,7 @@ def test_where_all_is_mastered_every_so_many_th_is_sampled_still() -> None:
 
 def test_prompts_out_of_the_target_are_kept_with_the_probability_asked_for() -> None:
     feed = make_feed(keep_outside=0.2, max_passed=1000)
-    feed.observe(Outcome(prompt, 0.0) for _, prompt in draw(make_feed(), NUM_ROWS - 2))
+    feed.observe(GroupOutcome(prompt, 0.0) for _, prompt in draw(make_feed(), NUM_ROWS - 2))
     first = feed.position
     num_kept = 1000
     draw(feed, num_kept)
@@ -162,7 +161,9 @@ def test_prompts_out_of_the_target_are_kept_with_the_probability_asked_for() -> 
 def test_a_mastered_row_is_passed_over_in_the_next_epoch_and_a_hard_one_comes_again() -> None:
     feed = make_feed(keep_outside=0)
     epoch = draw(feed, NUM_ROWS - 2)
-    feed.observe(Outcome(prompt, 1.0 if int(prompt.id[4:]) < 12 else 0.5) for _, prompt in epoch)
+    feed.observe(
+        GroupOutcome(prompt, 1.0 if int(prompt.id[4:]) < 12 else 0.5) for _, prompt in epoch
+    )
     assert [prompt.id for _, prompt in draw(feed, 8)] == [f"row/{row}" for row in range(12, 20)]
 
 
@@ -191,32 +192,32 @@ def test_too_few_groups_are_no_knowledge() -> None:
     admitted = []
     for _ in range(4):
         admitted.append(curriculum.admits(0, make_prompt(0), 0))
-        curriculum.observe([Outcome(make_prompt(0), 0.0)])
+        curriculum.observe([GroupOutcome(make_prompt(0), 0.0)])
     assert admitted == [True, True, True, False]
 
 
 def test_both_ends_of_the_target_belong_to_it() -> None:
     curriculum = Curriculum(CurriculumConfig(target=(0.25, 0.75), keep_outside=0), seed=0)
     found = (0.2, 0.25, 0.75, 0.8)
-    curriculum.observe(Outcome(make_prompt(i), reward) for i, reward in enumerate(found))
+    curriculum.observe(GroupOutcome(make_prompt(i), reward) for i, reward in enumerate(found))
     assert [curriculum.admits(i, make_prompt(i), 0) for i in range(4)] == [False, True, True, False]
 
 
 def test_only_so_many_estimates_are_kept_and_the_oldest_observed_is_forgotten() -> None:
     curriculum = Curriculum(CurriculumConfig(max_keys=3), seed=0)
     for index in (0, 1, 2, 0, 3):
-        curriculum.observe([Outcome(make_prompt(index), 0.5)])
+        curriculum.observe([GroupOutcome(make_prompt(index), 0.5)])
     assert [key for key, *_ in curriculum.state()] == ["p2", "p0", "p3"]
     restored = Curriculum(CurriculumConfig(max_keys=3), seed=0)
     restored.restore(curriculum.state())
-    restored.observe([Outcome(make_prompt(4), 0.5)])
+    restored.observe([GroupOutcome(make_prompt(4), 0.5)])
     assert [key for key, *_ in restored.state()] == ["p0", "p3", "p4"]
 
 
 def test_metrics_tell_what_was_passed_over_and_what_hit_the_target() -> None:
     feed = make_feed(keep_outside=0)
     epoch = draw(feed, NUM_ROWS - 2)
-    outcomes = [Outcome(prompt, 1.0 if i < 9 else 0.5) for i, (_, prompt) in enumerate(epoch)]
+    outcomes = [GroupOutcome(prompt, 1.0 if i < 9 else 0.5) for i, (_, prompt) in enumerate(epoch)]
     first = feed.observe(outcomes)
     draw(feed, 9)
     second = feed.observe([])
@@ -263,7 +264,9 @@ def simulate(curriculum: dict, num_groups: int = 4000) -> tuple[float, float, fl
         outcomes = []
         for _, prompt in draw(feed, 16):
             chance = 1 / (1 + math.exp(2.0 * (2 * prompt.metadata["level"] - skill)))
-            outcomes.append(Outcome(prompt, sum(noise.random() < chance for _ in range(8)) / 8))
+            outcomes.append(
+                GroupOutcome(prompt, sum(noise.random() < chance for _ in range(8)) / 8)
+            )
         mixed = [0 < outcome.reward < 1 for outcome in outcomes]
         skill += 0.004 * sum(mixed)
         was_mixed += mixed
@@ -286,7 +289,9 @@ def test_the_levels_that_are_sampled_move_up_with_the_learner() -> None:
         for _ in range(20):
             now = [prompt for _, prompt in draw(feed, 10)]
             feed.observe(
-                Outcome(p, 0.5 if p.metadata["level"] == solved else p.metadata["level"] < solved)
+                GroupOutcome(
+                    p, 0.5 if p.metadata["level"] == solved else p.metadata["level"] < solved
+                )
                 for p in now
             )
         sampled.append(Counter(p.metadata["level"] for p in now).most_common(1)[0][0])
@@ -322,7 +327,7 @@ def test_outcomes_of_trained_and_dropped_groups_are_told_and_told_alike_after_a_
     third = (1 / 3, 1 / 3)
     batch, again = collect_and_recover([third, (0, 1), (0, 0), (1, 1), (0, 0.5)], faulty=2)
     expected = [(0, 1 / 3), (1, 0.5), (3, 1.0), (4, 0.25)]
-    assert batch.outcomes == tuple(Outcome(make_prompt(i), reward) for i, reward in expected)
+    assert batch.outcomes == tuple(GroupOutcome(make_prompt(i), reward) for i, reward in expected)
     assert again.outcomes == batch.outcomes
     assert again.dropped == batch.dropped == {"zero_signal": 2, "grader_error": 1}
 

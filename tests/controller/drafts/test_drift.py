@@ -68,9 +68,7 @@ def test_a_run_that_goes_on_knows_how_far_it_has_come() -> None:
 
 
 def batch_of(step: int, version: int) -> AssembledBatch:
-    return AssembledBatch(
-        TrainBatch(step, (0,), ()), (make_group(0, version=version),), (0,), Counter()
-    )
+    return AssembledBatch(TrainBatch(step, (make_group(0, version=version),)), (0,), Counter())
 
 
 def report(**metrics: float) -> StepReport:
@@ -96,9 +94,10 @@ def test_an_algorithm_that_does_not_say_how_far_it_went_is_named() -> None:
 
 def test_ages_are_those_of_tokens() -> None:
     group = make_group(0)
-    (trajectory, _) = group.trajectories
+    (sample, _) = group.samples
     spans = (VersionSpan(WeightVersion(2), 0, 3), VersionSpan(WeightVersion(4), 3, 4))
-    group = replace(group, trajectories=(replace(trajectory, versions=spans),))
+    completion = replace(sample.completion, versions=spans)
+    group = replace(group, samples=(replace(sample, completion=completion),))
     found = mean_square_age([group], WeightVersion(4))
     assert found == np.mean([2**2, 2**2, 2**2, 0])
     assert mean_square_age([], WeightVersion(4)) == 0

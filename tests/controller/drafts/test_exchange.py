@@ -286,8 +286,9 @@ def test_groups_of_the_ledger_are_recalled_unless_the_checkpoint_had_them():
         exchange.recall([both, later])
         found = exchange.sampled()
         assert [trace.version for trace in found] == [3, 3, 4, 4]
-        for trace, trajectory in zip(found, [*both.trajectories, *later.trajectories], strict=True):
-            assert [*trace.prompt_token_ids, *trace.token_ids] == trajectory.token_ids.tolist()
+        for trace, sample in zip(found, [*both.samples, *later.samples], strict=True):
+            whole = [*both.prompt.token_ids, *sample.completion.token_ids]
+            assert [*trace.prompt_token_ids, *trace.token_ids] == whole
 
     run_virtually(scenario())
 

@@ -113,11 +113,11 @@ def test_samples_carry_what_the_teacher_thinks_of_their_tokens():
 
     rollouts = Rollouts(sample, grade, str, SamplingParameters(), 2, seed=0, teach=teach)
     group = asyncio.run(rollouts(Work(4, make_prompt(4))))
-    assert [t.reward for t in group.trajectories] == [1.0, 0.0]
-    for trajectory in group.trajectories:
-        expected = np.where(trajectory.loss_mask, -0.5, 0.0)
-        np.testing.assert_array_equal(trajectory.teacher_logprobs, expected)
-    assert group.num_bytes > sum(9 * len(t.token_ids) for t in group.trajectories)
+    assert [sample.reward for sample in group.samples] == [1.0, 0.0]
+    for sample in group.samples:
+        expected = np.full(sample.num_tokens, -0.5)
+        np.testing.assert_array_equal(sample.teacher_logprobs, expected)
+    assert group.num_bytes == sum(12 * sample.num_tokens for sample in group.samples)
 
 
 def test_a_teacher_acknowledges_the_one_version_it_has():
@@ -145,7 +145,7 @@ def test_teacher_and_grader_look_at_samples_at_the_same_time():
         rollouts = Rollouts(sample, grade, str, SamplingParameters(), 1, seed=0, teach=teach)
         return await asyncio.wait_for(rollouts(Work(4, make_prompt(4))), 5)
 
-    assert asyncio.run(scenario()).trajectories[0].teacher_logprobs is not None
+    assert asyncio.run(scenario()).samples[0].teacher_logprobs is not None
 
 
 def test_unfinished_samples_are_not_shown_to_a_teacher():

@@ -277,7 +277,7 @@ def test_an_optimiser_step_makes_the_next_version_and_adds_to_the_report():
     async def scenario():
         ranks = await learner_ranks(1)
         phase = await ranks.begin(OptimizerConfig(), num_steps=50)
-        update = await phase.forward_backward(TrainBatch(7, (), ()), None)
+        update = await phase.forward_backward(TrainBatch(7, ()), None)
         stepped = await update.apply()
         await ranks.close()
         return stepped

@@ -1,13 +1,13 @@
 """Assembling batches: what is dropped, what is kept, and what each step uses up."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
-from paceline.controller.groups.assembly import Collector, NoSignalError
+from paceline.controller.groups.assembly import EVERYTHING, Collector, NoSignalError, SignalFilter
 from paceline.controller.groups.buffer import WorkBuffer
 from paceline.controller.groups.freshness import FreshnessBudget
-from paceline.controller.groups.signal_filter import EVERYTHING, SignalFilter
 from paceline.controller.ledger.journal import Journal
 from paceline.controller.ledger.memory import MemoryStore
 from tests.controller.builders import make_group, make_prompt
@@ -65,7 +65,7 @@ def test_a_faulty_group_is_dropped_whatever_its_rewards():
             await buffer.admit(lambda position=position: (position, make_prompt(position)))
             await buffer.claim()
         faulty = make_group(0, SIGNAL)
-        await buffer.finish(faulty.__class__(0, faulty.prompt, faulty.trajectories, "grader_error"))
+        await buffer.finish(replace(faulty, fault="grader_error"))
         await buffer.finish(make_group(1, SIGNAL))
         return await Collector(buffer, journal, SignalFilter(), 1).collect(0)
 
@@ -76,9 +76,9 @@ def test_a_faulty_group_is_dropped_whatever_its_rewards():
 
 def test_samples_arrive_with_reward_group_and_versions():
     (batch,), _ = collect([SIGNAL, SIGNAL[::-1]], groups_per_step=2, capacity=2)
-    assert [sample.group for sample in batch.batch.samples] == [0, 0, 1, 1]
+    assert [len(group.samples) for group in batch.groups] == [2, 2]
     assert [sample.reward for sample in batch.batch.samples] == [*SIGNAL, *SIGNAL[::-1]]
-    assert all(sample.versions[0].version == 0 for sample in batch.batch.samples)
+    assert all(sample.oldest_version == 0 for sample in batch.batch.samples)
 
 
 def test_demonstrations_are_all_trained():

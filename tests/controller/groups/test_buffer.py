@@ -42,7 +42,7 @@ def test_a_slot_is_held_until_it_is_released_not_until_the_group_is_taken():
         await buffer.finish(make_group(work.group_id))
         await buffer.take()
         assert await is_blocked(buffer.admit(draw))
-        await buffer.release((0,))
+        buffer.release((0,))
         assert (await buffer.admit(draw)).group_id == 2
         assert buffer.unreleased() == (1, 2)
 
@@ -66,7 +66,7 @@ def test_a_claim_that_is_given_back_is_claimed_again_first():
             await buffer.admit(draw)
         first = await buffer.claim()
         await buffer.claim()
-        await buffer.give_back(first)
+        buffer.give_back(first)
         assert (await buffer.claim()).group_id == first.group_id == 0
 
     asyncio.run(scenario())
@@ -139,7 +139,7 @@ def test_full_memory_stops_sampling_ahead_but_not_the_group_that_is_waited_for()
             await buffer.finish(make_group(work.group_id))
         assert buffer.num_bytes == 2 * GROUP_BYTES
         assert await is_blocked(buffer.claim())  # the first may yet bring as much: 3 of 3
-        await buffer.give_back(first)
+        buffer.give_back(first)
         assert (await buffer.claim()).group_id == 0  # without it nothing would ever be taken
         await buffer.finish(make_group(0))
         assert await is_blocked(buffer.claim())
@@ -169,11 +169,11 @@ def test_what_was_sampled_of_a_group_that_goes_back_is_there_for_the_next_claim(
         buffer, draw = WorkBuffer(FreshnessBudget(2, 1, 1)), feed()
         await buffer.admit(draw)
         partial = (make_completion(3), make_completion(4))
-        await buffer.give_back(await buffer.claim(), partial)
+        buffer.give_back(await buffer.claim(), partial)
         assert buffer.num_bytes == sum(each.num_bytes for each in partial)
         again = await buffer.claim()
         assert again.partial == partial
-        await buffer.give_back(again)  # its worker died: what there was before is still there
+        buffer.give_back(again)  # its worker died: what there was before is still there
         assert (await buffer.claim()).partial == partial
 
     asyncio.run(scenario())
@@ -190,11 +190,29 @@ def test_a_restored_buffer_samples_nothing_until_there_is_as_much_room_as_ever()
             journal.note(Kind.ADMITTED, group_id, detail)
         buffer.restore([Work(i, make_prompt(i)) for i, _ in admit], slots=(0, 1, 2))
         claim = asyncio.ensure_future(buffer.claim())
-        await buffer.release((0,))
+        buffer.release((0,))
         await asyncio.sleep(0)
         assert not claim.done()  # 4 of 3 slots
-        await buffer.release((1,))
+        buffer.release((1,))
         assert (await asyncio.wait_for(claim, 1)).group_id == 4
+
+    asyncio.run(scenario())
+
+
+def test_slots_are_in_training_from_the_learners_taking_them_to_their_release():
+    async def scenario():
+        buffer = WorkBuffer(FreshnessBudget(3, 1, 2))
+        buffer.restore([], slots=(0, 1, 2))
+        counts = [buffer.occupancy()["training"]]
+        buffer.begin_training((0, 1))
+        counts.append(buffer.occupancy()["training"])
+        buffer.release((2,))  # dropped
+        counts.append(buffer.occupancy()["training"])
+        buffer.release((0, 1))
+        counts.append(buffer.occupancy()["training"])
+        assert counts == [0, 2, 2, 0]
+        with pytest.raises(AssertionError, match="holds its slots"):
+            buffer.begin_training((0,))
 
     asyncio.run(scenario())
 
@@ -219,7 +237,7 @@ def test_closing_ends_every_wait():
         waits = [buffer.admit(feed()), buffer.claim(), buffer.take()]
         tasks = [asyncio.ensure_future(wait) for wait in waits]
         await asyncio.sleep(0)
-        await buffer.close()
+        buffer.close()
         assert await asyncio.wait_for(asyncio.gather(*tasks), 1) == [None, None, None]
 
     asyncio.run(scenario())
@@ -242,7 +260,7 @@ def test_any_interleaving_keeps_the_bound_and_loses_nothing(groups, window, acti
             elif action == "c" and occupancy[State.WAITING.value]:
                 claimed.append(await buffer.claim())
             elif action == "g" and claimed:
-                await buffer.give_back(claimed.pop())
+                buffer.give_back(claimed.pop())
             elif action == "f" and claimed:
                 await buffer.finish(make_group(claimed.pop(0).group_id))
             elif action == "t" and occupancy[State.FINISHED.value]:
@@ -250,7 +268,7 @@ def test_any_interleaving_keeps_the_bound_and_loses_nothing(groups, window, acti
                     held.append((await asyncio.wait_for(buffer.take(), 0.001)).group_id)
                     untaken -= 1
             elif action == "r" and held:
-                await buffer.release((held.pop(),))
+                buffer.release((held.pop(),))
             occupancy = buffer.occupancy()
             assert occupancy["slots"] <= budget.capacity
             assert occupancy["slots"] == untaken + len(held)

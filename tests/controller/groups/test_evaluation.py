@@ -49,10 +49,10 @@ def evaluator(engine):
 
 def test_every_prompt_is_sampled_to_its_end_though_weights_change_and_workers_die():
     engine = Engine()
-    trajectories = asyncio.run(evaluator(engine).greedy([make_prompt(i) for i in range(7)]))
+    samples = asyncio.run(evaluator(engine).greedy([make_prompt(i) for i in range(7)]))
     assert engine.calls > 21
-    assert [trajectory.num_completion_tokens for trajectory in trajectories] == [3] * 7
-    assert accuracy(trajectories) == 3.0
+    assert [sample.num_tokens for sample in samples] == [3] * 7
+    assert accuracy(samples) == 3.0
     assert len({request.request_id for request in engine.requests}) == engine.calls
 
 

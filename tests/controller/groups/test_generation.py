@@ -63,10 +63,10 @@ def group_of(part, group_id=5):
 def test_a_group_holds_what_was_sampled_graded_and_by_which_version():
     group = group_of(rollouts(Engine()))
     assert (group.group_id, group.prompt, group.fault) == (5, make_prompt(5), None)
-    assert [trajectory.text for trajectory in group.trajectories] == ["0-1-2-3"] * 2
+    assert [sample.text for sample in group.samples] == ["0-1-2-3"] * 2
     assert group.rewards.tolist() == [1.0, 1.0]
     assert group.oldest_version == 3
-    assert group.trajectories[0].loss_mask.tolist() == [False] * 3 + [True] * 4
+    assert group.samples[0].completion.token_ids.tolist() == [0, 1, 2, 3]
 
 
 def test_a_sample_that_was_cut_off_gets_no_reward():
@@ -189,18 +189,17 @@ def demonstration(text, *token_ids):
 
 def test_a_demonstration_is_trained_on_but_was_sampled_by_nobody():
     part = Demonstrations(lambda prompt: (demonstration("ab", 7, 8, 1),))
-    (trajectory,) = group_of(part).trajectories
-    assert trajectory.token_ids.tolist() == [1, 2, 3, 7, 8, 1]
-    assert trajectory.loss_mask.tolist() == [False] * 3 + [True] * 3
-    assert trajectory.oldest_version is None
-    assert trajectory.finish_reason == "stop"
-    assert (trajectory.reward, trajectory.text) == (1.0, "ab")
-    assert not trajectory.logprobs.any()
+    (sample,) = group_of(part).samples
+    assert sample.completion.token_ids.tolist() == [7, 8, 1]
+    assert sample.oldest_version is None
+    assert sample.completion.finish_reason == "stop"
+    assert (sample.reward, sample.text) == (1.0, "ab")
+    assert not sample.completion.logprobs.any()
 
 
 def test_of_a_pair_the_first_is_the_better_one():
     pair = demonstration("a", 7, 1), demonstration("bb", 8, 8, 1)
     part = Demonstrations(lambda prompt: pair)
-    chosen, rejected = group_of(part).trajectories
+    chosen, rejected = group_of(part).samples
     assert (chosen.reward, rejected.reward) == (1.0, 0.0)
-    assert rejected.token_ids.tolist() == [1, 2, 3, 8, 8, 1]
+    assert rejected.completion.token_ids.tolist() == [8, 8, 1]

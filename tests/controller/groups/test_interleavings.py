@@ -103,7 +103,7 @@ class Interleavings(RuleBasedStateMachine):
         """A worker dies, or a turn ends with part of the group sampled."""
         work, version = self.claimed.pop(data.draw(st.integers(0, len(self.claimed) - 1)))
         oldest = min([version, *(c.versions[0].version for c in work.partial)])
-        now(self.buffer.give_back(work, (make_completion(oldest),) if partial else None))
+        self.buffer.give_back(work, (make_completion(oldest),) if partial else None)
 
     @precondition(lambda self: self.claimed)
     @rule(limit=st.integers(0, 100))
@@ -120,7 +120,7 @@ class Interleavings(RuleBasedStateMachine):
         del self.passed[group.group_id]
         if dropped:
             self.journal.note(Kind.SET_ASIDE, group.group_id, {"reason": "zero_signal"})
-            now(self.buffer.release((group.group_id,)))
+            self.buffer.release((group.group_id,))
             return
         for other in self.passed:
             if other < group.group_id:
@@ -141,7 +141,7 @@ class Interleavings(RuleBasedStateMachine):
     @rule()
     def serve(self):
         self.served += 1
-        now(self.buffer.release(self.steps.pop(0)))
+        self.buffer.release(self.steps.pop(0))
 
     # what must hold
 

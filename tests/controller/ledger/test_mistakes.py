@@ -52,10 +52,11 @@ def read(path):
         store.close()
 
 
-def test_a_file_of_a_newer_schema_is_refused_and_left_as_it_is(path):
-    change(path, f"PRAGMA user_version = {SCHEMA + 1}")
+@pytest.mark.parametrize(("schema", "writer"), [(SCHEMA + 1, "newer"), (SCHEMA - 1, "older")])
+def test_a_file_of_another_schema_is_refused_and_left_as_it_is(path, schema, writer):
+    change(path, f"PRAGMA user_version = {schema}")
     before = path.read_bytes()
-    refused(f"has schema {SCHEMA + 1}.*newer version", SQLiteStore, path)
+    refused(f"has schema {schema}.*{writer} version", SQLiteStore, path)
     assert path.read_bytes() == before
 
 
@@ -211,13 +212,14 @@ def test_a_redis_that_forgets_is_refused(own_redis, settings, complaint):
     refused(complaint, RedisStore, own_redis(*settings).url, "run")
 
 
-def test_a_redis_ledger_of_a_newer_schema_is_refused_and_left_as_it_is(shared_redis):
+@pytest.mark.parametrize(("schema", "name"), [(SCHEMA + 1, "newer"), (SCHEMA - 1, "older")])
+def test_a_redis_ledger_of_another_schema_is_refused_and_left_as_it_is(shared_redis, schema, name):
     client = shared_redis.client()
-    RedisStore(shared_redis.url, "newer").append(life_of(0))
-    client.set("paceline:newer:schema", SCHEMA + 1)
-    before = client.dump("paceline:newer:journal")
-    refused(f"has schema {SCHEMA + 1}", RedisStore, shared_redis.url, "newer")
-    assert client.dump("paceline:newer:journal") == before
+    RedisStore(shared_redis.url, name).append(life_of(0))
+    client.set(f"paceline:{name}:schema", schema)
+    before = client.dump(f"paceline:{name}:journal")
+    refused(f"has schema {schema}.*{name} version", RedisStore, shared_redis.url, name)
+    assert client.dump(f"paceline:{name}:journal") == before
 
 
 @pytest.mark.parametrize("field", ["events", "samples"])

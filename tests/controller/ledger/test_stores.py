@@ -42,8 +42,8 @@ def test_what_was_appended_is_read_back_in_order_after_any_reopening(fresh_store
     for group_id in expected:
         group = store.group(group_id, make_prompt(group_id))
         assert group.group_id == group_id
-        assert group.trajectories[0].token_ids.tolist() == (
-            make_group(group_id).trajectories[0].token_ids.tolist()
+        assert group.samples[0].completion.token_ids.tolist() == (
+            make_group(group_id).samples[0].completion.token_ids.tolist()
         )
 
 
@@ -97,7 +97,7 @@ def test_finished_groups_can_be_read_by_others_in_a_consumer_group_of_their_own(
     for group_id, (_, fields) in zip((1, 2), entries, strict=True):
         assert int(fields[b"group"]) == group_id
         again = decode_group(fields[b"content"], make_prompt(group_id), group_id)
-        assert again.trajectories[0].text == make_group(group_id).trajectories[0].text
+        assert again.samples[0].text == make_group(group_id).samples[0].text
     store.forget([1])
     assert store.group_ids() == {2}
 

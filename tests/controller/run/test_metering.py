@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from paceline.configs.vocabulary import StepReport, TrainBatch, WeightVersion
+from paceline.configs.vocabulary import Sample, StepReport, TrainBatch, WeightVersion
 from paceline.controller.groups.assembly import AssembledBatch
 from paceline.controller.groups.buffer import WorkBuffer
 from paceline.controller.groups.freshness import freshness_budget
 from paceline.controller.parts import StepView
 from paceline.controller.run.metering import RunTotals, StepMeter, sample_records
-from tests.controller.builders import make_group
+from tests.controller.builders import make_completion, make_group
 
 LENGTH = 4  # tokens of a completion that `builders` makes
 PROMPT = 3
@@ -20,7 +20,7 @@ PROMPT = 3
 
 def batch_of(*groups, step=0, dropped=()):
     ids = tuple(group.group_id for group in groups)
-    return AssembledBatch(TrainBatch(step, ids, ()), groups, ids, Counter(dropped))
+    return AssembledBatch(TrainBatch(step, groups), ids, Counter(dropped))
 
 
 def report(num_trained=0, num_tokens=100, num_padding=0, **metrics):
@@ -79,9 +79,8 @@ def test_a_step_record_holds_rewards_lengths_and_ages_of_its_batch():
 
 @pytest.mark.parametrize("phase", ["warm_start", "train"])
 def test_demonstrations_have_neither_rewards_nor_ages(phase):
-    demonstration = replace(
-        make_group(0), trajectories=(replace(make_group(0).trajectories[0], versions=()),)
-    )
+    completion = replace(make_completion(0), versions=())
+    demonstration = replace(make_group(0), samples=(Sample(completion),))
     record = measure(StepMeter(phase, 0.0), batch_of(demonstration))
     assert (record.reward, record.reward_std) == (None, None)
     assert (record.age_mean, record.age_max) == (None, None)

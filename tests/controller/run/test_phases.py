@@ -22,8 +22,8 @@ STEPS = 6
 
 def view(finished):
     group = make_group(finished)
-    batch = TrainBatch(finished - 1, (group.group_id,), ())
-    assembled = AssembledBatch(batch, (group,), (group.group_id,), Counter())
+    batch = TrainBatch(finished - 1, (group,))
+    assembled = AssembledBatch(batch, (group.group_id,), Counter())
     report = StepReport(WeightVersion(finished), 10, 4, 0, 0.1, {"loss": 1.0})
     return StepView(assembled, report, {"train": 0.1}, {}, 0, is_last=finished == STEPS)
 

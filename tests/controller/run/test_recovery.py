@@ -21,11 +21,10 @@ from hypothesis import strategies as st
 
 from paceline.configs.errors import ConfigError
 from paceline.configs.load import load_config
-from paceline.controller.groups.assembly import Collector
+from paceline.controller.groups.assembly import Collector, SignalFilter
 from paceline.controller.groups.buffer import WorkBuffer
 from paceline.controller.groups.freshness import freshness_budget
 from paceline.controller.groups.pacing import Pacer
-from paceline.controller.groups.signal_filter import SignalFilter
 from paceline.controller.ledger.events import LedgerError
 from paceline.controller.ledger.journal import Journal
 from paceline.controller.ledger.memory import MemoryStore
@@ -69,8 +68,8 @@ class Lineage(World):
         assert work.group_id not in self.finished, f"group {work.group_id} was sampled again"
         version = self.served_version
         group = await super().generate(work)
-        marked = (replace(t, text=str(self.weights[version])) for t in group.trajectories)
-        return replace(group, trajectories=tuple(marked))
+        marked = (replace(s, text=str(self.weights[version])) for s in group.samples)
+        return replace(group, samples=tuple(marked))
 
     async def apply(self, batch):
         report = await super().apply(batch)
@@ -84,10 +83,10 @@ class Lineage(World):
 
     async def after_step(self, step):
         batch = step.batch
-        self.lineage[batch.batch.step] = batch
+        self.lineage[batch.step] = batch
         assert batch.max_age <= self.max_age
         for group in batch.groups:
-            assert group.trajectories[0].text == str(self.weights[group.oldest_version])
+            assert group.samples[0].text == str(self.weights[group.oldest_version])
         await super().after_step(step)
         return step.finished % CHECKPOINT_EVERY == 0
 

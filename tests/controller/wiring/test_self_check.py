@@ -2,7 +2,6 @@
 
 import asyncio
 
-import numpy as np
 import pytest
 
 from paceline.controller.wiring.self_check import check_greedy_tokens
@@ -23,10 +22,10 @@ class FakePool:
 class FakeLearner:
     def __init__(self, mismatches=0):
         self.mismatches = mismatches
-        self.sequences = None
+        self.groups = None
 
-    async def greedy_mismatches(self, sequences, tolerance):
-        self.sequences = sequences
+    async def greedy_mismatches(self, groups, tolerance):
+        self.groups = groups
         return self.mismatches
 
 
@@ -48,10 +47,10 @@ def test_greedy_completions_of_every_worker_are_shown_to_the_learner():
     pool, learner = FakePool(num_workers=3), FakeLearner()
     assert check(pool, learner) == 2 * 3 * 5
     assert [request.sampling.temperature for request in pool.requests] == [0.0, 0.0]
-    assert len(learner.sequences) == 6
-    for tokens, length, experts in learner.sequences:
-        assert (length, experts) == (3, None)
-        assert tokens.tolist() == [1, 2, 3, *np.arange(5)]
+    assert len(learner.groups) == 6
+    for group in learner.groups:
+        assert group.prompt.token_ids == (1, 2, 3)
+        assert [sample.completion.token_ids.tolist() for sample in group.samples] == [[*range(5)]]
 
 
 def test_one_token_that_is_not_the_learners_ends_the_run():
@@ -62,4 +61,4 @@ def test_one_token_that_is_not_the_learners_ends_the_run():
 def test_where_every_worker_died_over_it_nothing_was_checked():
     learner = FakeLearner()
     assert check(FakePool(num_workers=0), learner) == 0
-    assert learner.sequences is None
+    assert learner.groups is None

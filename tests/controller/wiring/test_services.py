@@ -39,14 +39,14 @@ def first_group(recipe: str, *overrides: str) -> Group:
 
 def test_supervised_training_is_fed_with_the_gold_completion():
     group = first_group("sft")
-    (trajectory,) = group.trajectories
-    assert trajectory.text == group.prompt.reference
-    assert trajectory.reward == 1.0
+    (sample,) = group.samples
+    assert sample.text == group.prompt.reference
+    assert sample.reward == 1.0
 
 
 def test_preferences_are_fed_with_the_better_completion_and_then_the_worse():
     group = first_group("dpo")
-    chosen, rejected = group.trajectories
+    chosen, rejected = group.samples
     assert chosen.text == group.prompt.reference != rejected.text
     assert group.rewards.tolist() == [1.0, 0.0]
 
@@ -58,7 +58,7 @@ def test_a_file_of_pairs_is_enough(tmp_path):
     source = f"data.source={{type: dataset, path: '{path}', answer_field: chosen}}"
     group = first_group("dpo", source)
     number = int(group.prompt.text.partition("+")[0])
-    assert [t.text for t in group.trajectories] == [str(number + 1), str(number)]
+    assert [sample.text for sample in group.samples] == [str(number + 1), str(number)]
     assert group.prompt.reference == str(number + 1)
 
 

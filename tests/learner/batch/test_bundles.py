@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,21 +9,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paceline.learner.batch.bundles import Bundle, Span, bundle_samples, span_of
+from paceline.configs.vocabulary import TrainBatch
+from paceline.learner.batch.bundles import Bundle, bundle_samples
 from paceline.learner.batch.microbatch import build_microbatch
-from tests.learner.conftest import continue_prompt, random_batch, random_sample
+from paceline.learner.batch.sequences import token_sequences
+from tests.learner.conftest import (
+    random_batch,
+    random_group,
+    sequences_of,
+    with_completion,
+    with_samples,
+)
 
 CPU = torch.device("cpu")
 
 
 def group(prompt_length, completion_lengths, seed=0):
     generator = np.random.default_rng(seed)
-    prompt = generator.integers(0, 40, prompt_length)
-    return [continue_prompt(generator, prompt, length) for length in completion_lengths]
+    return token_sequences([random_group(generator, prompt_length, *completion_lengths)])
 
 
 batches = st.builds(
-    lambda seed, num_samples: random_batch(seed, num_samples).samples,
+    lambda seed, num_samples: sequences_of(random_batch(seed, num_samples)),
     st.integers(0, 1000),
     st.integers(1, 40),
 )
@@ -41,7 +47,7 @@ def test_every_sample_is_in_one_bundle_with_siblings_only_and_within_capacity(
         assert (bundle.prefix > 0) == (len(bundle.samples) > 1)
         first = samples[bundle.samples[0]]
         for index, own in zip(bundle.samples, bundle.own_lengths, strict=True):
-            assert span_of(samples[index]).length == bundle.prefix + own
+            assert samples[index].num_read == bundle.prefix + own
             shared = samples[index].token_ids[: bundle.prefix]
             assert np.array_equal(shared, first.token_ids[: bundle.prefix])
 
@@ -65,12 +71,12 @@ def test_each_trained_token_is_predicted_from_exactly_its_own_past(samples, capa
     seen = pasts(microbatch.row)
     predictors = iter(microbatch.row.predictors.tolist())
     for index in microbatch.samples:
-        for position in np.flatnonzero(samples[index].loss_mask):
+        for position in range(samples[index].num_prompt, len(samples[index].token_ids)):
             place = next(predictors)
             before = samples[index].token_ids[:position].tolist()
             assert all(past == before for past in seen[place])
             assert microbatch.row.positions[0, place] == position - 1
-    targets = [samples[i].token_ids[samples[i].loss_mask] for i in microbatch.samples]
+    targets = [samples[i].token_ids[samples[i].num_prompt :] for i in microbatch.samples]
     assert microbatch.row.targets.tolist() == np.concatenate(targets).tolist()
 
 
@@ -86,22 +92,33 @@ def test_a_group_is_laid_out_with_its_prompt_once():
 
 def test_a_sample_alone_shares_nothing():
     generator = np.random.default_rng(0)
-    samples = [random_sample(generator, 4, 3), random_sample(generator, 4, 3)]
+    samples = token_sequences([random_group(generator, 4, 3), random_group(generator, 4, 3)])
     assert bundle_samples(samples, 100) == [Bundle(0, (0,), (6,)), Bundle(0, (1,), (6,))]
 
 
-def test_equal_prompts_are_shared_only_up_to_the_first_trained_token():
-    one, other = group(6, [4, 4])
-    earlier = replace(other, loss_mask=np.arange(10) >= 3)
-    assert len(bundle_samples([one, earlier], 100)) == 2
+def test_groups_of_one_prompt_share_it_too():
+    """As where a data set is so small that it comes again within a batch."""
+    one = random_group(np.random.default_rng(0), 6, 4, 2)
+    samples = token_sequences([one, random_group(np.random.default_rng(1), 6, 4), one])
+    bundles = bundle_samples(samples, 100)
+    assert [bundle.samples for bundle in bundles] == [(0, 1, 3, 4), (2,)]
 
 
-def test_a_span_ends_before_the_last_trained_token_and_is_empty_without_any():
-    [sample] = group(4, [6])
-    middle = replace(sample, loss_mask=np.isin(np.arange(10), [5, 7]))
-    assert span_of(sample) == Span(4, 9)
-    assert span_of(middle) == Span(5, 7)
-    assert span_of(replace(sample, loss_mask=np.zeros(10, dtype=bool))) == Span(0, 0)
+def test_siblings_whose_prompts_went_to_other_experts_share_none():
+    batch = TrainBatch(0, (random_group(np.random.default_rng(0), 6, 4, 4, 4),))
+    routing = [np.full((10, 2, 1), expert, np.int16) for expert in (0, 1, 0)]
+    routing[2][6:] = 3  # the completions' are their own
+    pairs = zip(batch.samples, routing, strict=True)
+    routed = with_samples(batch, [with_completion(s, routed_experts=r) for s, r in pairs])
+    bundles = bundle_samples(sequences_of(routed), 100)
+    assert [bundle.samples for bundle in bundles] == [(0, 2), (1,)]
+
+
+def test_a_model_reads_all_but_the_last_token_and_nothing_without_a_completion():
+    one, none = group(4, [6, 0])
+    assert (one.num_prompt, one.num_completion, one.num_read) == (4, 6, 9)
+    assert (none.num_completion, none.num_read) == (0, 0)
+    assert bundle_samples([none, one], 100) == [Bundle(0, (1,), (9,))]
 
 
 def test_short_completions_of_a_long_prompt_stay_within_memory():
@@ -113,7 +130,7 @@ def test_short_completions_of_a_long_prompt_stay_within_memory():
 
 def test_bundles_stay_small_enough_to_balance_ranks():
     samples = group(4, [10] * 64)
-    whole = sum(span_of(sample).length for sample in samples)
+    whole = sum(sample.num_read for sample in samples)
     assert len(bundle_samples(samples, 10_000, num_ranks=1)) == 1
     for bundle in bundle_samples(samples, 10_000, num_ranks=4):
         assert bundle.num_tokens <= whole / 16

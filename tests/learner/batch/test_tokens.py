@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 
 from paceline.configs.errors import BatchError, NonFiniteError
-from paceline.configs.vocabulary import TrainBatch, VersionSpan
+from paceline.configs.vocabulary import Group, Prompt, TrainBatch, VersionSpan
 from paceline.learner.batch.tokens import batch_tokens
-from tests.learner.conftest import random_batch, random_sample
+from tests.learner.conftest import group_of, random_batch, random_sample, with_completion
 
 GENERATOR = np.random.default_rng(0)
 SAMPLE = random_sample(GENERATOR, 2, 4)
 
 
-def batch_of(*samples, group_ids=(7,), step=5):
-    return TrainBatch(step, group_ids, samples)
+def batch_of(*groups, step=5):
+    """Groups 7, 8 and so on, of these samples."""
+    prompt = Prompt("", "", (3, 4))
+    return TrainBatch(step, tuple(Group(7 + i, prompt, group) for i, group in enumerate(groups)))
 
 
 def test_tokens_lie_sample_after_sample():
@@ -25,52 +27,59 @@ def test_tokens_lie_sample_after_sample():
     tokens = batch_tokens(batch)
     for index, sample in enumerate(batch.samples):
         inside = slice(tokens.starts[index], tokens.starts[index] + tokens.lengths[index])
-        np.testing.assert_array_equal(
-            tokens.behaviour_logprobs[inside], sample.logprobs[sample.loss_mask]
-        )
-        assert tokens.sums(np.ones(len(tokens.ages)))[index] == sample.loss_mask.sum()
+        np.testing.assert_array_equal(tokens.behaviour_logprobs[inside], sample.completion.logprobs)
+        assert tokens.sums(np.ones(len(tokens.ages)))[index] == sample.num_tokens
+    groups = [index for index, group in enumerate(batch.groups) for _ in group.samples]
+    assert tokens.groups.tolist() == groups
+    assert tokens.name_of(groups.index(1)) == "sample 0 of group 1"
     assert tokens.teacher_logprobs is None
 
 
-def test_ages_count_from_the_first_trained_token_over_what_lies_between():
+def test_ages_are_of_the_version_that_sampled_each_token():
     spans = (VersionSpan(3, 0, 2), VersionSpan(4, 2, 4))
-    assert batch_tokens(batch_of(replace(SAMPLE, versions=spans))).ages.tolist() == [2, 2, 1, 1]
-    mask = SAMPLE.loss_mask.copy()
-    mask[3] = False  # what the environment said
-    scattered = replace(SAMPLE, versions=spans, loss_mask=mask)
-    assert batch_tokens(batch_of(scattered)).ages.tolist() == [2, 1, 1]
-    assert batch_tokens(batch_of(SAMPLE)).ages.tolist() == [0, 0, 0, 0]
+    sampled = with_completion(SAMPLE, versions=spans)
+    assert batch_tokens(batch_of((sampled,))).ages.tolist() == [2, 2, 1, 1]
+    assert batch_tokens(batch_of((SAMPLE,))).ages.tolist() == [0, 0, 0, 0]
+
+
+EMPTY = random_sample(GENERATOR, 2, 0)
 
 
 @pytest.mark.parametrize(
     ("batch", "error", "said"),
     [
-        (batch_of(group_ids=()), BatchError, "step 5 has no samples"),
-        (batch_of(SAMPLE, group_ids=(7, 8)), BatchError, "step 5: group 8 has no samples"),
+        (batch_of(), BatchError, "step 5 has no samples"),
+        (batch_of((SAMPLE,), ()), BatchError, "step 5: group 8 has no samples"),
         (
-            batch_of(SAMPLE, replace(SAMPLE, loss_mask=np.zeros(6, dtype=bool))),
+            batch_of((SAMPLE, EMPTY)),
             BatchError,
             "step 5: sample 1 of group 7 has no trained token",
         ),
+        (TrainBatch(5, (group_of((), [SAMPLE], 7),)), BatchError, "group 7 has an empty prompt"),
         (
-            batch_of(replace(SAMPLE, loss_mask=np.ones(6, dtype=bool))),
+            batch_of((with_completion(SAMPLE, logprobs=np.zeros(3, np.float32)),)),
             BatchError,
-            "sample 0 of group 7 trains its first token",
+            r"sample 0 of group 7 has arrays of lengths \[4, 3\]",
         ),
         (
-            batch_of(replace(SAMPLE, logprobs=SAMPLE.logprobs[:-1])),
+            batch_of((replace(SAMPLE, teacher_logprobs=np.zeros(6, np.float32)),)),
             BatchError,
-            r"sample 0 of group 7 has arrays of lengths \[6, 6, 5\]",
+            r"sample 0 of group 7 has arrays of lengths \[4, 4, 6\]",
         ),
         (
-            batch_of(replace(SAMPLE, reward=float("nan"))),
+            batch_of((with_completion(SAMPLE, routed_experts=np.zeros((4, 2, 1), np.int16)),)),
+            BatchError,
+            r"sample 0 of group 7 has arrays of lengths \[4, 4, 2\]",
+        ),
+        (
+            batch_of((replace(SAMPLE, reward=float("nan")),)),
             NonFiniteError,
             "sample 0 of group 7 has reward nan",
         ),
         (
-            batch_of(replace(SAMPLE, logprobs=np.full(6, -np.inf, dtype=np.float32))),
+            batch_of((with_completion(SAMPLE, logprobs=np.array([-1, -1, -np.inf, -1])),)),
             NonFiniteError,
-            "sample 0 of group 7 has log-probability -inf at token 2",
+            "sample 0 of group 7 has log-probability -inf at token 2 of its completion",
         ),
     ],
 )

@@ -53,7 +53,6 @@ FIRST, SECOND = random_batch(num_samples=15, temperature=0.9), random_batch(seed
 STEPS = [random_batch(seed=seed) for seed in range(4)]
 SAVED = 2
 """Steps before the checkpoint."""
-SEQUENCES = [(s.token_ids, int(s.loss_mask.argmax())) for s in random_batch().samples]
 
 
 def bad_batches():
@@ -81,7 +80,7 @@ def go_through_a_run(worker, folder, other_folder):
     """What every law asks of a rank; ``other_folder`` holds a checkpoint of other ranks."""
     return {
         **added_gradients(worker),
-        "logprobs": worker.logprobs(FIRST.samples, FIRST.temperature),
+        "logprobs": worker.logprobs(FIRST.groups, FIRST.temperature),
         "bad_numbers": [ranks.failing_step(worker, batch) for batch in bad_batches()],
         **refused_step(worker),
         "between": ranks.logprobs_between_steps(worker, STEPS[0]),
@@ -124,7 +123,7 @@ def trained_and_saved(worker, folder):
     """The steps after the first, in the middle of which everything leaves the ranks."""
     reports, weights = ranks.train(worker, STEPS[1:SAVED], start=1)
     found = {
-        "mismatches": worker.greedy_mismatches(SEQUENCES, 1e-4),
+        "mismatches": worker.greedy_mismatches(random_batch().groups, 1e-4),
         "handle": worker.publish(SAVED),
         "pieces": [(shard.name, shard.index) for shard in worker._models.policy.shards()],
     }

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from paceline.configs.schema.learner import OptimizerConfig
 from paceline.learner.checkpoints.shards import boxes
 from paceline.weights_sync.shared_memory import read_weights
 from tests.learner import ranks
-from tests.learner.conftest import REPOSITORY, random_batch
+from tests.learner.conftest import REPOSITORY, random_batch, with_logprobs
 from tests.learner.engines.comparisons import assert_same_metrics, relative_error
 from tests.learner.engines.layouts import FIRST, STEPS, Run, refused_step, zero
 from tests.learner.test_worker import assert_same
@@ -51,15 +50,14 @@ def use_everything(worker, batch, folder):
     """What `test_worker.py` asks of a worker, on one."""
     with pytest.raises(AssertionError, match="needs a forward_backward"):
         worker.optimizer_step(ranks.OPTIMIZER, 0, 10)
-    own = worker.logprobs(batch.samples)
-    samples = zip(batch.samples, own, strict=True)
-    fresh = replace(batch, samples=tuple(replace(s, logprobs=found) for s, found in samples))
+    own = worker.logprobs(batch.groups)
+    fresh = with_logprobs(batch, own)
     first = worker.forward_backward(fresh, ranks.LOSS).metrics
     worker._drop_gradients()
     ranks.train(worker, [fresh] * 3)
-    after = worker.logprobs(batch.samples)
+    after = worker.logprobs(batch.groups)
     gain = sum(
-        sample.reward * float((new - old)[sample.loss_mask].sum())
+        sample.reward * float((new - old).sum())
         for sample, new, old in zip(batch.samples, after, own, strict=True)
     )
     handle = worker.publish(3)

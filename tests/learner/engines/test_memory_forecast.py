@@ -25,7 +25,7 @@ from paceline.controller.bench.harness.resident_memory import (
 from paceline.kernels import token_logprobs
 from paceline.learner.model.model import write_initial_model
 from tests.learner import ranks
-from tests.learner.conftest import random_sample, rank_process
+from tests.learner.conftest import random_group, rank_process
 
 VOCABULARY = 8192
 ARCHITECTURE = {
@@ -82,8 +82,8 @@ def full_rows(num_rows, num_tokens):
     generator = np.random.default_rng(0)
     length = num_tokens // SAMPLES_PER_ROW
     # the last token of a sequence is not read
-    samples = [random_sample(generator, 16, length - 15) for _ in range(num_rows * SAMPLES_PER_ROW)]
-    return TrainBatch(0, (0,), tuple(samples))
+    groups = [random_group(generator, 16, length - 15) for _ in range(num_rows * SAMPLES_PER_ROW)]
+    return TrainBatch(0, tuple(groups))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,13 @@ from paceline.learner.engines.parallel import stages
 from paceline.learner.engines.parallel.stages import StageModel
 from paceline.learner.model.model import load_policy, write_initial_model
 from tests.learner import ranks
-from tests.learner.conftest import VOCAB_SIZE, model_config, random_batch, random_sample
+from tests.learner.conftest import (
+    VOCAB_SIZE,
+    model_config,
+    random_batch,
+    random_group,
+    sequences_of,
+)
 from tests.learner.engines.comparisons import assert_same_gradients, relative_error
 from tests.learner.engines.layouts import LAYOUTS, Layout
 
@@ -41,7 +47,7 @@ def step_with_a_bad_gradient(worker, batch, stage):
 
 def look_and_run_out_of_memory(worker, batch):
     """On the last microbatch: before it, other stages would wait to be heard."""
-    microbatches = worker._models.share(batch.samples).microbatches
+    microbatches = worker._models.share(sequences_of(batch)).microbatches
     left = iter(microbatches)
 
     def head(hidden, weight, targets):
@@ -58,24 +64,24 @@ def look_and_run_out_of_memory(worker, batch):
 
 def few_samples(num_samples):
     generator = np.random.default_rng(0)
-    return tuple(random_sample(generator, 10, 40) for _ in range(num_samples))
+    return tuple(random_group(generator, 10, 40) for _ in range(num_samples))
 
 
 def microbatches_of_one(num_samples):
     """Samples that take more than half a row each."""
     generator = np.random.default_rng(0)
     lengths = generator.integers(25, 50, num_samples)
-    return tuple(random_sample(generator, 10, int(length)) for length in lengths)
+    return tuple(random_group(generator, 10, int(length)) for length in lengths)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
-@pytest.mark.parametrize("samples", [few_samples(1), few_samples(3), microbatches_of_one(37)])
+@pytest.mark.parametrize("groups", [few_samples(1), few_samples(3), microbatches_of_one(37)])
 def test_stages_without_work_keep_step_and_much_work_goes_through_in_rounds(
-    on_layout, name, samples
+    on_layout, name, groups
 ):
     """Fewer samples than a pipeline has ranks, some more than one round of them, and many."""
-    layout, batch = LAYOUTS[name], TrainBatch(0, (0,), samples)
+    layout, batch = LAYOUTS[name], TrainBatch(0, groups)
     [expected] = on_layout(Layout(model=layout.model), ranks.gradients_and_logprobs, batch)
     assert_same_gradients(on_layout(layout, ranks.gradients_and_logprobs, batch), expected)
 

@@ -14,7 +14,7 @@ from paceline.configs.errors import ClusterError
 from paceline.configs.vocabulary import TrainBatch
 from paceline.weights_sync.shared_memory import read_weights
 from tests.learner import ranks
-from tests.learner.conftest import random_batch, random_sample, rank_process
+from tests.learner.conftest import random_batch, random_group, rank_process
 from tests.learner.engines.comparisons import relative_error
 from tests.learner.test_worker import assert_same
 
@@ -26,7 +26,7 @@ def test_a_rank_without_samples_keeps_step_and_adds_nothing(on_ranks, num_sample
     """One sample for two ranks; or a long one in two microbatches' worth of short ones."""
     generator = np.random.default_rng(0)
     shapes = [(10, 50), (10, 40), (10, 40)][:num_samples]
-    batch = TrainBatch(0, (0,), tuple(random_sample(generator, *shape) for shape in shapes))
+    batch = TrainBatch(0, tuple(random_group(generator, *shape) for shape in shapes))
     [(_, expected)] = on_ranks(1, ranks.gradients, batch)
     for report, found in on_ranks(2, ranks.gradients, batch):
         assert report.num_padding_tokens == 1

@@ -12,7 +12,7 @@ from paceline.configs.vocabulary import TrainBatch
 from paceline.learner.engines.parallel.sequence import sequence_ranks
 from paceline.learner.model.model import write_initial_model
 from tests.learner import ranks
-from tests.learner.conftest import VOCAB_SIZE, model_config, random_batch, random_sample
+from tests.learner.conftest import VOCAB_SIZE, model_config, random_batch, random_group
 from tests.learner.test_worker import assert_same
 
 
@@ -42,7 +42,7 @@ def test_heads_that_ranks_share_have_the_gradients_of_one_process(
 @pytest.mark.slow
 def test_a_rank_whose_tokens_predict_nothing_changes_no_gradient(on_ranks):
     """The second half of the row is trained on, the first is a prompt; layers computed twice."""
-    batch = TrainBatch(0, (0,), (random_sample(np.random.default_rng(0), 40, 9),))
+    batch = TrainBatch(0, (random_group(np.random.default_rng(0), 40, 9),))
     [(_, expected)] = on_ranks(1, ranks.gradients, batch)
     settings = {"parallel": {"sequence": 2}, "activation_checkpointing": "layers"}
     for report, found in on_ranks(2, ranks.gradients, batch, **settings):

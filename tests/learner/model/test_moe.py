@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -28,7 +27,14 @@ from paceline.learner.model.experts import (
 from paceline.learner.model.model import load_policy, write_initial_model
 from paceline.weights_sync.shared_memory import read_weights
 from tests.learner import ranks
-from tests.learner.conftest import VOCAB_SIZE, model_config, random_batch
+from tests.learner.conftest import (
+    VOCAB_SIZE,
+    model_config,
+    random_batch,
+    sequences_of,
+    with_completion,
+    with_samples,
+)
 from tests.learner.test_worker import assert_same
 
 EXPERTS = {
@@ -65,17 +71,17 @@ def transformers_gradients(folder, batch):
         folder, attn_implementation="eager", experts_implementation="eager"
     )
     total = torch.zeros(())
-    for sample in batch.samples:
-        total = total - completion_logprobs(model, sample, batch.temperature).sum()
+    for sequence in sequences_of(batch):
+        total = total - completion_logprobs(model, sequence, batch.temperature).sum()
     (total / batch.num_trained_tokens).backward()
     return {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
 
 
-def completion_logprobs(model, sample, temperature=1.0):
-    tokens = torch.from_numpy(sample.token_ids).long()
+def completion_logprobs(model, sequence, temperature=1.0):
+    tokens = torch.from_numpy(sequence.token_ids).long()
     logprobs = (model(tokens[None]).logits[0, :-1] / temperature).log_softmax(-1)
     chosen = logprobs.gather(1, tokens[1:, None])[:, 0]
-    return chosen[torch.from_numpy(sample.loss_mask[1:])]
+    return chosen[sequence.num_prompt - 1 :]
 
 
 @pytest.mark.parametrize(
@@ -183,9 +189,9 @@ def counted_by_hand(folder, batch):
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
     config = model.config
     counts = np.zeros((config.num_hidden_layers, config.num_experts), dtype=np.int64)
-    for sample in batch.samples:
-        output = model(torch.from_numpy(sample.token_ids).long()[None], output_router_logits=True)
-        predictors = np.flatnonzero(sample.loss_mask) - 1
+    for sequence in sequences_of(batch):
+        output = model(torch.from_numpy(sequence.token_ids).long()[None], output_router_logits=True)
+        predictors = np.arange(sequence.num_prompt, len(sequence.token_ids)) - 1
         for layer, logits in enumerate(output.router_logits):
             chosen = logits.topk(config.num_experts_per_tok).indices[predictors]
             counts[layer] += np.bincount(chosen.flatten().numpy(), minlength=config.num_experts)
@@ -222,18 +228,20 @@ def test_a_model_without_experts_reports_no_router(on_ranks):
     assert not any(name.startswith("router") for name in report.metrics)
 
 
-def own_routing(folder, sample):
-    """The experts that transformers' routers choose of a sample: int16 [L, layers, K]."""
+def own_routing(folder, sequence):
+    """The experts that transformers' routers choose of a sample: int16 [P + C, layers, K]."""
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
-    tokens = torch.from_numpy(sample.token_ids).long()[None]
+    tokens = torch.from_numpy(sequence.token_ids).long()[None]
     logits = model(tokens, output_router_logits=True).router_logits
     chosen = [layer.topk(model.config.num_experts_per_tok).indices for layer in logits]
     return torch.stack(chosen, dim=1).numpy().astype(np.int16)
 
 
-def routed(batch, of_sample):
-    samples = tuple(replace(s, routed_experts=of_sample(s)) for s in batch.samples)
-    return replace(batch, samples=samples)
+def routed(batch, of_sequence):
+    pairs = zip(batch.samples, sequences_of(batch), strict=True)
+    return with_samples(
+        batch, [with_completion(s, routed_experts=of_sequence(q)) for s, q in pairs]
+    )
 
 
 def test_routers_that_are_given_their_own_choice_change_nothing(moe_on_ranks, moe_folder):
@@ -259,13 +267,13 @@ def test_given_experts_are_taken_with_the_routers_own_weights_and_gradients(
     batch = random_batch(num_samples=10)
     of_prompt = {}
 
-    def random_routing(sample):
-        length = len(sample.token_ids)
+    def random_routing(sequence):
+        length = len(sequence.token_ids)
         chosen = generator.permuted(np.tile(np.arange(4), (length, 2, 1)), axis=-1)[..., :2]
         chosen[generator.random(length) < 0.2] = NOT_ROUTED
-        start = sample.loss_mask.argmax()
+        start = sequence.num_prompt
         if generator.random() < 0.7:
-            chosen[:start] = of_prompt.setdefault(sample.group, chosen[:start])
+            chosen[:start] = of_prompt.setdefault(sequence.prompt, chosen[:start])
         return None if generator.random() < 0.2 else chosen.astype(np.int16)
 
     given = routed(batch, random_routing)
@@ -294,9 +302,9 @@ def replayed_gradients(folder, batch):
     )
     total = torch.zeros(())
     with mock.patch.object(torch, "topk", topk):
-        for sample in batch.samples:
-            given, layers = sample.routed_experts, itertools.count()
-            total = total - completion_logprobs(model, sample).sum()
+        for sequence in sequences_of(batch):
+            given, layers = sequence.routed_experts, itertools.count()
+            total = total - completion_logprobs(model, sequence).sum()
     (total / batch.num_trained_tokens).backward()
     return {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
 
@@ -305,4 +313,4 @@ def test_routing_of_another_model_is_refused(moe_folder, tmp_path):
     worker = ranks.make_worker(moe_folder, tmp_path / "weights")
     batch = routed(random_batch(), lambda s: np.zeros((len(s.token_ids), 2, 3), np.int16))
     with pytest.raises(BatchError, match="2 layers, 3 a token"):
-        worker.logprobs(batch.samples)
+        worker.logprobs(batch.groups)
