@@ -12,7 +12,7 @@ from paceline.weights_sync.handle import WeightHandle
 
 @dataclass(frozen=True)
 class RolloutResult:
-    """All completions of one request, in sample order, each whole: earlier turns included."""
+    """All completions of one request, in sample order, each whole: earlier segments included."""
 
     request_id: str
     completions: tuple[Completion, ...]
@@ -32,7 +32,7 @@ class Engine(Protocol):
         """Queue a request, new or to be continued; a `UserError` says why one cannot be served."""
 
     def step(self) -> list[RolloutResult]:
-        """Run one forward pass over the running batch; return the requests whose turn it ended."""
+        """Run one forward pass over the running batch; return requests whose segments ended."""
 
     @property
     def draft_counters(self) -> Mapping[str, float]:

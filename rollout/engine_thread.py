@@ -75,7 +75,7 @@ class EngineThread:
         self._ready.result()
 
     def generate(self, request: RolloutRequest) -> Future[tuple[Completion, ...]]:
-        """Queue a request; the future holds its completions, unfinished where its turn ended."""
+        """Queue a request; the future holds its completions, unfinished where the segment ended."""
         future: Future[tuple[Completion, ...]] = Future()
 
         def add() -> None:
@@ -208,7 +208,7 @@ class EngineThread:
     def _answer(self, result: RolloutResult) -> None:
         pending = self._pending.pop(result.request_id)
         self.counters.num_tokens += num_tokens(result.completions)
-        self.counters.num_tokens -= num_tokens(pending.request.partial)  # of earlier turns
+        self.counters.num_tokens -= num_tokens(pending.request.partial)  # of earlier segments
         resolve(pending.answer, result.completions)
 
     def _fail(self, error: BaseException) -> None:

@@ -36,7 +36,7 @@ class RolloutWorker:
         self._started = time.perf_counter()
 
     async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
-        """All completions of one request, once the last of them ended its turn.
+        """Return all completions of one request, once the last of them ended its segment.
 
         Unfinished ones (`Completion.is_finished`) can be continued here or on any other worker.
         """

@@ -101,7 +101,7 @@ class RolloutConfig(Section):
 
     segment_tokens: int = Field(default=0, ge=0)
     """Most tokens a sample grows by before its group goes back to be continued, perhaps elsewhere;
-    0 samples to the end in one turn."""
+    0 samples to the end in one segment."""
 
     claim_seconds: float = Field(default=600.0, gt=0)
     """Longest a worker may hold a request: what it has by then is taken back and continued
@@ -116,7 +116,7 @@ class RolloutConfig(Section):
 
     coupled_sampling: bool = False
     """Sample by noise that is a function of a sample's seed, a token's position and the token, so
-    that a sample is fixed by its seed and the weights: drafts, turns and workers change nothing,
+    that a sample is fixed by its seed and the weights: drafts, segments and workers change nothing,
     and drafts guess better. Off, each request draws from a generator of its own, as in vLLM."""
 
     router_replay: bool = False

@@ -47,10 +47,10 @@ class Seat:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request that waits for a worker; ``turn`` becomes the seat, which then carries it."""
+    """A request that waits for a worker; ``seat`` resolves to the one that then carries it."""
 
     demand: Demand
-    turn: asyncio.Future[Seat]
+    seat: asyncio.Future[Seat]
 
 
 class WorkerPool:
@@ -95,7 +95,7 @@ class WorkerPool:
     async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
         """Sample on a serving worker; waits until one has room.
 
-        Completions are unfinished where their turn ended first: by the request's segment, a weight
+        Completions are unfinished where their segment ended first: by its length, a weight
         update, or because the worker held them too long.
 
         Raises:
@@ -112,8 +112,8 @@ class WorkerPool:
         answers: list[tuple[Completion, ...]] = []
 
         async def ask(index: int) -> None:
-            def there(turn: RolloutRequest) -> Awaitable[tuple[Completion, ...]]:
-                return self._generate(demand_of(turn, only=index), turn)
+            def there(continued: RolloutRequest) -> Awaitable[tuple[Completion, ...]]:
+                return self._generate(demand_of(continued, only=index), continued)
 
             with contextlib.suppress(WorkerLost):
                 answers.append(await sample_to_end(there, request))
@@ -162,7 +162,7 @@ class WorkerPool:
         await asyncio.gather(*(seat.worker.close() for seat in self._seats))
 
     async def _generate(self, demand: Demand, request: RolloutRequest) -> tuple[Completion, ...]:
-        seat = await self._turn(demand)
+        seat = await self._take_seat(demand)
         try:
             answer = await seat.worker.generate(request)
         finally:
@@ -174,7 +174,7 @@ class WorkerPool:
             seat.reader.sampled(request, answer.completions)
         return answer.completions
 
-    async def _turn(self, demand: Demand) -> Seat:
+    async def _take_seat(self, demand: Demand) -> Seat:
         """Wait for a seat; its load includes the demand from the moment it was chosen."""
         if self._failure:
             raise self._failure
@@ -182,13 +182,13 @@ class WorkerPool:
         self._waiting.append(ticket)
         self._dispatch()
         try:
-            return await ticket.turn
+            return await ticket.seat
         except asyncio.CancelledError:
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
                 self._dispatch()
-            elif not ticket.turn.cancelled() and ticket.turn.exception() is None:
-                self._leave(ticket.turn.result(), demand)
+            elif not ticket.seat.cancelled() and ticket.seat.exception() is None:
+                self._leave(ticket.seat.result(), demand)
             raise
 
     def _leave(self, seat: Seat, demand: Demand) -> None:
@@ -205,11 +205,11 @@ class WorkerPool:
                 return
             position, index = found
             ticket, seat = self._waiting.pop(position), self._seats[index]
-            if ticket.turn.cancelled():
+            if ticket.seat.cancelled():
                 continue
             seat.load += ticket.demand.load
             self._affinity.remember(ticket.demand.prompt, index)
-            ticket.turn.set_result(seat)
+            ticket.seat.set_result(seat)
 
     async def _bring_up_to_date(self, seat: Seat) -> None:
         with contextlib.suppress(WorkerLost):
@@ -280,8 +280,8 @@ class WorkerPool:
     def _turn_away(self, error: Exception, tickets: list[Ticket]) -> None:
         for ticket in tickets:
             self._waiting.remove(ticket)
-            if not ticket.turn.cancelled():
-                ticket.turn.set_exception(error)
+            if not ticket.seat.cancelled():
+                ticket.seat.set_exception(error)
 
 
 def times(count: int) -> str:

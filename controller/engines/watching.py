@@ -19,7 +19,7 @@ class Worker(Protocol):
     """A rollout worker as the controller sees it; once dead, its calls raise `WorkerLost`."""
 
     async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
-        """All completions of a request once each has ended its turn, in sample order."""
+        """Return all completions of a request once each ended its segment, in sample order."""
 
     async def interrupt(self, request_id: str) -> bool:
         """Have a pending `generate` answered now, with what there is; False: it is not here."""

@@ -161,7 +161,7 @@ class RolloutActor:
         return f"{cls.section} worker {index}"
 
     async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
-        """All completions of a request, unfinished ones where its turn ended first."""
+        """Return all completions of a request, unfinished ones where their segment ended first."""
         return await self._call(self._actor.call.remote("generate", request))
 
     async def interrupt(self, request_id: str) -> bool:

@@ -114,7 +114,7 @@ def test_what_is_sampled_through_the_pool_reaches_the_others():
         await exchange.settled()
         (who_sampled,) = [worker for worker in workers if worker.requests]
         (other,) = [worker for worker in workers if not worker.requests]
-        # only what this turn added: a finished sample came with the request
+        # only what this segment added: a finished sample came with the request
         assert lengths(other) == Counter([0, 1])
         assert who_sampled.known == []
 

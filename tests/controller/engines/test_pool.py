@@ -391,8 +391,8 @@ def test_what_a_slow_worker_had_for_too_long_goes_on_elsewhere():
         taken, completions = await seconds_until(pool.generate(request("a", 2)))
         assert taken == CLAIM_SECONDS
         assert not any(completion.is_finished for completion in completions)
-        turn = request("b", 2, partial=completions)
-        taken, completions = await seconds_until(pool.generate(turn))
+        continued = request("b", 2, partial=completions)
+        taken, completions = await seconds_until(pool.generate(continued))
         assert taken == 0
         assert all(completion.is_finished for completion in completions)
         assert other.requests == [("b", 0)]
