@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from paceline.configs.vocabulary import Completion, RolloutRequest, Trace, WeightVersion
+from paceline.configs.vocabulary import Completion, DraftText, RolloutRequest, WeightVersion
 from paceline.weights_sync.handle import WeightHandle
 
 
@@ -51,11 +51,8 @@ class Engine(Protocol):
         returns those given back.
         """
 
-    def learn(self, traces: Sequence[Trace]) -> None:
-        """Remember completions that other engines sampled, or that were given, to draft from.
+    def add_draft_text(self, texts: Sequence[DraftText]) -> None:
+        """Draft from these completions too; does nothing in an engine that does not draft."""
 
-        Nothing where nothing is drafted.
-        """
-
-    def forget(self, before: int) -> None:
-        """Draft no more from what versions before this one sampled: the policy has gone too far."""
+    def drop_draft_text(self, before: int) -> None:
+        """Stop drafting from completions of versions before ``before``: the policy moved away."""

@@ -27,8 +27,8 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from paceline.configs.errors import DataError, ModelError
 from paceline.configs.schema.rollout import DraftingConfig, RolloutConfig
 from paceline.configs.vocabulary import (
+    DraftText,
     RolloutRequest,
-    Trace,
     WeightVersion,
 )
 from paceline.rollout.coupled_sampling import sample_coupled
@@ -209,13 +209,13 @@ class VLLMEngine:
             self._engine.reset_prefix_cache(reset_running_requests=True)
         return self._take_finished()
 
-    def learn(self, traces: Sequence[Trace]) -> None:
-        """Draft from these completions too; nothing where nothing is drafted."""
+    def add_draft_text(self, texts: Sequence[DraftText]) -> None:
+        """Draft from these completions too; does nothing in an engine that does not draft."""
         if self._proposer is not None:
-            self._proposer.learn(traces)
+            self._proposer.add_draft_text(texts)
 
-    def forget(self, before: int) -> None:
-        """Draft no more from what versions before this one sampled."""
+    def drop_draft_text(self, before: int) -> None:
+        """Stop drafting from completions of versions before ``before``."""
         if self._proposer is not None:
             self._proposer.history.forget(before)
 

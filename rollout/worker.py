@@ -8,19 +8,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Protocol
 
-from paceline.configs.vocabulary import Completion, RolloutRequest, Trace, WeightVersion
+from paceline.configs.vocabulary import Completion, DraftText, RolloutRequest, WeightVersion
 from paceline.rollout.engine import Engine
 from paceline.rollout.engine_thread import EngineThread
 from paceline.weights_sync.handle import WeightHandle
 
 
-class TraceBlock(Protocol):
-    """Traces that the controller published; versions before ``forget_before`` are too far gone."""
+class DraftTextBlock(Protocol):
+    """Draft texts that the controller published, and which versions are to be drafted from.
 
-    forget_before: int | None
+    Texts of versions before ``drop_before`` are to be dropped.
+    """
 
-    def read(self, reader: int) -> Sequence[Trace]:
-        """All but those that the reader's engine sampled; may take a while."""
+    drop_before: int | None
+
+    def read(self, subscriber: int) -> Sequence[DraftText]:
+        """Return all texts but those that the subscriber's engine sampled; may take a while."""
 
 
 class RolloutWorker:
@@ -55,12 +58,12 @@ class RolloutWorker:
         version = await asyncio.wrap_future(self._engine.update_weights(handle))
         return version, handle.checksum
 
-    async def learn(self, block: TraceBlock, reader: int) -> None:
-        """Read traces, beside the engine's thread, and draft from them from now on."""
-        traces = await asyncio.to_thread(block.read, reader)
-        if block.forget_before is not None:
-            await asyncio.wrap_future(self._engine.forget(block.forget_before))
-        await asyncio.wrap_future(self._engine.learn(traces))
+    async def add_draft_text(self, block: DraftTextBlock, subscriber: int) -> None:
+        """Read a block, beside the engine's thread, and draft from its texts from now on."""
+        texts = await asyncio.to_thread(block.read, subscriber)
+        if block.drop_before is not None:
+            await asyncio.wrap_future(self._engine.drop_draft_text(block.drop_before))
+        await asyncio.wrap_future(self._engine.add_draft_text(texts))
 
     async def counters(self) -> dict[str, float]:
         """Running totals of the engine, and the seconds the worker has been up."""

@@ -48,17 +48,17 @@ class DraftingConfig(Section):
     (`loop.max_lag: 0`), else `throughput`."""
 
     window: int = Field(default=16, ge=1)
-    """Weight versions that are remembered of a prompt, the newest that sampled it."""
+    """Weight versions whose samples of a prompt are drafted from: the newest that sampled it."""
 
     max_memory_mb: int = Field(default=1024, ge=1)
-    """Memory of an engine's drafter, in MiB; the oldest versions of any prompt make way."""
+    """Memory of an engine's drafter, in MiB; the oldest versions of any prompt leave first."""
 
     max_drift: float | None = Field(default=None, gt=0)
-    """Furthest, in nats a token, that the policy may have gone from a version that is drafted from;
-    an estimate from the steps' own measurement, which needs samples of older versions
+    """Largest divergence, in nats a token, of the policy from a version that is drafted from; an
+    estimate from the steps' own measurement, which needs samples of older versions
     (`loop.max_lag` above 0). Null keeps the `window`."""
 
-    traces: tuple[str, ...] = ()
+    corpus: tuple[str, ...] = ()
     """JSON-lines files of completions to draft from at the start: demonstrations, evaluations,
     `samples.jsonl` of an earlier run. A line holds `prompt` and `completion`, texts as the model
     sees them, or `prompt_token_ids` and `token_ids`; other keys do not matter."""

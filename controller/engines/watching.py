@@ -27,8 +27,8 @@ class Worker(Protocol):
     async def update_weights(self, handle: WeightHandle) -> tuple[WeightVersion, int]:
         """Load a version; answers the version and checksum now served."""
 
-    async def learn(self, block: Any, reader: int) -> None:
-        """Draft from a published block of traces but for the reader's own; see `TraceExchange`."""
+    async def add_draft_text(self, block: Any, subscriber: int) -> None:
+        """Draft from a published block but for the subscriber's own; see `DraftPublisher`."""
 
     async def counters(self) -> dict[str, float]:
         """Running totals of its engine."""
@@ -124,14 +124,14 @@ class WatchedWorker:
         finally:
             self._is_updating = False
 
-    async def learn(self, block: Any, reader: int) -> None:
-        """Draft from a published block of traces but for the reader's own.
+    async def add_draft_text(self, block: Any, subscriber: int) -> None:
+        """Draft from a published block but for the subscriber's own texts.
 
         Raises:
             WorkerLost: it is lost, or was before.
         """
-        lesson = self._worker.learn(block, reader)
-        await self._answer(lesson, "a block of traces", self._limits.update_seconds)
+        addition = self._worker.add_draft_text(block, subscriber)
+        await self._answer(addition, "a block of draft text", self._limits.update_seconds)
 
     async def counters(self) -> dict[str, float]:
         """Running totals of its engine.

@@ -172,9 +172,9 @@ class RolloutActor:
         """Load a version; answers what is then served."""
         return await self._call(self._actor.call.remote("update_weights", handle))
 
-    async def learn(self, block: Any, reader: int) -> None:
-        """Have it draft from a published block of traces, but for the reader's own."""
-        await self._call(self._actor.call.remote("learn", block, reader))
+    async def add_draft_text(self, block: Any, subscriber: int) -> None:
+        """Have it draft from a published block, but for the subscriber's own texts."""
+        await self._call(self._actor.call.remote("add_draft_text", block, subscriber))
 
     async def counters(self) -> dict[str, float]:
         """Running totals of its engine."""

@@ -29,7 +29,13 @@ from paceline.controller.observe.files.records import (
     ExampleRecord,
     Generation,
 )
-from paceline.controller.run.checkpoints import LEARNER, TRACES, CheckpointFolder, RunState, Save
+from paceline.controller.run.checkpoints import (
+    DRAFT_CORPUS,
+    LEARNER,
+    CheckpointFolder,
+    RunState,
+    Save,
+)
 from paceline.controller.run.incidents import CautiousLearner
 from paceline.controller.run.metering import StepMeter
 from paceline.controller.run.phases import DriftHook, TrainingObserver, WarmStartObserver
@@ -106,8 +112,8 @@ class Session:
             await self._evaluate_whole("before", 0)
             if self._config.checkpoint.every_steps is not None:
                 await self._save(0)
-        if self._parts.exchange is not None:
-            await self._parts.exchange.settled()
+        if self._parts.draft_publisher is not None:
+            await self._parts.draft_publisher.settled()
         with self._progress.spending("train"):
             await self._train()
         await self._evaluate_whole("after", self._progress.step)
@@ -237,8 +243,9 @@ class Session:
     def _drift_window(self) -> DriftHook | None:
         if self._drift is None:
             return None
-        assert self._parts.exchange is not None, "the schema has max_drift where engines draft"
-        return DriftWindow(self._drift, self._parts.exchange.forget).observe
+        publisher = self._parts.draft_publisher
+        assert publisher is not None, "the schema has max_drift where engines draft"
+        return DriftWindow(self._drift, publisher.drop_before).observe
 
     async def _restore(self, resumption: Resumption) -> None:
         """Continue from a checkpoint, with what the ledger knows of the time since."""
@@ -254,21 +261,21 @@ class Session:
         self._recorder.message(f"recovered {self._recovered}")
         await self._begin_training()
         await self._parts.learner.load(str(resumption.folder / LEARNER))
-        await self._warm_up(resumption.folder / TRACES)
+        await self._warm_up(resumption.folder / DRAFT_CORPUS)
         await self._serve(state.step)
 
     async def _warm_up(self, path: Path) -> None:
         """Have engines draft from what they knew; without it they only begin slower."""
-        exchange = self._parts.exchange
-        if exchange is None:
+        publisher = self._parts.draft_publisher
+        if publisher is None:
             return
         try:
-            await self._parts.load_traces(path)
+            await self._parts.load_draft_corpus(path)
         except CheckpointError as error:
             self._recorder.message(f"drafting starts cold: {error}")
-        exchange.recall(self._recovered.groups)
+        publisher.preload_groups(self._recovered.groups)
         if self._drift is not None and (oldest := self._drift.oldest_near()) > 0:
-            exchange.forget(oldest)
+            publisher.drop_before(oldest)
 
     async def _begin_training(self) -> None:
         """Fresh optimiser and, where the algorithm has one, the reference policy.
@@ -305,8 +312,8 @@ class Session:
             drift=() if self._drift is None else tuple(self._drift.distances),
         )
         parts: dict[str, Save] = {LEARNER: self._parts.learner.save}
-        if self._parts.exchange is not None:
-            parts[TRACES] = self._parts.save_traces
+        if self._parts.draft_publisher is not None:
+            parts[DRAFT_CORPUS] = self._parts.save_draft_corpus
         await self._checkpoints.save(state, parts, self._journal.settle)
 
     async def _validate(self, step: int) -> float:

@@ -18,8 +18,7 @@ from paceline.configs.schema.data import DatasetSource, ReasoningGymSource
 from paceline.configs.schema.reward import ExactGrader, MathGrader, ReasoningGymGrader
 from paceline.configs.schema.rollout import RolloutConfig
 from paceline.configs.schema.run import given_completions
-from paceline.configs.schema.store import RedisStoreConfig
-from paceline.configs.vocabulary import SamplingParameters, Trace
+from paceline.configs.vocabulary import DraftText, SamplingParameters
 from paceline.controller.data.prompts import PromptRenderer, PromptSet
 from paceline.controller.data.sources import (
     DatasetPromptSource,
@@ -32,10 +31,10 @@ from paceline.controller.data.tokenizer import (
     load_tokenizer,
     stop_token_ids,
 )
-from paceline.controller.drafts.blocks import RayChannel, RedisChannel, TraceChannel
-from paceline.controller.drafts.corpus import TraceArchive
-from paceline.controller.drafts.exchange import TraceExchange
-from paceline.controller.drafts.files import TraceReader
+from paceline.controller.drafts.blocks import put_block
+from paceline.controller.drafts.corpus import DraftCorpus
+from paceline.controller.drafts.files import DraftFileReader
+from paceline.controller.drafts.publisher import DraftPublisher
 from paceline.controller.engines.pool import WorkerPool
 from paceline.controller.engines.routing import most_samples
 from paceline.controller.engines.teacher import FIXED, FixedWeightsActor, Teacher
@@ -44,7 +43,6 @@ from paceline.controller.engines.worker_actor import LateClass, RolloutActor, st
 from paceline.controller.groups.concurrency import gather_or_cancel
 from paceline.controller.groups.evaluation import Evaluator
 from paceline.controller.groups.generation import Demonstrations, Rollouts, Sample, sample_to_end
-from paceline.controller.ledger.opening import password_of
 from paceline.controller.parts import Generate
 from paceline.controller.ranks.learner_ranks import LearnerRanks, start_learner_ranks
 from paceline.controller.wiring.self_check import check_greedy_tokens
@@ -61,8 +59,7 @@ from paceline.reward.math_answer import MathAnswerGrader
 from paceline.reward.pool import GraderPool
 from paceline.reward.reasoning_gym_task import ReasoningGymTaskGrader, ReasoningGymTaskSource
 from paceline.rollout.process_environment import engine_environment
-from paceline.spec.trace_file import load_traces, pack, save_traces, unpack
-from paceline.spec.traces import given_trace, traces_of
+from paceline.spec.draft_file import load_draft_texts, save_draft_texts
 from paceline.weights_sync.handle import WeightHandle
 from paceline.weights_sync.shared_folder import shared_folder
 
@@ -119,7 +116,7 @@ class Parts:
     learner: LearnerRanks
     pool: WorkerPool
     teacher: Teacher | None = None
-    exchange: TraceExchange | None = None
+    draft_publisher: DraftPublisher | None = None
 
     @property
     def weights(self) -> EngineWeights:
@@ -183,19 +180,20 @@ class Parts:
             self.prepared.stop_token_ids,
         )
 
-    async def save_traces(self, path: str) -> None:
+    async def save_draft_corpus(self, path: str) -> None:
         """Write what engines sampled and others can draft from."""
-        assert self.exchange is not None, "nothing is drafted"
-        await asyncio.to_thread(save_traces, self.exchange.sampled(), Path(path))
+        assert self.draft_publisher is not None, "nothing is drafted"
+        texts = self.draft_publisher.sampled_texts()
+        await asyncio.to_thread(save_draft_texts, texts, Path(path))
 
-    async def load_traces(self, path: Path) -> None:
+    async def load_draft_corpus(self, path: Path) -> None:
         """Have engines, before they get weights, draft from what was saved.
 
         Raises:
             CheckpointError: it is missing or damaged.
         """
-        assert self.exchange is not None, "nothing is drafted"
-        self.exchange.give(await asyncio.to_thread(load_traces, path))
+        assert self.draft_publisher is not None, "nothing is drafted"
+        self.draft_publisher.preload(await asyncio.to_thread(load_draft_texts, path))
 
     async def self_check(self, label: str) -> int:
         """How many greedy tokens of every engine were found equal to the learner's.
@@ -282,7 +280,7 @@ class Preparation:
     model_folder: str
     stop_token_ids: tuple[int, ...]
     prompts: PromptSet
-    traces: tuple[Trace, ...] = ()
+    draft_texts: tuple[DraftText, ...] = ()
 
 
 def prepare(config: RunConfig, initial_folder: Path) -> Preparation:
@@ -302,27 +300,29 @@ def prepare(config: RunConfig, initial_folder: Path) -> Preparation:
     if config.teacher is not None:
         require_same_vocabulary(config.teacher.path, model_folder)
     stop_ids = stop_token_ids(tokenizer, model_folder)
-    return Preparation(tokenizer, model_folder, stop_ids, prompts, given_traces(config, tokenizer))
+    texts = external_draft_texts(config, tokenizer)
+    return Preparation(tokenizer, model_folder, stop_ids, prompts, texts)
 
 
-def given_traces(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Trace, ...]:
-    """What engines are to draft from at the start.
+def external_draft_texts(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[DraftText, ...]:
+    """Return the completions of files that engines are to draft from at the start.
 
     Raises:
-        DataError: a file is missing, or a line of it holds no trace.
+        DataError: a file is missing, or a line of it holds no completion.
     """
     drafting = config.rollout.drafting
     if drafting is None:
         return ()
-    reader = TraceReader(
+    reader = DraftFileReader(
         functools.partial(encode, tokenizer, special_tokens=not config.data.source.chat),
         functools.partial(encode, tokenizer, special_tokens=False),
         int(tokenizer.eos_token_id),
         len(tokenizer),
-        given_trace,
     )
-    paths = (Path(path).expanduser() for path in drafting.traces)
-    return tuple(trace for path in paths for trace in reader.read(path))
+    paths = (Path(path).expanduser() for path in drafting.corpus)
+    return tuple(text for path in paths for text in reader.read(path))
 
 
 def require_loadable(config: RunConfig, learner_folder: Path, initial_folder: Path) -> None:
@@ -358,32 +358,25 @@ async def started_parts(config: RunConfig, prepared: Preparation) -> AsyncIterat
         weights_folder = stack.enter_context(shared_folder())
         grader = grader_pool(config)
         stack.callback(grader.close)
-        exchange = trace_exchange(config, prepared.traces)
-        if exchange is not None:
-            stack.push_async_callback(exchange.close)
+        publisher = draft_publisher(config, prepared.draft_texts)
         _, learner, pool, teacher = await gather_or_cancel(
             grader.start(),
             start_learner(config, prepared.model_folder, weights_folder, stack),
-            start_pool(config, prepared.model_folder, exchange, stack),
+            start_pool(config, prepared.model_folder, publisher, stack),
             start_teacher(config, stack),
         )
-        yield Parts(config, prepared, grader, learner, pool, teacher, exchange)
+        yield Parts(config, prepared, grader, learner, pool, teacher, publisher)
 
 
-def trace_exchange(config: RunConfig, given: Sequence[Trace]) -> TraceExchange | None:
-    """What tells engines of each other's samples, where they draft; it knows what was given."""
+def draft_publisher(config: RunConfig, texts: Sequence[DraftText]) -> DraftPublisher | None:
+    """Return the publisher of draft text, with ``texts`` in its corpus; None without drafting."""
     drafting = config.rollout.drafting
     if drafting is None:
         return None
-    channel: TraceChannel = RayChannel(pack, unpack)
-    if isinstance(config.store, RedisStoreConfig):
-        password = password_of(config.store)
-        channel = RedisChannel(config.store.url, password, config.name, pack, unpack)
     max_tokens = (drafting.max_memory_mb << 20) // DRAFTER_BYTES_PER_TOKEN
-    archive = TraceArchive(drafting.window, max_tokens)
-    exchange = TraceExchange(archive, channel, traces_of, max_tokens)
-    exchange.give(given)
-    return exchange
+    publisher = DraftPublisher(DraftCorpus(drafting.window, max_tokens), put_block, max_tokens)
+    publisher.preload(texts)
+    return publisher
 
 
 async def start_learner(
@@ -417,7 +410,7 @@ async def start_learner(
 async def start_pool(
     config: RunConfig,
     model_folder: str,
-    exchange: TraceExchange | None,
+    publisher: DraftPublisher | None,
     stack: contextlib.AsyncExitStack,
 ) -> WorkerPool:
     """Start the rollout workers and see to their end."""
@@ -430,7 +423,7 @@ async def start_pool(
         dtype=config.model.precision,
         seed=config.seed,
     )
-    return await start_engines(rollout, engine, RolloutActor, stack, exchange)
+    return await start_engines(rollout, engine, RolloutActor, stack, publisher)
 
 
 def with_draft_budget(config: RunConfig) -> RolloutConfig:
@@ -471,7 +464,7 @@ async def start_engines(
     engine: Callable[[], Any],
     actor: type[RolloutActor],
     stack: contextlib.AsyncExitStack,
-    exchange: TraceExchange | None = None,
+    publisher: DraftPublisher | None = None,
 ) -> WorkerPool:
     """Start workers with an engine each, and see to their end."""
     max_samples = most_samples(rollout.max_num_seqs)
@@ -495,7 +488,7 @@ async def start_engines(
         max_samples=max_samples,
         limits=TimeLimits(rollout.claim_seconds, rollout.answer_seconds),
         section=actor.section,
-        exchange=exchange,
+        draft_publisher=publisher,
     )
     stack.push_async_callback(pool.close)
     return pool

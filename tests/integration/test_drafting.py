@@ -15,7 +15,7 @@ from paceline.configs.load import load_config
 from paceline.configs.vocabulary import RolloutRequest, SamplingParameters
 from paceline.controller.engines.routing import demand_of
 from paceline.controller.observe.files.jsonl import read_lines
-from paceline.controller.run.checkpoints import TRACES
+from paceline.controller.run.checkpoints import DRAFT_CORPUS
 from paceline.controller.run.cluster import ray_cluster
 from paceline.controller.wiring.services import Parts, prepare, started_parts
 from tests.integration.commands import PATIENCE_SECONDS, Command, run, run_in
@@ -34,15 +34,15 @@ async def parts_of(root: Path, *overrides: str, saved: Path | None = None) -> As
     prepared = prepare(config, root / "initial")
     async with started_parts(config, prepared) as parts:
         if saved is not None:
-            await parts.load_traces(saved)
+            await parts.load_draft_corpus(saved)
         await serve(parts, 0)
         yield parts
 
 
 async def serve(parts: Parts, version: int) -> None:
-    assert parts.exchange is not None
+    assert parts.draft_publisher is not None
     await parts.weights.push(await parts.weights.publish(version))
-    await parts.exchange.settled()
+    await parts.draft_publisher.settled()
 
 
 async def ask(parts: Parts, index: int, prompt: tuple[int, ...]) -> tuple[list[int], float]:
@@ -59,7 +59,7 @@ async def ask(parts: Parts, index: int, prompt: tuple[int, ...]) -> tuple[list[i
 def test_a_worker_drafts_from_what_another_sampled_from_files_and_from_what_was_saved(tmp_path):
     """A greedy completion that was sampled before is drafted nearly whole."""
     first, second, third = (101, 102, 61), (103, 104, 105, 61), (106, 107, 61)
-    given = tmp_path / "given.jsonl"
+    external = tmp_path / "external.jsonl"
 
     async def sampled_by_another() -> None:
         async with parts_of(tmp_path) as parts:
@@ -70,20 +70,20 @@ def test_a_worker_drafts_from_what_another_sampled_from_files_and_from_what_was_
             assert found == expected
             assert drafted > NUM_TOKENS / 2
             tokens, _ = await ask(parts, 0, second)
-            given.write_text(json.dumps({"prompt_token_ids": second, "token_ids": tokens}))
+            external.write_text(json.dumps({"prompt_token_ids": second, "token_ids": tokens}))
             assert (await ask(parts, 1, third))[1] == 0
-            await parts.save_traces(str(tmp_path / TRACES))
+            await parts.save_draft_corpus(str(tmp_path / DRAFT_CORPUS))
 
-    async def given_and_saved() -> None:
-        drafts_from = f"rollout.drafting.traces=[{given}]"
-        async with parts_of(tmp_path, drafts_from, saved=tmp_path / TRACES) as parts:
+    async def external_and_saved() -> None:
+        drafts_from = f"rollout.drafting.corpus=[{external}]"
+        async with parts_of(tmp_path, drafts_from, saved=tmp_path / DRAFT_CORPUS) as parts:
             for index in (0, 1):
                 for prompt in (second, third):
                     assert (await ask(parts, index, prompt))[1] > NUM_TOKENS / 2
 
     with ray_cluster(load_config("debug", ()).cluster):
         asyncio.run(sampled_by_another())
-        asyncio.run(given_and_saved())
+        asyncio.run(external_and_saved())
 
 
 def test_a_killed_run_goes_on_warm(tmp_path):
