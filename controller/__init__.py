@@ -2,6 +2,6 @@
 
 Owns the loop, the freshness arithmetic, the work buffer and its ledger, batching, advantages,
 supervision, placement, a run's checkpoint and report, the wiring and the command line. Only
-``wiring.py`` names concrete classes of other rooms, and no other room imports this one. Tensors
+``wiring/`` names concrete classes of other packages, and no other package imports this one. Tensors
 never come here: batches are numpy.
 """

@@ -101,7 +101,7 @@ def evaluate(
     ],
     overrides: Overrides = None,
 ) -> None:
-    """Greedy and T=1 accuracy of a model on a recipe's held-out prompts, by the real engine.
+    """Measure greedy and T=1 accuracy of a model on a recipe's held-out prompts.
 
     Example: paceline eval quickstart --model runs/quickstart/final
     """
@@ -130,7 +130,7 @@ def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, at most seven.")],
     output: Annotated[Path, typer.Option(help="Where the drawing goes.")] = Path("comparison.svg"),
 ) -> None:
-    """Held-out accuracy of several runs by step: a table, and curves in an SVG file."""
+    """Compare held-out accuracy of several runs by step: a table, and curves in an SVG file."""
     from paceline.controller.observe.report.comparison import compare_runs
 
     compare_runs(runs, output)
@@ -140,11 +140,11 @@ def compare(
 def ledger(
     run: Annotated[Path, typer.Argument(help="A run's folder, for example runs/quickstart.")],
 ) -> None:
-    """What became of every group of a run, going on or over, and whether the books balance.
+    """Account for every group of a run, going on or over: each trained, dropped or pending.
 
     Exit code 1 where a group is lost or doubled, or samples that are needed are missing.
     """
-    from paceline.controller.ledger.balance import print_ledger
+    from paceline.controller.run.balance import print_ledger
 
     if not print_ledger(run):
         raise typer.Exit(EXIT_FAILURE)

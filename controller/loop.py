@@ -2,33 +2,38 @@
 
 Synchronous training is ``max_lag: 0``, supervised warm start is demonstrations in place of
 ``generate``; both run this very loop. Everything it calls is a part handed to it by
-``controller/wiring/services.py``.
+``controller/wiring/``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+from asyncio import Queue
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from paceline.configs.vocabulary import Prompt, UnfinishedGroup
+from paceline.configs.vocabulary import Prompt, StepReport, UnfinishedGroup
 from paceline.controller.groups.assembly import AssembledBatch, Collector, NoSignalError
-from paceline.controller.groups.buffer import WorkBuffer
+from paceline.controller.groups.buffer import WorkBuffer, WorkerLost
 from paceline.controller.groups.clock import StepClock
 from paceline.controller.groups.freshness import FreshnessBudget
 from paceline.controller.groups.pacing import Flow
 from paceline.controller.ledger.events import Kind
+from paceline.controller.ledger.journal import Journal
 from paceline.controller.parts import (
     Algorithm,
     Generate,
     Learner,
     Pace,
     StepObserver,
+    StepView,
     WeightsPart,
-    WorkerLost,
 )
 from paceline.weights_sync.handle import WeightHandle
+
+Published = tuple[WeightHandle | None, tuple[int, ...]]
+"""A version on its way to the engines, and the slots that are free once they serve it."""
 
 
 @dataclass
@@ -48,28 +53,28 @@ class Loop:
     observer: StepObserver
     budget: FreshnessBudget
     buffer: WorkBuffer
+    journal: Journal
     pace: Pace
     num_steps: int
     first_step: int = 0
     max_claims: int = 256
-    clock: StepClock = field(default_factory=StepClock)
     stop: asyncio.Event = field(default_factory=asyncio.Event)
-    exhausted: NoSignalError | None = None
-    steps_done: int = 0
+    exhausted: NoSignalError | None = field(default=None, init=False)
+    steps_done: int = field(default=0, init=False)
+    _clock: StepClock = field(default_factory=StepClock, init=False)
+    _batches: Queue[AssembledBatch | None] = field(default_factory=lambda: Queue(1), init=False)
+    _published: Queue[Published] = field(default_factory=lambda: Queue(1), init=False)
+    _in_training: int = field(default=0, init=False)
+    _took_batch: float = field(default=0.0, init=False)
 
     async def run(self) -> None:
         """Run every task until ``train`` has done its steps, or one of them fails."""
-        self._batches: asyncio.Queue[AssembledBatch | None] = asyncio.Queue(maxsize=1)
-        self._published: asyncio.Queue[tuple[WeightHandle | None, AssembledBatch]]
-        self._published = asyncio.Queue(maxsize=1)
-        self._in_training = 0
         self._took_batch = asyncio.get_running_loop().time()
         num_generators = min(self.budget.capacity, self.max_claims)
-        generators = {f"generate-{i}": self._generate() for i in range(num_generators)}
-        coroutines = {"feed": self._feed(), "assemble": self._assemble(), "sync": self._sync()}
-        coroutines |= generators | {"train": self._train()}
-        tasks = {asyncio.create_task(task, name=name) for name, task in coroutines.items()}
-        train = next(task for task in tasks if task.get_name() == "train")
+        endless = {"feed": self._feed(), "assemble": self._assemble(), "sync": self._sync()}
+        endless |= {f"generate-{i}": self._generate() for i in range(num_generators)}
+        train = asyncio.create_task(self._train(), name="train")
+        tasks = {train, *(asyncio.create_task(task, name=name) for name, task in endless.items())}
         try:
             running = tasks
             while not train.done():
@@ -87,7 +92,7 @@ class Loop:
             pass
 
     async def _generate(self) -> None:
-        """Claim a group, sample and grade it; one whose turn ended before it goes back."""
+        """Claim a group, sample and grade it; one whose segment ended before it goes back."""
         while work := await self.buffer.claim():
             try:
                 group = await self.generate(work)
@@ -118,39 +123,38 @@ class Loop:
             if batch is None:
                 break
             assert batch.max_age <= self.budget.max_age, f"step {step} got age {batch.max_age}"
-            with self.clock.measure("train"):
-                report = await self.learner.forward_backward(batch.batch, self.algorithm)
-            with self.clock.measure("wait_for_sync"):
+            with self._clock.measure("train"):
+                update = await self.learner.forward_backward(batch.batch, self.algorithm)
+            with self._clock.measure("wait_for_sync"):
                 await self._published.join()
-            with self.clock.measure("optimizer"):
-                report = await self.learner.optimizer_step(step, report)
-            with self.clock.measure("publish"):
+            with self._clock.measure("optimizer"):
+                report = await update.apply()
+            with self._clock.measure("publish"):
                 handle = await self.weights.publish(step + 1)
-            self.buffer.journal.note(Kind.TRAINED, step, {"checksum": handle and handle.checksum})
-            self._published.put_nowait((handle, batch))
+            self.journal.note(Kind.TRAINED, step, {"checksum": handle and handle.checksum})
+            self._published.put_nowait((handle, batch.slots))
             self.steps_done += 1
-            if await self.observer.after_step(batch, report, self):
-                break
+            view = self._view(batch, report)
+            if await self.observer.after_step(view):
+                await self._published.join()
+                if await self.observer.between_steps(view):
+                    break
         await self._published.join()
 
     async def _sync(self) -> None:
         """Bring each version to the engines while the next step runs; then free its slots."""
         while True:
-            handle, batch = await self._published.get()
-            with self.clock.measure("sync"):
+            handle, slots = await self._published.get()
+            with self._clock.measure("sync"):
                 await self.weights.push(handle)
-            await self.buffer.release(batch.slots)
-            self._in_training -= len(batch.slots)
+            await self.buffer.release(slots)
+            self._in_training -= len(slots)
             self._published.task_done()
 
-    async def settled(self) -> None:
-        """Wait until the engines serve the last version and its slots are free."""
-        await self._published.join()
-
     async def _next_batch(self) -> AssembledBatch | None:
-        """The next batch; None where none will come or a stop was asked for."""
+        """Return the next batch; None where none will come or a stop was asked for."""
         asked = asyncio.get_running_loop().time()
-        with self.clock.measure("wait_for_batch"):
+        with self._clock.measure("wait_for_batch"):
             waits = (
                 asyncio.create_task(self._batches.get()),
                 asyncio.create_task(self.stop.wait()),
@@ -164,6 +168,16 @@ class Loop:
         if batch is not None:
             self._adapt(batch, asked)
         return batch
+
+    def _view(self, batch: AssembledBatch, report: StepReport) -> StepView:
+        return StepView(
+            batch,
+            report,
+            seconds=self._clock.read_and_reset(),
+            occupancy=self.buffer.occupancy(),
+            num_bytes=self.buffer.num_bytes,
+            is_last=batch.batch.step + 1 == self.num_steps,
+        )
 
     def _adapt(self, batch: AssembledBatch, asked: float) -> None:
         """Let more or less work in, by how long the learner waited and what lay ready."""

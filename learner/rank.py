@@ -20,6 +20,7 @@ from paceline.configs.schema.algorithm_parts import CriticConfig
 from paceline.configs.schema.learner import LearnerConfig
 from paceline.configs.schema.model import ModelConfig
 from paceline.configs.vocabulary import TrainSample
+from paceline.learner.activity import Activity
 from paceline.learner.batch.bundles import bundle_samples
 from paceline.learner.batch.microbatch import Microbatch, build_microbatch
 from paceline.learner.batch.packing import imbalance, plan_packing
@@ -44,7 +45,7 @@ class RankModels:
     """A rank's shards of every model.
 
     ``value_model`` predicts values where there is a critic: the policy itself where it shares its
-    backbone, else ``critic``. ``activity`` is the pass this rank is in, for who asks meanwhile.
+    backbone, else ``critic``. ``activity`` says which pass this rank is in.
 
     Raises:
         ModelError: the model cannot be read or trained on packed rows.
@@ -61,7 +62,7 @@ class RankModels:
         rank: int,
         rendezvous: str | None,
     ) -> None:
-        self.activity = ""
+        self.activity = Activity()
         self._config = config
         self._precision = model.precision
         device = _device(config)
@@ -159,12 +160,12 @@ class RankModels:
     ) -> list[NDArray[np.float32]]:
         """The first output for each sample's trained tokens, on every rank; empty where one trains
         nothing."""
-        here = self._pieces(model.evaluate(self.share(samples).microbatches, head))
-        result = [np.zeros(0, dtype=np.float32)] * len(samples)
-        for found in self.mesh.gather(list(here)):
-            for index, values in found:
-                result[index] = values
-        self.activity = ""
+        with self.activity.during("evaluation"):
+            here = self._pieces(model.evaluate(self.share(samples).microbatches, head))
+            result = [np.zeros(0, dtype=np.float32)] * len(samples)
+            for found in self.mesh.gather(list(here)):
+                for index, values in found:
+                    result[index] = values
         return result
 
     def _pieces(
@@ -172,7 +173,7 @@ class RankModels:
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """By sample: its index and what was found for its tokens."""
         for number, (microbatch, output) in enumerate(found, 1):
-            self.activity = f"evaluated {number} microbatches"
+            self.activity.tell(f"evaluated {number} microbatches")
             values = output.float().cpu().numpy()
             pieces = np.split(values, np.cumsum(microbatch.lengths.cpu().numpy())[:-1])
             yield from zip(microbatch.samples, pieces, strict=False)

@@ -109,7 +109,6 @@ class TrainingStep:
                 f"the loss of step {self._batch.step} is {means['loss']}: no weight was changed; "
                 "lower the learning rate or look at the batch's samples"
             )
-        self._models.activity = ""
         self._means.append((num_trained, means))
         self._next_update += 1
 
@@ -136,10 +135,10 @@ class TrainingStep:
 
         def telling(microbatch: Microbatch, outputs: tuple[Tensor, ...]) -> Tensor:
             number = next(counter)
-            self._models.activity = f"{update}, microbatch {number} of {num_microbatches}"
+            self._models.activity.tell(f"{update}, microbatch {number} of {num_microbatches}")
             return loss_of(microbatch, outputs)
 
-        self._models.activity = f"{update}, before its losses"
+        self._models.activity.tell(f"{update}, before its losses")
         return telling
 
     def _loss(

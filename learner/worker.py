@@ -26,13 +26,13 @@ from paceline.configs.vocabulary import (
     TrainSample,
     WeightVersion,
 )
+from paceline.learner.activity import collectives_begun
 from paceline.learner.batch.inspection import prompt_and_completion
 from paceline.learner.checkpoints.background_save import BackgroundSave
 from paceline.learner.checkpoints.checkpoint import checkpoint_state, export_model, load_checkpoint
 from paceline.learner.engines.mesh import require_determinism
 from paceline.learner.model.heads import argmax_gaps
 from paceline.learner.objective.objective import Algorithm
-from paceline.learner.progress import collectives_begun
 from paceline.learner.rank import RankModels
 from paceline.learner.step import TrainingStep
 from paceline.weights_sync.handle import WeightHandle
@@ -91,12 +91,13 @@ class LearnerWorker:
                 gradients are dropped.
         """
         started = time.perf_counter()
-        step = TrainingStep(batch, algorithm, self._models, self._critic)
-        try:
-            step.add_gradients()
-        except Exception:
-            self._drop_gradients()
-            raise
+        with self._models.activity.during("passes over the batch"):
+            step = TrainingStep(batch, algorithm, self._models, self._critic)
+            try:
+                step.add_gradients()
+            except Exception:
+                self._drop_gradients()
+                raise
         self._step = step
         return StepReport(
             version=self.version,
@@ -108,12 +109,12 @@ class LearnerWorker:
         )
 
     def optimizer_step(
-        self, version: int, optimizer: OptimizerConfig, step: int, num_steps: int
+        self, optimizer: OptimizerConfig, step: int, num_steps: int
     ) -> dict[str, float]:
         """Clip the gradients and write the weights, once for every update of the batch.
 
-        A save in flight has copied them before. The weights are then ``version``; ``step`` of
-        ``num_steps`` decides the learning rate.
+        A save in flight has copied them before. The weights are then version ``step + 1``;
+        ``step`` of ``num_steps`` decides the learning rate.
 
         Returns:
             ``grad_norm`` before clipping (the largest of the updates), and ``learning_rate``; the
@@ -127,15 +128,15 @@ class LearnerWorker:
         work, self._step = self._step, None
         self._saving.fence()
         found = self._apply(optimizer, step, num_steps)
-        if work.is_done:
-            self.version = WeightVersion(version)
-            return found
+        metrics: dict[str, float] = {}
         while not work.is_done:
-            work.add_gradients()
+            with self._models.activity.during("passes over the batch"):
+                work.add_gradients()
             applied = self._apply(optimizer, step, num_steps)
             found = {name: max(found[name], applied[name]) for name in applied}
-        self.version = WeightVersion(version)
-        return work.metrics() | found
+            metrics = work.metrics()
+        self.version = WeightVersion(step + 1)
+        return metrics | found
 
     def reset_optimizer(self) -> None:
         """Forget the optimisers' moments and step counts: another objective begins."""
@@ -180,7 +181,7 @@ class LearnerWorker:
 
     def progress(self) -> RankProgress:
         """Where this rank stands; may be called from any thread while a call runs."""
-        return RankProgress(self.version, self._models.activity, collectives_begun())
+        return RankProgress(self.version, self._models.activity.now, collectives_begun())
 
     def load(self, folder: str) -> None:
         """Restore a checkpoint of any number of ranks.
@@ -243,15 +244,14 @@ class LearnerWorker:
     def _apply(self, optimizer: OptimizerConfig, step: int, num_steps: int) -> dict[str, float]:
         """One update of the policy and, where it has optimiser of its own, of the critic."""
         models = self._models
-        models.activity = "optimiser"
-        found = models.policy.take_step(optimizer, step, num_steps)
-        # a warm start trains no critic
-        if models.critic is not None and models.critic.has_gradients():
-            assert self._critic is not None
-            settings = self._critic.optimizer or optimizer
-            critic = models.critic.take_step(settings, step, num_steps)
-            found["critic_grad_norm"] = critic["grad_norm"]
-        models.activity = ""
+        with models.activity.during("optimiser"):
+            found = models.policy.take_step(optimizer, step, num_steps)
+            # a warm start trains no critic
+            if models.critic is not None and models.critic.has_gradients():
+                assert self._critic is not None
+                settings = self._critic.optimizer or optimizer
+                critic = models.critic.take_step(settings, step, num_steps)
+                found["critic_grad_norm"] = critic["grad_norm"]
         return found
 
     def _drop_gradients(self) -> None:

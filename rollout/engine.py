@@ -28,6 +28,10 @@ class Engine(Protocol):
     def version(self) -> WeightVersion | None:
         """The version served now; None until the first update: such an engine must not serve."""
 
+    @property
+    def checksum(self) -> int | None:
+        """The xxh3-64 of the bytes it loaded that version from; None where it loaded none."""
+
     def add(self, request: RolloutRequest) -> None:
         """Queue a request, new or to be continued; a `UserError` says why one cannot be served."""
 

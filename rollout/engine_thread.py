@@ -12,9 +12,9 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any
 
-from paceline.configs.vocabulary import Completion, DraftText, RolloutRequest, WeightVersion
+from paceline.configs.vocabulary import Completion, DraftText, RolloutRequest
 from paceline.rollout.engine import Engine, RolloutResult
-from paceline.weights_sync.handle import WeightHandle
+from paceline.weights_sync.handle import Acknowledgement, WeightHandle
 
 DRAFT_TOKENS_PER_STEP = 4096
 """Most tokens of draft text that are added between two steps: more would delay decoding."""
@@ -55,6 +55,8 @@ class EngineThread:
     steps: that is what makes version spans exact. There it also adds some of the pending
     draft text. With no request and no draft text left it blocks on the inbox. An exception out of
     the engine ends the thread and fails every pending and later call with it.
+
+    ``ready`` is done once the engine is built, and holds what its construction raised.
     """
 
     def __init__(self, build_engine: Callable[[], Engine]) -> None:
@@ -63,16 +65,12 @@ class EngineThread:
         self._pending: dict[str, PendingRequest] = {}
         self._draft_texts: deque[PendingDraftText] = deque()
         self._failure: BaseException | None = None
-        self._ready: Future[None] = Future()
+        self.ready: Future[None] = Future()
         self.counters = EngineCounters()
         self._thread = threading.Thread(
             target=self._run, args=(build_engine,), name="engine", daemon=True
         )
         self._thread.start()
-
-    def wait_ready(self) -> None:
-        """Block until the engine is built; raises what its construction raised."""
-        self._ready.result()
 
     def generate(self, request: RolloutRequest) -> Future[tuple[Completion, ...]]:
         """Queue a request; the future holds its completions, unfinished where the segment ended."""
@@ -103,19 +101,20 @@ class EngineThread:
         self._submit(interrupt, future)
         return future
 
-    def update_weights(self, handle: WeightHandle) -> Future[WeightVersion]:
-        """Load a published version before the next step; the future holds what is then served.
+    def update_weights(self, handle: WeightHandle) -> Future[Acknowledgement]:
+        """Load a published version before the next step; the future holds what the engine serves
+        then.
 
         Requests that the engine gives back are answered with what they have.
         """
-        future: Future[WeightVersion] = Future()
+        future: Future[Acknowledgement] = Future()
 
         def update() -> None:
             started = time.perf_counter()
             for result in self._engine.update_weights(handle):
                 self._answer(result)
             self.counters.update_seconds += time.perf_counter() - started
-            resolve(future, handle.version)
+            resolve(future, (self._engine.version, self._engine.checksum))
 
         self._submit(update, future)
         return future
@@ -157,10 +156,10 @@ class EngineThread:
         try:
             self._engine = build_engine()
         except BaseException as error:
-            self._failure = error
-            self._ready.set_exception(error)
+            self._fail(error)
+            self.ready.set_exception(error)
             return
-        self._ready.set_result(None)
+        self.ready.set_result(None)
         try:
             while self._drain_inbox():
                 if self._draft_texts:

@@ -131,6 +131,7 @@ class VLLMEngine:
         self._max_length = max_length
         self._on_update = config.on_weight_update
         self._version = fixed_version
+        self._checksum: int | None = None
         if fixed_version is not None:
             self._engine.set_weight_version(str(fixed_version))
         self._num_updates = 0
@@ -142,6 +143,11 @@ class VLLMEngine:
     def version(self) -> WeightVersion | None:
         """The version served now; None before the first update."""
         return self._version
+
+    @property
+    def checksum(self) -> int | None:
+        """The xxh3-64 of the bytes that version was loaded from; None for the folder's own."""
+        return self._checksum
 
     def add(self, request: RolloutRequest) -> None:
         """Queue a request: every unfinished sample of it, after the tokens it has.
@@ -197,7 +203,8 @@ class VLLMEngine:
         """Load a published version; what running requests do is the policy's, see the module."""
         if self._on_update == "abort":
             self._abort(list(self._running))
-        self._engine.collective_rpc("load_published_weights", args=(handle,))
+        found = self._engine.collective_rpc("load_published_weights", args=(handle,))
+        (self._checksum,) = set(found)  # one for all of vLLM's workers
         self._engine.set_weight_version(str(handle.version))
         self._version = handle.version
         if self._proposer is not None:

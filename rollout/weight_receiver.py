@@ -6,7 +6,7 @@ from typing import Any
 
 from paceline.rollout.vllm_patches import repack_cpu_experts, repack_cpu_linears
 from paceline.weights_sync.handle import WeightHandle, WeightSyncError
-from paceline.weights_sync.shared_memory import read_weights
+from paceline.weights_sync.shared_memory import read_weights, verify
 
 
 class WeightReceiver:
@@ -14,8 +14,12 @@ class WeightReceiver:
 
     model_runner: Any
 
-    def load_published_weights(self, handle: WeightHandle) -> None:
-        """Copy every published tensor into the model.
+    def load_published_weights(self, handle: WeightHandle) -> int:
+        """Copy every published tensor into the model; return the checksum of the bytes it copied.
+
+        The bytes are verified before and after they are copied: a writer that comes too early may
+        write meanwhile. It writes later versions, so bytes that are still right were right all
+        along.
 
         Raises:
             WeightSyncError: the bytes are not those announced, before or after they were copied, or
@@ -23,7 +27,7 @@ class WeightReceiver:
         """
         model = self.model_runner.get_model()
         loaded = model.load_weights(read_weights(handle))
-        require_announced_bytes(handle)
+        checksum = verify(handle)
         missing = {name for name, _ in model.named_parameters()} - loaded
         if missing:
             raise WeightSyncError(
@@ -32,15 +36,4 @@ class WeightReceiver:
             )
         repack_cpu_linears(model)
         repack_cpu_experts(model)
-
-
-def require_announced_bytes(handle: WeightHandle) -> None:
-    """Refuse weights that are no longer those announced.
-
-    They are checked before they are copied; a writer that comes too early may write while they are.
-    It writes later versions, so bytes that are still right were right all along.
-
-    Raises:
-        WeightSyncError: the bytes changed.
-    """
-    next(read_weights(handle), None)  # reading begins with the checksum of all bytes
+        return checksum

@@ -1,4 +1,4 @@
-"""The rollout worker: an engine on its thread behind an asyncio interface (an actor in a run)."""
+"""The rollout worker: an engine on its thread behind an asyncio interface, a Ray actor in runs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Protocol
 
-from paceline.configs.vocabulary import Completion, DraftText, RolloutRequest, WeightVersion
+from paceline.configs.vocabulary import Completion, DraftText, RolloutRequest
 from paceline.rollout.engine import Engine
 from paceline.rollout.engine_thread import EngineThread
-from paceline.weights_sync.handle import WeightHandle
+from paceline.weights_sync.handle import Acknowledgement, WeightHandle
 
 
 class DraftTextBlock(Protocol):
@@ -27,15 +27,22 @@ class DraftTextBlock(Protocol):
 
 
 class RolloutWorker:
-    """Samples completions for whoever asks; many requests share the engine's batch.
+    """Samples completions; many requests share the engine's batch.
 
     It holds no queue of its own and decides nothing: which requests come here, and when weights
     change, is the controller's business.
+
+    Its constructor only begins to build the engine, and does not fail: Ray would turn an error of
+    the constructor of an actor into text. `ready` raises it as what it is.
     """
 
     def __init__(self, build_engine: Callable[[], Engine]) -> None:
         self._engine = EngineThread(build_engine)
-        self._engine.wait_ready()
+        self._started = time.perf_counter()
+
+    async def ready(self) -> None:
+        """Return once the engine is built; raises what its construction raised."""
+        await asyncio.wrap_future(self._engine.ready)
         self._started = time.perf_counter()
 
     async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
@@ -49,14 +56,12 @@ class RolloutWorker:
         """Have a pending `generate` answered now, with what there is; False: it is not here."""
         return await asyncio.wrap_future(self._engine.interrupt(request_id))
 
-    async def update_weights(self, handle: WeightHandle) -> tuple[WeightVersion, int]:
-        """Serve a published version; acknowledges it with the checksum of the bytes it loaded.
+    async def update_weights(self, handle: WeightHandle) -> Acknowledgement:
+        """Load a published version; return what the engine then serves.
 
-        The announced checksum is that of the loaded bytes: the engine compares it with the bytes
-        before and after it copies them, and an engine that finds another one stops.
+        An engine that finds bytes other than those announced stops.
         """
-        version = await asyncio.wrap_future(self._engine.update_weights(handle))
-        return version, handle.checksum
+        return await asyncio.wrap_future(self._engine.update_weights(handle))
 
     async def add_draft_text(self, block: DraftTextBlock, subscriber: int) -> None:
         """Read a block, beside the engine's thread, and draft from its texts from now on."""

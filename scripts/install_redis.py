@@ -29,7 +29,7 @@ ADVICE = (
 
 
 def needed(which=shutil.which, is_root: bool | None = None) -> bool:
-    """Whether to install it here; exits with advice where that is for somebody else to do."""
+    """Return whether to install it here; exit with advice where only root or another system can."""
     if which(PACKAGE):
         return False
     if is_root is None:
@@ -41,7 +41,7 @@ def needed(which=shutil.which, is_root: bool | None = None) -> bool:
 
 @contextmanager
 def services_forbidden(policy: Path = SERVICE_POLICY) -> Iterator[None]:
-    """Have services that are installed not started, unless somebody set a policy already."""
+    """Keep services that are installed from starting, unless a policy is set already."""
     if policy.exists() or not policy.parent.is_dir():
         yield
         return
@@ -61,7 +61,7 @@ def apt(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def main() -> None:
-    """Install what is missing; exits with a line where it cannot."""
+    """Install what is missing; exit with a line where it cannot."""
     if not needed():
         return
     print(f"Installing {PACKAGE} with apt", flush=True)

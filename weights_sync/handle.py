@@ -19,6 +19,10 @@ class WeightHandle:
     layout: Layout
 
 
+Acknowledgement = tuple[WeightVersion | None, int | None]
+"""What an engine serves: its version, and the checksum of the bytes it was loaded from."""
+
+
 class WeightSyncError(UserError):
     """Weights cannot be published, or are missing, torn or not those announced: they must not be
     served."""

@@ -71,20 +71,30 @@ def read_weights(handle: WeightHandle) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         WeightSyncError: the file is missing, too short, or holds other bytes than announced.
     """
+    verify(handle)
+    buffer = map_file(Path(handle.path), handle.layout.num_bytes, create=False)
+    yield from tensor_views(buffer, handle.layout).items()
+
+
+def verify(handle: WeightHandle) -> int:
+    """Return the checksum of the bytes that lie where a handle says: the announced one.
+
+    Raises:
+        WeightSyncError: the file is missing, too short, or holds other bytes than announced.
+    """
     path = Path(handle.path)
     if not path.exists() or path.stat().st_size < handle.layout.num_bytes:
         raise WeightSyncError(
             f"weights of version {handle.version} are not at {path}: the shared-memory transport "
             "needs learner and engines on one machine"
         )
-    buffer = map_file(path, handle.layout.num_bytes, create=False)
-    found = buffer_checksum(buffer)
+    found = buffer_checksum(map_file(path, handle.layout.num_bytes, create=False))
     if found != handle.checksum:
         raise WeightSyncError(
             f"weights of version {handle.version} have checksum {found:016x}, "
             f"announced {handle.checksum:016x}: overwritten or torn, refusing to serve them"
         )
-    yield from tensor_views(buffer, handle.layout).items()
+    return found
 
 
 def map_file(path: Path, num_bytes: int, *, create: bool) -> torch.Tensor:

@@ -6,6 +6,7 @@ beside ``type`` is laid over the preset, part by part.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -62,7 +63,7 @@ class PolicyAlgorithm(Section):
     (decoupled PPO, arXiv 2505.24298); or an interpolation by age (A-3PO, arXiv 2512.06547)."""
 
     corrections: tuple[CorrectionConfig, ...] = ()
-    """Weights and masks of off-policy tokens, multiplied."""
+    """Weights and masks of off-policy tokens, multiplied; each type once."""
 
     reference: ReferenceConfig | None = None
     """Penalty for leaving a reference policy."""
@@ -96,6 +97,12 @@ class PolicyAlgorithm(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
+        types = Counter(correction.type for correction in self.corrections)
+        for kind, count in types.items():
+            if count > 1:
+                raise ValueError(
+                    f"algorithm.corrections: {kind} is given {count} times; give each type once"
+                )
         if self.old_policy == "behaviour":
             for correction in self.corrections:
                 if correction.type in WEIGHTING and self.loss.type != "reinforce":

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from paceline.configs.vocabulary import Completion, DraftText, Group, RolloutRequest, Trajectory
 from paceline.controller.drafts.blocks import Block
 from paceline.controller.drafts.corpus import DraftCorpus
-from paceline.controller.parts import WorkerLost
+from paceline.controller.groups.buffer import WorkerLost
 from paceline.spec.draft_text import sampled_texts
 
 logger = logging.getLogger(__name__)

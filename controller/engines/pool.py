@@ -14,9 +14,9 @@ from paceline.configs.vocabulary import Completion, RolloutRequest
 from paceline.controller.drafts.publisher import DraftPublisher, Subscription
 from paceline.controller.engines.routing import Affinity, Demand, Load, demand_of, next_placement
 from paceline.controller.engines.watching import TimeLimits, WatchedWorker, Worker
+from paceline.controller.groups.buffer import WorkerLost
 from paceline.controller.groups.concurrency import gather_or_cancel
 from paceline.controller.groups.generation import sample_to_end
-from paceline.controller.parts import WorkerLost
 from paceline.weights_sync.handle import WeightHandle, WeightSyncError
 
 logger = logging.getLogger(__name__)
@@ -226,7 +226,8 @@ class WorkerPool:
                 if answer != (handle.version, handle.checksum):
                     raise WeightSyncError(
                         f"worker {seat.index} acknowledged version {answer[0]} with checksum "
-                        f"{answer[1]:016x}, expected {handle.version} with {handle.checksum:016x}"
+                        f"{answer[1] or 0:016x}, expected {handle.version} with "
+                        f"{handle.checksum:016x}"
                     )
                 seat.served = handle
         seat.joined = seat.served is not None

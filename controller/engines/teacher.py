@@ -18,8 +18,8 @@ from paceline.configs.vocabulary import (
     WeightVersion,
 )
 from paceline.controller.engines.worker_actor import RolloutActor
-from paceline.controller.parts import WorkerLost
-from paceline.weights_sync.handle import WeightHandle
+from paceline.controller.groups.buffer import WorkerLost
+from paceline.weights_sync.handle import Acknowledgement, WeightHandle
 from paceline.weights_sync.layout import Layout
 
 FIXED = WeightHandle(WeightVersion(0), path="", checksum=0, layout=Layout(()))
@@ -35,7 +35,7 @@ class FixedWeightsActor(RolloutActor):
 
     section = "teacher"
 
-    async def update_weights(self, handle: WeightHandle) -> tuple[WeightVersion, int]:
+    async def update_weights(self, handle: WeightHandle) -> Acknowledgement:
         """Acknowledge the version it has; others never come."""
         assert handle is FIXED, "a teacher is not trained"
         return handle.version, handle.checksum

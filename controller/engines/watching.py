@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from paceline.configs.vocabulary import Completion, RolloutRequest, WeightVersion
-from paceline.controller.parts import WorkerLost
-from paceline.weights_sync.handle import WeightHandle
+from paceline.configs.vocabulary import Completion, RolloutRequest
+from paceline.controller.groups.buffer import WorkerLost
+from paceline.weights_sync.handle import Acknowledgement, WeightHandle
 
 T = TypeVar("T")
 
@@ -24,8 +24,8 @@ class Worker(Protocol):
     async def interrupt(self, request_id: str) -> bool:
         """Have a pending `generate` answered now, with what there is; False: it is not here."""
 
-    async def update_weights(self, handle: WeightHandle) -> tuple[WeightVersion, int]:
-        """Load a version; answers the version and checksum now served."""
+    async def update_weights(self, handle: WeightHandle) -> Acknowledgement:
+        """Load a version; return what the engine serves then."""
 
     async def add_draft_text(self, block: Any, subscriber: int) -> None:
         """Draft from a published block but for the subscriber's own; see `DraftPublisher`."""
@@ -111,8 +111,8 @@ class WatchedWorker:
         finally:
             call.cancel()
 
-    async def update_weights(self, handle: WeightHandle) -> tuple[WeightVersion, int]:
-        """Load a version; answers the version and checksum now served.
+    async def update_weights(self, handle: WeightHandle) -> Acknowledgement:
+        """Load a version; return what the engine serves then.
 
         Raises:
             WorkerLost: it is lost, or was before.

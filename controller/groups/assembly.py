@@ -14,6 +14,7 @@ from paceline.controller.data.curriculum import Outcome
 from paceline.controller.groups.buffer import WorkBuffer
 from paceline.controller.groups.signal_filter import SignalFilter
 from paceline.controller.ledger.events import Kind
+from paceline.controller.ledger.journal import Journal
 from paceline.controller.ledger.state import Batch
 
 
@@ -81,6 +82,7 @@ class Collector:
     def __init__(
         self,
         buffer: WorkBuffer,
+        journal: Journal,
         signal: SignalFilter,
         groups_per_step: int,
         temperature: float = 1.0,
@@ -88,14 +90,16 @@ class Collector:
     ) -> None:
         self._recorded = deque(recorded)
         self._buffer = buffer
+        self._journal = journal
         self._signal = signal
         self._groups_per_step = groups_per_step
         self._temperature = temperature
 
     async def collect(self, step: int) -> AssembledBatch:
-        """Take groups until the step has its share; dropped ones free their slot at once.
+        """Take groups until the step has its share.
 
-        After ``max_draws`` times its share a step makes do with what it has.
+        After ``max_draws`` times its share a step trains on fewer groups and holds the slots of
+        dropped ones in their stead. Dropped groups beyond those free their slots at once.
 
         Raises:
             NoSignalError: it then has nothing at all.
@@ -126,7 +130,7 @@ class Collector:
                 break
         if not kept:
             for group_id, reason in dropped.items():
-                self._buffer.journal.note(Kind.SET_ASIDE, group_id, {"reason": reason})
+                self._journal.note(Kind.SET_ASIDE, group_id, {"reason": reason})
             raise NoSignalError(num_draws, float(np.mean(list(rewards.values()))))
         batch = Batch(
             step,
@@ -135,7 +139,7 @@ class Collector:
             dropped,
             {group_id: rewards[group_id] for group_id in prompts},
         )
-        await self._buffer.journal.write(Kind.BATCHED, step, batch.as_detail())
+        await self._journal.write(Kind.BATCHED, step, batch.as_detail())
         return self._assembled(RecordedBatch(batch, tuple(kept), prompts))
 
     def _again(self, step: int, recorded: RecordedBatch) -> AssembledBatch:

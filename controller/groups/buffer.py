@@ -54,6 +54,10 @@ class Work:
         return sum(completion.num_bytes for completion in self.partial)
 
 
+class WorkerLost(Exception):
+    """The worker that held a claim is gone; the claim can be given to another."""
+
+
 class WorkBuffer:
     """Bounded hand-over between feed, generate, assemble and sync, on one event loop.
 
@@ -64,12 +68,21 @@ class WorkBuffer:
     Every wait ends when its condition holds or the buffer is closed; a closed buffer answers None.
     Each operation costs the same however many groups are in it, but for the heaps' logarithm.
 
-    Example, P = 2 and S = 1, so 4 slots::
+    Example, P = 2 and S = 1, so 4 slots:
 
-        for prompt in four: await buffer.admit(prompt)     # 4 / 4 slots
-        await buffer.finish(group0)                        # still 4 / 4
-        await buffer.take()                                # group0 leaves; its slot is still held
-        buffer.release((0,))                               # its weights are served: 3 / 4
+    >>> from paceline.controller.groups.freshness import freshness_budget
+    >>> async def life_of_group_0() -> tuple[int, int]:
+    ...     buffer = WorkBuffer(freshness_budget(groups_per_step=2, max_lag=1))
+    ...     for position in range(4):
+    ...         await buffer.admit(lambda: (position, Prompt("sum", "1+1=", (1, 2, 1, 3))))
+    ...     work = await buffer.claim()
+    ...     await buffer.finish(Group(work.group_id, work.prompt, ()))
+    ...     await buffer.take()  # group 0 leaves for training; its slot is still held
+    ...     held = buffer.occupancy()["slots"]
+    ...     await buffer.release((0,))  # engines serve the weights it was trained into
+    ...     return held, buffer.occupancy()["slots"]
+    >>> asyncio.run(life_of_group_0())
+    (4, 3)
     """
 
     def __init__(
@@ -80,7 +93,7 @@ class WorkBuffer:
         group_bytes: int = 0,
     ) -> None:
         """``group_bytes`` is what a group is taken to need until a larger one has finished."""
-        self.journal = journal or Journal(MemoryStore())
+        self._journal = journal or Journal(MemoryStore())
         self._budget = budget
         self._limit = budget.capacity
         self._max_bytes = max_bytes
@@ -133,7 +146,7 @@ class WorkBuffer:
         if self._closed:
             return None
         work = Work(*draw())
-        self.journal.note(Kind.ADMITTED, work.group_id, {"prompt": work.prompt.id})
+        self._journal.note(Kind.ADMITTED, work.group_id, {"prompt": work.prompt.id})
         self._slots.add(work.group_id)
         self._entries[work.group_id] = work
         heapq.heappush(self._waiting, work.group_id)
@@ -146,7 +159,7 @@ class WorkBuffer:
         if self._closed:
             return None
         work = self._entries[heapq.heappop(self._waiting)]
-        self.journal.note(Kind.CLAIMED, work.group_id)
+        self._journal.note(Kind.CLAIMED, work.group_id)
         work.state = State.CLAIMED
         self._wake()
         return work
@@ -156,7 +169,7 @@ class WorkBuffer:
     ) -> None:
         """Return a claim that was not carried out, with what was sampled; somebody goes on."""
         assert work.state is State.CLAIMED, f"group {work.group_id} is {work.state.value}"
-        self.journal.note(Kind.RETURNED, work.group_id, {"reason": reason})
+        self._journal.note(Kind.RETURNED, work.group_id, {"reason": reason})
         if partial is not None:
             self._num_bytes -= work.num_bytes
             work.partial = partial
@@ -175,7 +188,7 @@ class WorkBuffer:
         self._largest = max(self._largest, group.num_bytes)
         work.group, work.partial = group, ()
         versions = {"oldest": group.oldest_version, "newest": group.newest_version}
-        await self.journal.write(Kind.FINISHED, group.group_id, versions, at=group)
+        await self._journal.write(Kind.FINISHED, group.group_id, versions, at=group)
         work.state = State.FINISHED
         heapq.heappush(self._finished, group.group_id)
         self._wake()

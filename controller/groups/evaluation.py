@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from paceline.configs.vocabulary import Group, Prompt, SamplingParameters, Trajectory
-from paceline.controller.groups.buffer import Work
+from paceline.controller.groups.buffer import Work, WorkerLost
 from paceline.controller.groups.generation import Rollouts
-from paceline.controller.parts import WorkerLost
 
 GREEDY_STREAM, SAMPLED_STREAM = 1, 2
 """Random streams of evaluation, apart from training's stream 0."""

@@ -9,7 +9,10 @@ made. With B slots, P groups a step, and finished groups taken from the W oldest
 - so at most B + W - 2 groups are trained between the version that sampled it and its own step,
   which is ``(B + W - 2) // P`` whole steps.
 
-Groups that are dropped free their slot at once and train nothing: they only make this smaller.
+The division takes every step to use up P admissions. So a step that trains fewer than P groups
+holds slots of dropped groups in their stead until its weights are served; dropped groups beyond
+those free their slots at once (`AssembledBatch.slots`).
+
 ``max_lag`` S is what the user promises, so the window is paid for in capacity:
 ``B = (S + 1) P - (W - 1)`` gives ``(B + W - 2) // P == S`` exactly, for every W.
 

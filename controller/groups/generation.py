@@ -19,7 +19,7 @@ from paceline.configs.vocabulary import (
     Trajectory,
     UnfinishedGroup,
 )
-from paceline.controller.data.prompts import Demonstration
+from paceline.controller.data.rendering import Demonstration
 from paceline.controller.groups.buffer import Work
 from paceline.controller.groups.concurrency import gather_or_cancel
 

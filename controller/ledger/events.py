@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -44,3 +45,32 @@ class Event(NamedTuple):
     time: float
     detail: Mapping[str, Any] = {}
     group: Group | None = None
+
+
+Row = tuple[str, int, float, Mapping[str, Any]]
+"""Kind, key, time and detail of an event: what JSON can hold."""
+
+
+def as_row(event: Event) -> Row:
+    """Return an event without its group."""
+    return event.kind.value, event.key, event.time, event.detail
+
+
+def from_row(row: Any, where: str) -> Event:
+    """Return the event of a row that `as_row` gave; its detail may still be JSON.
+
+    Raises:
+        LedgerError: it is damaged; ``where`` names the row and its store.
+    """
+    try:
+        kind, key, time, detail = row
+        if isinstance(detail, str):
+            detail = json.loads(detail)
+        if not isinstance(detail, dict):
+            raise TypeError(f"detail {detail!r}")
+        return Event(Kind(kind), int(key), float(time), detail)
+    except (TypeError, ValueError) as error:
+        raise LedgerError(
+            f"{where} is damaged ({' '.join(str(error).split())}): restore the ledger from a copy; "
+            "or move it away, and --resume samples anew what the checkpoint had in flight"
+        ) from error

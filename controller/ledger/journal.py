@@ -20,7 +20,7 @@ adds a quarter to what is written, however much is pending."""
 class Journal:
     """What the loop tells of groups and steps; the only way to the store while a run is going.
 
-    Records reach the store in the order they were noted, so whatever a crash loses is the end of
+    Events reach the store in the order they were noted, so whatever a crash loses is the end of
     the story, never its middle. All that were noted while one commit was under way go into the
     next. Nobody can note without bound: each event belongs to a group that holds a slot, or to a
     step.
@@ -54,7 +54,7 @@ class Journal:
         *,
         at: Group | None = None,
     ) -> None:
-        """Event something; it is durable soon, and before anything noted later.
+        """Note an event; it is durable soon, and before anything noted later.
 
         Raises:
             LedgerError: it cannot follow what came before, or an earlier event was not written.

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from paceline.configs.vocabulary import Group, Prompt
-from paceline.controller.ledger.events import Event, Kind, LedgerError
-from paceline.controller.ledger.text import as_row, from_row
+from paceline.controller.ledger.events import Event, Kind, LedgerError, as_row, from_row
 
 
 class MemoryStore:
@@ -35,7 +34,7 @@ class MemoryStore:
             self._details.append(detail)
 
     def history(self, *, whole: bool = False) -> Iterator[Event]:
-        """Records since the last snapshot, with it."""
+        """Return the events since the last snapshot, with it."""
         rows = tuple(zip(self._facts, self._details, strict=True))
         return (from_row((*facts, detail), "memory") for facts, detail in rows)
 

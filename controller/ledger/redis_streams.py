@@ -18,22 +18,16 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import redis
 from redis import exceptions
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from paceline.configs.vocabulary import Group, Prompt
 from paceline.controller.ledger.codec import decode_group, encode_group, verify
-from paceline.controller.ledger.events import SCHEMA, Event, Kind, LedgerError
-from paceline.controller.ledger.text import as_row, from_row
-
-Command = tuple[str | int | bytes, ...]
+from paceline.controller.ledger.events import SCHEMA, Event, Kind, LedgerError, as_row, from_row
+from paceline.controller.ledger.redis_server import Command, RedisServer, explained, is_taken
 
 CONSUMERS = "learner"
 SAMPLES_AT_ONCE = 8
@@ -44,8 +38,6 @@ for i, id in ipairs(ARGV) do found[i] = #redis.call('XRANGE', KEYS[1], id, id) e
 return found
 """
 """Which entries exist, without sending what is in them."""
-LONGEST_PAUSE_SECONDS = 2.0
-SOCKET_TIMEOUT_SECONDS = 30.0
 
 
 class RedisStore:
@@ -71,22 +63,14 @@ class RedisStore:
         Raises:
             LedgerError: no answer, refused, volatile, newer, or damaged.
         """
-        self._url = url
-        self._reconnect_seconds = reconnect_seconds
         self._owner = uuid.uuid4().int >> 65  # what an id of Redis can hold
         self._consumer = f"controller-{self._owner}"
         self._keys = {part: f"paceline:{name}:{part}" for part in ("journal", "finished", "schema")}
         self._read_only = read_only
         self._has_taken_over = read_only
-        with _explained(url):
-            self._redis: Any = redis.Redis.from_url(
-                url,
-                password=password,
-                socket_timeout=SOCKET_TIMEOUT_SECONDS,
-                retry=Retry(NoBackoff(), 0),  # we try again ourselves, and know for how long
-            )
-            self._await_loading()
-            self._check_server()
+        self._server = RedisServer(url, password, reconnect_seconds)
+        self._redis, self._ask, self._url = self._server.client, self._server.ask, url
+        with explained(url):
             self._check_schema(write=not read_only)
             if not read_only:
                 self._create_consumers()
@@ -116,7 +100,7 @@ class RedisStore:
                 fields = ("group", event.key, "content", encode_group(event.group))
                 yield ("XADD", self._keys["finished"], places[event.key], *fields)
 
-        if self._ask(self._stream, samples) and len(self._present(places)) < len(places):
+        if self._ask(self._server.stream, samples) and len(self._present(places)) < len(places):
             raise self._taken_over()
         if not self._ask(self._commit, number, entry) and not self._is_ours(number):
             raise self._taken_over()
@@ -165,33 +149,7 @@ class RedisStore:
 
     def close(self) -> None:
         """Close the connection."""
-        self._redis.close()
-
-    def _stream(self, commands: Callable[[], Iterator[Command]]) -> bool:
-        """Send commands one by one without waiting, then read their replies.
-
-        Says whether an id was taken: sent before its reply was lost, or by somebody else.
-        """
-        connection = self._redis.connection_pool.get_connection()
-        is_taken = False
-        try:
-            count = 0
-            for command in commands():
-                connection.send_command(*command)
-                count += 1
-            for _ in range(count):
-                try:
-                    connection.read_response()
-                except exceptions.ResponseError as error:
-                    if not _is_taken(error):
-                        raise
-                    is_taken = True
-            return is_taken
-        except BaseException:
-            connection.disconnect()  # with replies still to come it is of no use
-            raise
-        finally:
-            self._redis.connection_pool.release(connection)
+        self._server.close()
 
     def _commit(self, number: int, entry: dict[str, str]) -> bool:
         """Write the journal's entry; False where there is one of this number."""
@@ -201,7 +159,7 @@ class RedisStore:
         try:
             self._redis.xadd(self._keys["journal"], entry, id=entry_id, **trim)
         except exceptions.ResponseError as error:
-            if not _is_taken(error):
+            if not is_taken(error):
                 raise
             return False
         return True
@@ -315,51 +273,6 @@ class RedisStore:
             "has taken this run over, or two runs have one name; stop one of them"
         )
 
-    def _ask(self, call: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-        """The answer of a call, tried again while there is no connection."""
-        deadline, pause = time.monotonic() + self._reconnect_seconds, 0.05
-        while True:
-            try:
-                return call(*arguments, **keywords)
-            except (exceptions.ConnectionError, exceptions.TimeoutError) as error:
-                if time.monotonic() + pause > deadline or isinstance(
-                    error, exceptions.AuthenticationError
-                ):
-                    raise _explanation(self._url, error) from error
-            except exceptions.RedisError as error:
-                raise _explanation(self._url, error) from error
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-
-    def _await_loading(self) -> None:
-        """Wait for a Redis that was just started and reads its file; an absent one is an error."""
-        deadline = time.monotonic() + self._reconnect_seconds
-        while True:
-            try:
-                self._redis.ping()
-                return
-            except exceptions.BusyLoadingError:
-                if time.monotonic() > deadline:
-                    raise
-            time.sleep(LONGEST_PAUSE_SECONDS / 10)
-
-    def _check_server(self) -> None:
-        """Refuse a Redis that would forget."""
-        try:
-            found = self._redis.config_get("appendonly", "maxmemory-policy")
-        except exceptions.ResponseError:
-            return  # a managed Redis that shows its settings to nobody
-        if found.get("appendonly") == "no":
-            raise LedgerError(
-                f"the Redis at {self._url} keeps no append-only file, so a crash of it would lose "
-                "finished rollouts: start it with `appendonly yes`"
-            )
-        if found.get("maxmemory-policy", "noeviction") != "noeviction":
-            raise LedgerError(
-                f"the Redis at {self._url} evicts keys when memory is short (maxmemory-policy "
-                f"{found['maxmemory-policy']}), finished rollouts among them: set it to noeviction"
-            )
-
     def _check_schema(self, *, write: bool) -> None:
         version = self._redis.get(self._keys["schema"])
         if version is None and write:
@@ -380,46 +293,6 @@ def _from_snapshot(events: list[Event]) -> list[Event]:
     """Events from the last snapshot among them on; all where there is none."""
     snapshots = [i for i, event in enumerate(events) if event.kind is Kind.SNAPSHOT]
     return events[snapshots[-1] :] if snapshots else events
-
-
-@contextlib.contextmanager
-def _explained(url: str) -> Iterator[None]:
-    try:
-        yield
-    except (exceptions.RedisError, ValueError) as error:
-        if isinstance(error, LedgerError):
-            raise
-        raise _explanation(url, error) from error
-
-
-def _explanation(url: str, error: Exception) -> LedgerError:
-    """One line for what went wrong."""
-    text = " ".join(str(error).split())[:200]  # a refused command is quoted, samples and all
-    if isinstance(error, exceptions.AuthenticationError) or text.startswith(
-        ("NOAUTH", "WRONGPASS", "invalid username-password")
-    ):
-        return LedgerError(
-            f"the Redis at {url} wants another password ({text}): put it into an environment "
-            "variable and name that in store.password_env"
-        )
-    if isinstance(error, exceptions.ConnectionError | exceptions.TimeoutError):
-        return LedgerError(
-            f"the Redis at {url} does not answer ({text}): check store.url and that it runs; a "
-            "run that was under way is whole and goes on with --resume"
-        )
-    if isinstance(error, exceptions.OutOfMemoryError):
-        return LedgerError(
-            f"the Redis at {url} has no room left ({text}): raise its maxmemory above the memory "
-            "of loop.buffer_mb and a checkpoint interval's groups; the run goes on with --resume"
-        )
-    return LedgerError(
-        f"the Redis at {url} refused a command ({text}): see its log; the run goes on with --resume"
-    )
-
-
-def _is_taken(error: exceptions.ResponseError) -> bool:
-    """Whether an entry of this id, or a later one, is in the stream already."""
-    return "equal or smaller" in str(error)
 
 
 def _json(text: bytes, where: str) -> Any:

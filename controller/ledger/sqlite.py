@@ -13,8 +13,7 @@ from typing import Literal
 
 from paceline.configs.vocabulary import Group, Prompt
 from paceline.controller.ledger.codec import decode_group, encode_group, verify
-from paceline.controller.ledger.events import SCHEMA, Event, Kind, LedgerError
-from paceline.controller.ledger.text import as_row, from_row
+from paceline.controller.ledger.events import SCHEMA, Event, Kind, LedgerError, as_row, from_row
 
 APPLICATION_ID = 0x70616365  # "pace": tells our files from other SQLite databases
 PAGE_BYTES = 16384  # samples are kilobytes: with small pages each is a long chain of them

@@ -28,7 +28,7 @@ class Store(Protocol):
         """
 
     def history(self, *, whole: bool = False) -> Iterator[Event]:
-        """Records in order, without groups: from the last snapshot on, or all that is kept."""
+        """Return events in order, without groups: from the last snapshot on, or all kept."""
 
     def group(self, group_id: int, prompt: Prompt) -> Group:
         """A finished group as it was appended, last attempt; ``prompt`` is the one it answers.

@@ -7,33 +7,33 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import PlacementGroup
 
 from paceline.configs.errors import ClusterError, UserError
 from paceline.configs.schema.learner import OptimizerConfig
 from paceline.configs.vocabulary import StepReport, TrainBatch, WeightVersion
-from paceline.controller.engines.worker_actor import kill, result_of, start_actor
-from paceline.controller.parts import Algorithm
+from paceline.controller.actors import kill, result_of, start_actor
+from paceline.controller.parts import Algorithm, Finish
 from paceline.controller.ranks.hangs import Hang, HangWatch, RankStatus
+from paceline.controller.ranks.placement import Placement, in_bundle, release, reserve
+from paceline.controller.ranks.rank import Rank
 from paceline.controller.ranks.rank_host import RankHost
-from paceline.controller.run.checkpoints import Finish
 from paceline.weights_sync.handle import WeightHandle
 
-Placement = Literal["pack", "spread"]
+P = ParamSpec("P")
+T = TypeVar("T")
+
 
 LOOKS = 4
 """Looks at the ranks in the time after which a hang is one."""
 LOOK_SECONDS = 5.0
 """How long ranks have to say where they are once one of them failed."""
-PLACEMENT_SECONDS = 120.0
-"""How long a cluster may take to find room for the ranks, or to grow it."""
 
 
 async def start_learner_ranks(
@@ -59,7 +59,9 @@ async def start_learner_ranks(
     """
     room = await reserve(num_ranks, cpus, gpus, placement)
     actors = [
-        start_actor(cpus, gpus, environment, RankHost, **in_bundle(room, rank))
+        start_actor(
+            RankHost, cpus=cpus, gpus=gpus, environment=environment, **in_bundle(room, rank)
+        )
         for rank in range(num_ranks)
     ]
     try:
@@ -84,47 +86,8 @@ async def start_learner_ranks(
     return LearnerRanks(actors, hang_seconds, reports, room)
 
 
-async def reserve(
-    num_ranks: int, cpus: float, gpus: float, placement: Placement
-) -> PlacementGroup | None:
-    """Room for all ranks at once, a bundle each; None for ranks that reserve nothing.
-
-    Raises:
-        ClusterError: no nodes have it.
-    """
-    bundle = {kind: count for kind, count in (("CPU", cpus), ("GPU", gpus)) if count}
-    if not bundle:
-        return None
-    strategy = "STRICT_SPREAD" if placement == "spread" else "PACK"
-    room = placement_group([bundle] * num_ranks, strategy)
-    if await asyncio.to_thread(room.wait, PLACEMENT_SECONDS):
-        return room
-    release(room)
-    each = ", ".join(f"{count:g} {kind}s" for kind, count in bundle.items())
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    spread = " on a node of its own" if placement == "spread" else ""
-    raise ClusterError(
-        f"no room for {num_ranks} learner ranks of {each} each{spread} on {nodes} nodes within "
-        f"{PLACEMENT_SECONDS:g} s: lower learner.num_ranks or what a rank reserves, choose "
-        "learner.placement: pack, or join a larger cluster"
-    )
-
-
-def in_bundle(room: PlacementGroup | None, rank: int) -> dict[str, Any]:
-    """A rank's place in what was reserved, as options of its actor."""
-    if room is None:
-        return {}
-    return {"scheduling_strategy": PlacementGroupSchedulingStrategy(room, rank)}
-
-
-def release(room: PlacementGroup | None) -> None:
-    """Give back what was reserved."""
-    if room is not None:
-        remove_placement_group(room)
-
-
 class LearnerRanks:
-    """All learner ranks as one `Learner`: each call goes to every rank, rank 0 speaks for them.
+    """All learner ranks as one: each call goes to every rank, rank 0 speaks for them.
 
     Rank r takes its own share of a batch; gradients are summed over ranks inside the call. A dead
     or hanging rank ends the run with a `ClusterError` that names it: the others cannot go on
@@ -143,65 +106,64 @@ class LearnerRanks:
         self._reports = reports
         self._room = room
         self._lost: ClusterError | None = None
-        self._plan: tuple[OptimizerConfig, int] | None = None
 
-    async def begin(self, optimizer: OptimizerConfig, num_steps: int) -> None:
+    async def begin(self, optimizer: OptimizerConfig, num_steps: int) -> LearnerPhase:
         """Start a phase of ``num_steps`` steps: its own optimiser settings, fresh moments."""
-        self._plan = (optimizer, num_steps)
-        await self._call("reset_optimizer")
-
-    async def forward_backward(self, batch: TrainBatch, algorithm: Algorithm) -> StepReport:
-        """Find what a batch's tokens are worth, and its first update's gradients over all ranks."""
-        # Put once, read by every rank: Ray resolves the reference before it calls.
-        return await self._call("forward_backward", ray.put(batch), algorithm)
-
-    async def optimizer_step(self, step: int, report: StepReport) -> StepReport:
-        """Apply the batch's updates: version ``step`` becomes ``step + 1``."""
-        assert self._plan is not None, "begin() comes before the first step"
-        optimizer, num_steps = self._plan
-        metrics = await self._call("optimizer_step", step + 1, optimizer, step, num_steps)
-        return replace(
-            report, version=WeightVersion(step + 1), metrics={**report.metrics, **metrics}
-        )
+        await self.call(Rank.reset_optimizer)
+        return LearnerPhase(self, optimizer, num_steps)
 
     async def publish(self, version: int) -> WeightHandle:
         """Write a version where engines can read it."""
-        return await self._call("publish", version)
+        handle = await self.call(Rank.publish, version)
+        assert handle is not None, "rank 0 announces"
+        return handle
 
     async def load_reference(self, folder: str, offload: bool) -> None:
         """Hold the policy of a folder as the frozen reference."""
-        await self._call("load_reference", folder, offload)
+        await self.call(Rank.load_reference, folder, offload)
 
     async def save(self, folder: str) -> Finish:
         """Begin to write model and optimiser, sharded, for `load`; returns what waits for it."""
-        await self._call("save", folder)
+        await self.call(Rank.save, folder)
         return self._finish_save
 
     async def _finish_save(self) -> None:
-        await self._call("finish_save", beside=True)
+        await self._watched(Rank.finish_save.__name__, (), beside=True)
 
     async def load(self, folder: str) -> None:
         """Read what `save` wrote, by any number of ranks."""
-        await self._call("load", folder)
+        await self.call(Rank.load, folder)
 
     async def export(self, folder: str) -> None:
         """Write the model in Hugging Face format."""
-        await self._call("export", folder)
+        await self.call(Rank.export, folder)
 
     async def greedy_mismatches(self, sequences: list[tuple[Any, ...]], tolerance: float) -> int:
-        """How many completion tokens are not the argmax of the learner's own forward pass."""
-        return await self._call("greedy_mismatches", sequences, tolerance)
+        """Count completion tokens that are not the argmax of the learner's own forward pass."""
+        return await self.call(Rank.greedy_mismatches, sequences, tolerance)
 
     async def close(self) -> None:
         """Stop every rank; dead ones are fine."""
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._call("close"), timeout=10)
+            await asyncio.wait_for(self.call(Rank.close), timeout=10)
         for actor in self._actors:
             await asyncio.to_thread(kill, actor)
         release(self._room)
 
-    async def _call(self, method: str, *arguments: Any, beside: bool = False) -> Any:
-        """Call every rank and watch them meanwhile; rank 0's answer.
+    async def call(
+        self, method: Callable[Concatenate[Any, P], T], *arguments: P.args, **_: P.kwargs
+    ) -> T:
+        """Call a method of `Rank` on every rank; return rank 0's answer.
+
+        Arguments may be references to objects in Ray's store.
+        """
+        answer: T = await self._watched(method.__name__, arguments)
+        return answer
+
+    async def _watched(
+        self, method: str, arguments: tuple[Any, ...], *, beside: bool = False
+    ) -> Any:
+        """Call every rank and watch them meanwhile; return rank 0's answer.
 
         The first failure ends the wait, for the others hang in a collective. A call ``beside`` the
         others does not wait for those before it.
@@ -295,6 +257,43 @@ class LearnerRanks:
         path = self._reports / time.strftime("hang-%Y%m%d-%H%M%S.txt")
         path.write_text(hang.report(), encoding="utf-8")
         return path
+
+
+@dataclass(frozen=True)
+class LearnerPhase:
+    """A phase of training, a `Learner`: its optimiser's settings and its number of steps."""
+
+    ranks: LearnerRanks
+    optimizer: OptimizerConfig
+    num_steps: int
+
+    async def forward_backward(self, batch: TrainBatch, algorithm: Algorithm) -> RanksUpdate:
+        """Find what a batch's tokens are worth, and its first update's gradients over all ranks."""
+        # Put once, read by every rank: Ray resolves the reference before it calls.
+        shared: Any = ray.put(batch)
+        report = await self.ranks.call(Rank.forward_backward, shared, algorithm)
+        return RanksUpdate(self, batch.step, report)
+
+
+@dataclass(frozen=True)
+class RanksUpdate:
+    """The gradients that all ranks hold of a batch; ``report`` is of the passes that found them."""
+
+    phase: LearnerPhase
+    step: int
+    report: StepReport
+
+    async def apply(self) -> StepReport:
+        """Apply the batch's updates: version ``step`` becomes ``step + 1``."""
+        phase = self.phase
+        metrics = await phase.ranks.call(
+            Rank.optimizer_step, phase.optimizer, self.step, phase.num_steps
+        )
+        return replace(
+            self.report,
+            version=WeightVersion(self.step + 1),
+            metrics={**self.report.metrics, **metrics},
+        )
 
 
 def named(rank: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import resource
+import socket
 import sys
 import threading
 import time
@@ -15,20 +16,26 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import ray
+
 from paceline.configs.vocabulary import RankProgress
-from paceline.controller.engines.worker_actor import ActorHost
 from paceline.controller.ranks.hangs import RankStatus
+from paceline.controller.ranks.rank import Rank
 
 CARRIERS = ("/torch/_ops.py", "/torch/utils/", "/torch/distributed/c10d_logger.py")
 """Files whose functions only carry a call on to where it waits."""
 
 
-class RankHost(ActorHost):
-    """The host of one rank: its calls run one after the other on a thread of their own, so that
-    the process answers while one of them runs."""
+class RankHost:
+    """The actor of one rank: its calls run one after the other on a thread of their own, so that
+    the process answers while one of them runs.
+
+    The rank is built by a call, not by the constructor: Ray would turn an error of the constructor
+    of an actor into text, and a user's mistake must arrive as the error it is.
+    """
 
     def __init__(self) -> None:
-        self._object: Any = None
+        self._rank: Rank | None = None
         self._calls = ThreadPoolExecutor(1, thread_name_prefix="calls")
         self._thread = 0
         self._native_thread = threading.get_native_id()
@@ -36,18 +43,24 @@ class RankHost(ActorHost):
         self._call: str | None = None
         self._began = time.monotonic()
 
-    async def build(self, factory: Callable[[], Any]) -> None:
+    async def build(self, factory: Callable[[], Rank]) -> None:
         """Build the rank on the thread that will run its calls: torch keeps settings by thread."""
-        self._object = await self._on_thread("build", factory)
+        self._rank = await self._on_thread("build", factory)
+
+    def address(self) -> tuple[str, int]:
+        """Return this node's address and a port that was free a moment ago."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
 
     async def call(self, method: str, *arguments: Any) -> Any:
         """Call a method after the calls before it."""
-        function = functools.partial(getattr(self._object, method), *arguments)
+        function = functools.partial(getattr(self._rank, method), *arguments)
         return await self._on_thread(method, function)
 
     async def call_beside(self, method: str, *arguments: Any) -> Any:
         """Call a method while others run."""
-        return await asyncio.to_thread(getattr(self._object, method), *arguments)
+        return await asyncio.to_thread(getattr(self._rank, method), *arguments)
 
     async def status(self) -> RankStatus:
         """Where the rank is now, with the stacks of all threads."""
@@ -57,7 +70,7 @@ class RankHost(ActorHost):
             call=self._call,
             number=self._number,
             seconds=time.monotonic() - self._began,
-            progress=RankProgress() if self._object is None else self._object.progress(),
+            progress=RankProgress() if self._rank is None else self._rank.progress(),
             place="rest" if mine is None else line_of(mine),
             waits_in=None if mine is None else collective_of(mine),
             stacks=stacks_of(frames),

@@ -19,12 +19,12 @@ from typing import Any
 
 from paceline.configs.errors import CheckpointError
 from paceline.controller.observe.files.jsonl import read_json, write_json
+from paceline.controller.parts import Finish
 
 SCHEMA = 1
 PATTERN = re.compile(r"step-(\d{6,})$")
 LEARNER, DRAFT_CORPUS = "learner", "draft_corpus"
 
-Finish = Callable[[], Awaitable[None]]
 Save = Callable[[str], Awaitable[Finish | None]]
 """Writes a part of a checkpoint to a path; or only begins to, and returns what waits for the rest.
 What is written is as it was when the call returned."""

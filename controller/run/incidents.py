@@ -7,11 +7,11 @@ the learner's weights and optimiser as they were (``learner/``) and what was wro
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from ray import cloudpickle
 
@@ -21,51 +21,77 @@ from paceline.configs.schema.algorithm import critic_of, reference_of
 from paceline.configs.vocabulary import StepReport, TrainBatch
 from paceline.controller.observe.files.folder import RunFolder
 from paceline.controller.observe.files.jsonl import read_json, write_json
-from paceline.controller.parts import Algorithm
-from paceline.controller.ranks.learner_ranks import LearnerRanks
-from paceline.controller.wiring.services import LEARNER_WORKER
-
-T = TypeVar("T")
+from paceline.controller.parts import Algorithm, Learner, Update
+from paceline.controller.run.checkpoints import Save
+from paceline.controller.wiring.processes import LEARNER_WORKER
 
 
-@dataclass
+@dataclass(frozen=True)
 class CautiousLearner:
-    """The learner, which keeps what a failed step needs to be reproduced before it fails the run.
+    """A learner that keeps what a failed step needs to be reproduced before the run fails.
 
-    ``folder`` is the run's ``incidents``.
+    ``save`` writes weights and optimiser; ``folder`` is the run's ``incidents``.
     """
 
-    learner: LearnerRanks
+    learner: Learner
+    save: Save
     folder: Path
 
-    async def forward_backward(self, batch: TrainBatch, algorithm: Algorithm) -> StepReport:
-        """Gradients of a batch.
+    async def forward_backward(self, batch: TrainBatch, algorithm: Algorithm) -> CautiousUpdate:
+        """Find the gradients of a batch.
 
         Raises:
             BatchError: it cannot be trained on; says where it was kept.
         """
-        self._work = (batch, algorithm)
-        return await self._kept(self.learner.forward_backward(batch, algorithm))
+        incident = Incident(self.save, self.folder, batch, algorithm)
+        async with incident.kept():
+            return CautiousUpdate(await self.learner.forward_backward(batch, algorithm), incident)
 
-    async def optimizer_step(self, step: int, report: StepReport) -> StepReport:
-        """Apply them.
+
+@dataclass(frozen=True)
+class CautiousUpdate:
+    """An update, and the incident it is if it cannot be applied."""
+
+    update: Update
+    incident: Incident
+
+    async def apply(self) -> StepReport:
+        """Apply the gradients.
 
         Raises:
-            BatchError: a gradient is not finite; says where the batch was kept.
+            BatchError: one is not finite; says where the batch was kept.
         """
-        return await self._kept(self.learner.optimizer_step(step, report))
+        async with self.incident.kept():
+            return await self.update.apply()
 
-    async def _kept(self, call: Awaitable[T]) -> T:
+
+@dataclass(frozen=True)
+class Incident:
+    """A batch whose step may fail, and where it is kept then."""
+
+    save: Save
+    folder: Path
+    batch: TrainBatch
+    algorithm: Algorithm
+
+    @contextlib.asynccontextmanager
+    async def kept(self) -> AsyncIterator[None]:
+        """Keep what the step needs if the block fails over the batch, and say where.
+
+        Raises:
+            BatchError: it failed.
+        """
         try:
-            return await call
+            yield
         except BatchError as error:
-            batch, algorithm = self._work
-            folder = self.folder / f"step-{batch.step:06d}"
+            folder = self.folder / f"step-{self.batch.step:06d}"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "batch.pkl").write_bytes(cloudpickle.dumps((batch, algorithm)))
-            finish_save = await self.learner.save(str(folder / "learner"))
-            await finish_save()
-            write_json(folder / "incident.json", {"step": batch.step, "error": str(error)})
+            content = cloudpickle.dumps((self.batch, self.algorithm))
+            (folder / "batch.pkl").write_bytes(content)
+            finish_save = await self.save(str(folder / "learner"))
+            if finish_save is not None:
+                await finish_save()
+            write_json(folder / "incident.json", {"step": self.batch.step, "error": str(error)})
             raise type(error)(
                 f"{error} (kept in {folder}: `paceline reproduce {folder}` does this step again)"
             ) from error
@@ -103,5 +129,5 @@ def reproduce(folder: Path) -> StepReport:
             worker.load_reference(reference.path or str(run.reference))
         report = worker.forward_backward(batch, algorithm)
         optimizer, num_steps = config.learner.optimizer, config.loop.num_steps
-        worker.optimizer_step(batch.step + 1, optimizer, batch.step, num_steps)
+        worker.optimizer_step(optimizer, batch.step, num_steps)
         return report

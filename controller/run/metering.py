@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from paceline.configs.vocabulary import DRAFTED_FROM_HISTORY, DRAFTED_FROM_SIBLINGS, StepReport
 from paceline.controller.groups.assembly import AssembledBatch
-from paceline.controller.loop import Loop
 from paceline.controller.observe.files.records import Phase, SampleRecord, StepRecord
+from paceline.controller.parts import StepView
 
 Engines = Sequence[Mapping[str, float]]
 """Running totals of each rollout worker's engine."""
@@ -67,19 +67,18 @@ class StepMeter:
         self._last_time = time.perf_counter()
         self._last_engines = summed(engines)
 
-    def measure(
-        self, batch: AssembledBatch, report: StepReport, loop: Loop, engines: Engines
-    ) -> StepRecord:
-        """The record of a step; ``engines`` are the rollout workers' running totals."""
+    def measure(self, step: StepView, engines: Engines) -> StepRecord:
+        """Return the record of a step; ``engines`` are the rollout workers' running totals."""
+        batch, report = step.batch, step.report
         now = time.perf_counter()
         elapsed, before = now - self._last_time, self._last_engines
         self.restart(engines)
         # A replaced worker counts from zero again: its step shows nothing rather than less.
         engine = {name: max(0.0, self._last_engines[name] - before[name]) for name in before}
-        clock = loop.clock.read_and_reset()
+        seconds = dict(step.seconds)
         if engines:
-            clock["generate"] = engine.get("busy_seconds", 0.0) / len(engines)
-        clock["step"] = elapsed
+            seconds["generate"] = engine.get("busy_seconds", 0.0) / len(engines)
+        seconds["step"] = elapsed
         sampled = bool(batch.ages)
         rewards = np.concatenate([group.rewards for group in batch.groups])
         lengths = [t.num_completion_tokens for g in batch.groups for t in g.trajectories]
@@ -88,25 +87,25 @@ class StepMeter:
             1, report.num_tokens + report.num_padding_tokens
         )
         metrics |= drafting_metrics(engine, self._last_engines)
-        metrics["buffer_megabytes"] = loop.buffer.num_bytes / 1e6
+        metrics["buffer_megabytes"] = step.num_bytes / 1e6
         return StepRecord(
             phase=self._phase,
-            step=batch.batch.step + 1,
+            step=step.finished,
             seconds=now - self._run_started,
             reward=float(rewards.mean()) if sampled else None,
             reward_std=float(rewards.std()) if sampled else None,
             length_p50=float(np.percentile(lengths, 50)),
             length_p99=float(np.percentile(lengths, 99)),
             rollout_tokens_per_second=engine.get("num_tokens", 0.0) / elapsed if engines else None,
-            learner_tokens_per_second=report.num_tokens / max(1e-9, clock.get("train", 0.0)),
+            learner_tokens_per_second=report.num_tokens / max(1e-9, seconds.get("train", 0.0)),
             samples_per_second=len(lengths) / elapsed,
             age_mean=float(np.mean(batch.ages)) if batch.ages else None,
             age_max=float(batch.max_age) if batch.ages else None,
             loss=metrics.pop("loss", None),
             metrics=metrics,
-            time=clock,
+            time=seconds,
             dropped=dict(batch.dropped),
-            buffer=loop.buffer.occupancy(),
+            buffer=dict(step.occupancy),
         )
 
 

@@ -12,7 +12,7 @@ from paceline.controller.run.metering import RunTotals
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """Filled as the run goes, so that a summary can be made whenever it ends; part of it travels
     in checkpoints.
 

@@ -29,15 +29,11 @@ from paceline.controller.observe.view.view import open_view
 from paceline.controller.run.checkpoints import LEARNER, CheckpointFolder, RunState
 from paceline.controller.run.cluster import ray_cluster, require_resources
 from paceline.controller.run.metering import RunTotals
-from paceline.controller.run.progress import Progress
+from paceline.controller.run.progress import RunProgress
 from paceline.controller.run.recovery import groups_fit
 from paceline.controller.run.session import Resumption, Session
-from paceline.controller.wiring.services import (
-    Preparation,
-    prepare,
-    require_loadable,
-    started_parts,
-)
+from paceline.controller.wiring.preparation import RunInputs, prepare, require_loadable
+from paceline.controller.wiring.services import started_services
 
 RESUME_STEP_OF_NOTHING = -1
 FIXED_SECTIONS = ("seed", "model", "data", "warm_start")
@@ -65,7 +61,7 @@ def run_training(config: RunConfig, *, resume: bool) -> RunOutcome:
     root = Path(config.output_dir) / config.name
     folder = RunFolder.open(root) if resume else RunFolder.create(root)
     checkpoint = CheckpointFolder(folder.checkpoints, config.checkpoint.keep).latest()
-    progress, fits = Progress(), True
+    progress, fits = RunProgress(), True
     if resume:
         previous = require_same_run(folder, config)
         if checkpoint is not None:
@@ -82,23 +78,21 @@ def run_training(config: RunConfig, *, resume: bool) -> RunOutcome:
     with RunRecorder(folder, view, config.observability.tensorboard) as recorder:
         try:
             recorder.message("preparing prompts, tokenizer and initial model")
-            prepared = prepare(config, folder.initial)
+            inputs = prepare(config, folder.initial)
             resumption = checkpoint and Resumption(*checkpoint, fits)
             with contextlib.closing(open_store(config.store, folder.root, config.name)) as store:
                 journal = Journal(store, revocable=is_revocable(store, config))
                 recorder.message("starting Ray, grader, learner and rollout workers")
                 with log_to(recorder), ray_cluster(config.cluster):
                     require_resources(config)
-                    work = conduct(
-                        config, prepared, folder, recorder, progress, journal, resumption
-                    )
+                    work = conduct(config, inputs, folder, recorder, progress, journal, resumption)
                     asyncio.run(work)
             status = "solved" if progress.solved else "finished"
         except (RunInterrupted, KeyboardInterrupt) as interruption:
             status, error = "interrupted", interruption
         except Exception as failure:
             error = failure
-            recorder.message(f"failed: {one_line(failure)}")
+            recorder.message(f"failed: {error_line(failure)}")
     summary = summarise(config, progress, status, versions, error)
     summary.write(folder)
     return RunOutcome(summary, write_report(folder), error)
@@ -106,14 +100,14 @@ def run_training(config: RunConfig, *, resume: bool) -> RunOutcome:
 
 async def conduct(
     config: RunConfig,
-    prepared: Preparation,
+    inputs: RunInputs,
     folder: RunFolder,
     recorder: RunRecorder,
-    progress: Progress,
+    progress: RunProgress,
     journal: Journal,
     resumption: Resumption | None,
 ) -> None:
-    """Start the parts and run the session; Ctrl-C and SIGTERM end it after the step."""
+    """Start the services and run the session; Ctrl-C and SIGTERM end it after the step."""
     stop = asyncio.Event()
     me = asyncio.current_task()
     assert me is not None
@@ -129,11 +123,11 @@ async def conduct(
     for number in (signal.SIGINT, signal.SIGTERM):
         event_loop.add_signal_handler(number, request_stop)
     try:
-        async with started_parts(config, prepared) as parts:
+        async with started_services(config, inputs) as services:
             progress.enter("other")
             if stop.is_set():
                 raise RunInterrupted
-            session = Session(parts, folder, recorder, progress, journal, stop)
+            session = Session(services, folder, recorder, progress, journal, stop)
             await session.run(resumption)
     except asyncio.CancelledError:
         raise RunInterrupted from None
@@ -171,13 +165,13 @@ def keep_previous_config(folder: RunFolder, previous: RunConfig, config: RunConf
         shutil.copyfile(folder.config, folder.config.with_name(f"config.{number}.yaml"))
 
 
-def restored_progress(folder: RunFolder, state: RunState | None) -> Progress:
+def restored_progress(folder: RunFolder, state: RunState | None) -> RunProgress:
     """What a resumed run knows, with its records cut back to the checkpoint."""
     if state is None:
         folder.rewind("warm_start", RESUME_STEP_OF_NOTHING)
-        return Progress()
+        return RunProgress()
     folder.rewind("train", state.step)
-    return Progress(
+    return RunProgress(
         totals=RunTotals.from_dict(state.totals),
         seconds=dict(state.seconds),
         before=state.before,
@@ -188,7 +182,7 @@ def restored_progress(folder: RunFolder, state: RunState | None) -> Progress:
 
 def summarise(
     config: RunConfig,
-    progress: Progress,
+    progress: RunProgress,
     status: RunStatus,
     versions: dict[str, Any],
     error: BaseException | None,
@@ -232,11 +226,11 @@ def summarise(
         warm_start=progress.warm_start,
         versions=versions,
         command=command_line(sys.argv),
-        error=one_line(error) if status == "failed" and error is not None else None,
+        error=error_line(error) if status == "failed" and error is not None else None,
     )
 
 
-def one_line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """An error as one line: a user's by its message, any other with its type.
 
     What failed inside an actor arrives wrapped, with its whole traceback as the message.

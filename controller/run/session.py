@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from paceline.configs.errors import CheckpointError, RunInterrupted, UserError
 from paceline.configs.schema import RunConfig
 from paceline.configs.schema.algorithm import WarmStartConfig, reference_of
 from paceline.configs.schema.learner import OptimizerConfig
+from paceline.configs.vocabulary import Group
 from paceline.controller.drafts.drift import DriftWindow, PolicyDrift
 from paceline.controller.groups.assembly import Collector
 from paceline.controller.groups.buffer import WorkBuffer
-from paceline.controller.groups.evaluation import accuracy
 from paceline.controller.groups.freshness import FreshnessBudget, freshness_budget
 from paceline.controller.groups.pacing import Pacer, Unpaced
 from paceline.controller.ledger.journal import Journal
+from paceline.controller.ledger.memory import MemoryStore
 from paceline.controller.loop import Loop
 from paceline.controller.observe.files.folder import RunFolder
 from paceline.controller.observe.files.recorder import Recorder
-from paceline.controller.observe.files.records import (
-    EvaluationLabel,
-    EvaluationRecord,
-    ExampleRecord,
-    Generation,
-)
+from paceline.controller.parts import StepView
+from paceline.controller.ranks.learner_ranks import LearnerPhase
 from paceline.controller.run.checkpoints import (
     DRAFT_CORPUS,
     LEARNER,
@@ -36,12 +33,20 @@ from paceline.controller.run.checkpoints import (
     RunState,
     Save,
 )
+from paceline.controller.run.evaluations import RunEvaluations
 from paceline.controller.run.incidents import CautiousLearner
 from paceline.controller.run.metering import StepMeter
-from paceline.controller.run.phases import DriftHook, TrainingObserver, WarmStartObserver
-from paceline.controller.run.progress import Progress
+from paceline.controller.run.phases import (
+    MetricsHook,
+    StepHook,
+    TrainingObserver,
+    WarmStartObserver,
+)
+from paceline.controller.run.progress import RunProgress
 from paceline.controller.run.recovery import Recovered, recover, require_empty
-from paceline.controller.wiring import algorithms, services
+from paceline.controller.wiring import algorithms
+from paceline.controller.wiring.processes import max_claims
+from paceline.controller.wiring.services import NoEngines, Services
 
 
 @dataclass(frozen=True)
@@ -62,29 +67,35 @@ SOLVED_REWARD = 0.99
 
 
 class Session:
-    """A run with its parts started. ``stop`` may be set at any time to end it after the step."""
+    """A run with its services started. ``stop`` may be set at any time to end it after the step."""
 
     def __init__(
         self,
-        parts: services.Parts,
+        services: Services,
         folder: RunFolder,
         recorder: Recorder,
-        progress: Progress,
+        progress: RunProgress,
         journal: Journal,
         stop: asyncio.Event,
     ) -> None:
-        self._parts = parts
-        self._config: RunConfig = parts.config
+        self._services = services
+        self._config: RunConfig = services.config
         self._folder = folder
         self._recorder = recorder
         self._progress = progress
         self._journal = journal
         self._stop = stop
         self._started = progress.began
-        self._feed = parts.prepared.prompts.feed()
+        self._feed = services.inputs.prompts.feed()
         self._checkpoints = CheckpointFolder(folder.checkpoints, self._config.checkpoint.keep)
-        self._held_out = parts.prepared.prompts.held_out
-        self._recovered = Recovered()
+        self._evaluations = RunEvaluations(
+            services.evaluator(),
+            services.inputs.prompts.held_out,
+            self._config.evaluation.num_examples,
+            folder,
+            recorder,
+            progress,
+        )
         drafting = self._config.rollout.drafting
         max_drift = None if drafting is None else drafting.max_drift
         self._drift = None if max_drift is None else PolicyDrift(max_drift)
@@ -95,31 +106,38 @@ class Session:
         self._buffer = WorkBuffer(self._budget, journal, loop.buffer_mb << 20, group_bytes)
 
     async def run(self, resume_from: Resumption | None) -> None:
-        """Everything between started parts and a finished run.
+        """Everything between started services and a finished run.
 
         Raises:
             RunInterrupted: a stop was asked for; the run was saved as far as it got.
         """
-        if resume_from is not None:
-            await self._restore(resume_from)
+        if resume_from is None:
+            phase, recovered = await self._begin(), Recovered()
         else:
-            require_empty(self._journal, self._config.name)
-            if self._config.warm_start is not None:
-                with self._progress.spending("warm_start"):
-                    await self._warm_start(self._config.warm_start)
-            await self._begin_training()
-            await self._serve(0)
-            await self._evaluate_whole("before", 0)
-            if self._config.checkpoint.every_steps is not None:
-                await self._save(0)
-        if self._parts.draft_publisher is not None:
-            await self._parts.draft_publisher.settled()
+            phase, recovered = await self._restore(resume_from)
+        if self._services.draft_publisher is not None:
+            await self._services.draft_publisher.settled()
         with self._progress.spending("train"):
-            await self._train()
-        await self._evaluate_whole("after", self._progress.step)
+            await self._train(phase, recovered)
+        await self._evaluations.after(self._progress.step)
+        self._raise_if_stopped()
         self._recorder.message("writing the final model")
-        await self._parts.learner.export(str(self._folder.final))
-        self._parts.prepared.tokenizer.save_pretrained(str(self._folder.final))
+        await self._services.learner.export(str(self._folder.final))
+        self._services.inputs.tokenizer.save_pretrained(str(self._folder.final))
+
+    async def _begin(self) -> LearnerPhase:
+        """Make the model that training begins with, evaluate it, and begin its training."""
+        require_empty(self._journal, self._config.name)
+        if self._config.warm_start is not None:
+            with self._progress.spending("warm_start"):
+                await self._warm_start(self._config.warm_start)
+        phase = await self._begin_training()
+        await self._serve(0)
+        await self._evaluations.before()
+        self._raise_if_stopped()
+        if self._config.checkpoint.every_steps is not None:
+            await self._save(0)
+        return phase
 
     async def _warm_start(self, config: WarmStartConfig) -> None:
         """Supervised steps of the same loop, until validation is good enough."""
@@ -132,10 +150,11 @@ class Session:
             warmup_steps=config.warmup_steps,
             final_fraction=0.0,
         )
-        await self._parts.learner.begin(optimizer, config.max_steps)
+        phase = await self._services.learner.begin(optimizer, config.max_steps)
         signal, algorithm = algorithms.imitation()
         budget = FreshnessBudget(2 * config.batch_size, 1, config.batch_size)
-        buffer = WorkBuffer(budget)
+        journal = Journal(MemoryStore())
+        buffer = WorkBuffer(budget, journal)
         observer = WarmStartObserver(
             recorder=self._recorder,
             meter=StepMeter("warm_start", self._started),
@@ -145,21 +164,22 @@ class Session:
         )
         loop = Loop(
             prompts=self._feed,
-            generate=self._parts.demonstrations(),
-            collector=Collector(buffer, signal, config.batch_size),
+            generate=self._services.demonstrations(),
+            collector=Collector(buffer, journal, signal, config.batch_size),
             algorithm=algorithm,
-            learner=self._parts.learner,
-            weights=services.NoEngines(),
+            learner=phase,
+            weights=NoEngines(),
             observer=observer,
             budget=budget,
             buffer=buffer,
+            journal=journal,
             pace=Unpaced(budget),
             num_steps=config.max_steps,
             stop=self._stop,
         )
         await loop.run()
         self._raise_if_stopped()
-        self._feed.position = observer.next_position
+        self._feed.skip_to(observer.next_position)
         seconds = time.perf_counter() - began
         self._progress.warm_start = {"steps": loop.steps_done, "seconds": seconds}
         if observer.reached < config.target_accuracy:
@@ -169,52 +189,53 @@ class Session:
                 f"{config.target_accuracy}: raise warm_start.max_steps or lower the target"
             )
 
-    async def _train(self) -> None:
+    async def _train(self, phase: LearnerPhase, recovered: Recovered) -> None:
         """Reinforcement learning: the loop with everything in its place."""
-        config, parts, progress = self._config, self._parts, self._progress
+        config, services, progress = self._config, self._services, self._progress
         if progress.step >= config.loop.num_steps:
             self._recorder.message(
                 f"all {config.loop.num_steps} steps were done before: nothing is trained; raise "
                 "loop.num_steps to go on"
             )
             return
-        loop_config, recovered = config.loop, self._recovered
+        loop_config = config.loop
         self._buffer.restore(recovered.works, recovered.slots)
-        signal, algorithm = algorithms.algorithm(config)
-        temperature = services.training_temperature(config)
+        signal, algorithm = algorithms.build_algorithm(config)
+        temperature = algorithms.training_temperature(config)
         observer = TrainingObserver(
             recorder=self._recorder,
             meter=StepMeter("train", self._started),
             totals=progress.totals,
-            pool=parts.pool,
+            pool=services.pool,
+            journal=self._journal,
             samples_per_step=config.observability.samples_per_step,
-            observe_outcomes=self._feed.observe,
-            observe_drift=self._drift_window(),
-            evaluate=self._evaluate_during,
-            evaluate_every=config.evaluation.every_steps,
-            checkpoint=self._save,
-            checkpoint_every=config.checkpoint.every_steps,
-            self_check=self._self_check,
-            self_check_steps=config.observability.self_check_steps,
+            metrics=self._step_metrics(),
+            hooks=(
+                StepHook(self._self_check, first=config.observability.self_check_steps),
+                StepHook(self._evaluations.during, every=config.evaluation.every_steps),
+                StepHook(self._save, every=config.checkpoint.every_steps),
+            ),
         )
         loop = Loop(
             prompts=self._feed,
-            generate=parts.training_groups(),
+            generate=services.training_groups(),
             collector=Collector(
                 self._buffer,
+                self._journal,
                 signal,
                 loop_config.groups_per_step,
                 temperature,
                 recovered.batches,
             ),
             algorithm=algorithm,
-            learner=CautiousLearner(parts.learner, self._folder.incidents),
-            weights=parts.weights,
+            learner=CautiousLearner(phase, services.learner.save, self._folder.incidents),
+            weights=services.weights,
             observer=observer,
             budget=self._budget,
             buffer=self._buffer,
+            journal=self._journal,
             pace=Pacer(self._budget) if loop_config.pacing else Unpaced(self._budget),
-            max_claims=services.max_claims(config),
+            max_claims=max_claims(config),
             num_steps=loop_config.num_steps,
             first_step=progress.step,
             stop=self._stop,
@@ -223,7 +244,7 @@ class Session:
             f"training: {loop_config.num_steps - progress.step} steps, "
             f"policy age at most {self._budget.max_age}"
         )
-        observer.meter.restart(await parts.pool.counters())
+        observer.meter.restart(await services.pool.counters())
         try:
             await loop.run()
         except Exception:
@@ -240,62 +261,68 @@ class Session:
                 raise loop.exhausted
             progress.solved = True
 
-    def _drift_window(self) -> DriftHook | None:
-        if self._drift is None:
-            return None
-        publisher = self._parts.draft_publisher
-        assert publisher is not None, "the schema has max_drift where engines draft"
-        return DriftWindow(self._drift, publisher.drop_before).observe
+    def _step_metrics(self) -> tuple[MetricsHook, ...]:
+        """What sees how each step's groups went, and how far it took the policy."""
 
-    async def _restore(self, resumption: Resumption) -> None:
+        def outcomes(step: StepView) -> Mapping[str, float]:
+            return self._feed.observe(step.batch.outcomes)
+
+        if self._drift is None:
+            return (outcomes,)
+        publisher = self._services.draft_publisher
+        assert publisher is not None, "the schema has max_drift where engines draft"
+        window = DriftWindow(self._drift, publisher.drop_before)
+        return (outcomes, lambda step: window.observe(step.batch, step.report))
+
+    async def _restore(self, resumption: Resumption) -> tuple[LearnerPhase, Recovered]:
         """Continue from a checkpoint, with what the ledger knows of the time since."""
         state = resumption.state
         self._recorder.message(f"resuming after step {state.step}")
         if self._drift is not None:
             self._drift.resume(state.step, state.drift)
         self._feed.restore(state.feed)
-        self._recovered = await recover(
-            self._journal, state, self._feed.at, fits=resumption.groups_fit
-        )
-        self._feed.position = self._recovered.next_position
-        self._recorder.message(f"recovered {self._recovered}")
-        await self._begin_training()
-        await self._parts.learner.load(str(resumption.folder / LEARNER))
-        await self._warm_up(resumption.folder / DRAFT_CORPUS)
+        recovered = await recover(self._journal, state, self._feed.at, fits=resumption.groups_fit)
+        self._feed.skip_to(recovered.next_position)
+        self._recorder.message(f"recovered {recovered}")
+        phase = await self._begin_training()
+        await self._services.learner.load(str(resumption.folder / LEARNER))
+        await self._restore_drafting(resumption.folder / DRAFT_CORPUS, recovered.groups)
         await self._serve(state.step)
+        return phase, recovered
 
-    async def _warm_up(self, path: Path) -> None:
+    async def _restore_drafting(self, path: Path, groups: Iterable[Group]) -> None:
         """Have engines draft from what they knew; without it they only begin slower."""
-        publisher = self._parts.draft_publisher
+        publisher = self._services.draft_publisher
         if publisher is None:
             return
         try:
-            await self._parts.load_draft_corpus(path)
+            await self._services.load_draft_corpus(path)
         except CheckpointError as error:
             self._recorder.message(f"drafting starts cold: {error}")
-        publisher.preload_groups(self._recovered.groups)
+        publisher.preload_groups(groups)
         if self._drift is not None and (oldest := self._drift.oldest_near()) > 0:
             publisher.drop_before(oldest)
 
-    async def _begin_training(self) -> None:
+    async def _begin_training(self) -> LearnerPhase:
         """Fresh optimiser and, where the algorithm has one, the reference policy.
 
         The policy as it is now, unless the reference is configured, becomes the reference; it is
         kept in the run's folder, where a resumed run finds it.
         """
         optimizer, num_steps = self._config.learner.optimizer, self._config.loop.num_steps
-        await self._parts.learner.begin(optimizer, num_steps)
+        phase = await self._services.learner.begin(optimizer, num_steps)
         reference = reference_of(self._config.algorithm)
         if reference is None:
-            return
+            return phase
         folder = reference.path or str(self._folder.reference)
         if reference.path is None and not self._folder.reference.exists():
-            await self._parts.learner.export(folder)
-        await self._parts.learner.load_reference(folder, reference.offload)
+            await self._services.learner.export(folder)
+        await self._services.learner.load_reference(folder, reference.offload)
+        return phase
 
     async def _serve(self, version: int) -> None:
         """Bring the learner's weights to every engine as ``version``."""
-        await self._parts.weights.push(await self._parts.weights.publish(version))
+        await self._services.weights.push(await self._services.weights.publish(version))
 
     async def _save(self, step: int) -> None:
         """Begin a checkpoint; called with every trained group's slot released."""
@@ -311,77 +338,19 @@ class Session:
             before=self._progress.before,
             drift=() if self._drift is None else tuple(self._drift.distances),
         )
-        parts: dict[str, Save] = {LEARNER: self._parts.learner.save}
-        if self._parts.draft_publisher is not None:
-            parts[DRAFT_CORPUS] = self._parts.save_draft_corpus
+        parts: dict[str, Save] = {LEARNER: self._services.learner.save}
+        if self._services.draft_publisher is not None:
+            parts[DRAFT_CORPUS] = self._services.save_draft_corpus
         await self._checkpoints.save(state, parts, self._journal.settle)
 
     async def _validate(self, step: int) -> float:
-        """Greedy accuracy on the warm start's validation prompts."""
+        """Return the greedy accuracy on validation prompts, with the weights of now."""
         await self._serve(step)
-        prompts = self._parts.prepared.prompts.validation
-        found = accuracy(await self._parts.evaluator().greedy(prompts))
-        self._record_evaluation("validation", step, found, None, len(prompts))
-        return found
-
-    async def _evaluate_during(self, step: int) -> None:
-        with self._progress.spending("evaluation"):
-            greedy = accuracy(await self._parts.evaluator().greedy(self._held_out))
-        self._record_evaluation("during", step, greedy, None, len(self._held_out))
-
-    async def _evaluate_whole(self, label: EvaluationLabel, step: int) -> None:
-        """Greedy and T=1 accuracy, and example generations for the report."""
-        self._recorder.message(f"evaluating {len(self._held_out)} held-out prompts")
-        with self._progress.spending("evaluation"):
-            greedy = await self._parts.evaluator().greedy(self._held_out)
-            sampled = await self._parts.evaluator().sampled(self._held_out)
-        self._record_evaluation(
-            label, step, accuracy(greedy), accuracy(sampled), len(self._held_out)
-        )
-        found = {
-            "greedy": accuracy(greedy),
-            "sampled": accuracy(sampled),
-            "examples": [[t.text, t.reward] for t in greedy[: self._num_examples]],
-        }
-        if label == "before":
-            self._progress.before = found
-        else:
-            self._progress.after = found
-        self._folder.write_examples(self._examples())
-        self._raise_if_stopped()
-
-    @property
-    def _num_examples(self) -> int:
-        return self._config.evaluation.num_examples
-
-    def _examples(self) -> list[ExampleRecord]:
-        def generation(found: dict[str, Any], index: int) -> Generation | None:
-            return Generation(*found["examples"][index]) if found else None
-
-        return [
-            ExampleRecord(
-                prompt.text,
-                prompt.reference,
-                generation(self._progress.before, index),
-                generation(self._progress.after, index),
-            )
-            for index, prompt in enumerate(self._held_out[: self._num_examples])
-        ]
-
-    def _record_evaluation(
-        self,
-        label: EvaluationLabel,
-        step: int,
-        greedy: float,
-        sampled: float | None,
-        num_prompts: int,
-    ) -> None:
-        seconds = time.perf_counter() - self._started
-        record = EvaluationRecord.measured(label, step, seconds, greedy, sampled, num_prompts)
-        self._recorder.evaluation(record)
+        prompts = self._services.inputs.prompts.validation
+        return await self._evaluations.validate(prompts, step)
 
     async def _self_check(self, step: int) -> None:
-        checked = await self._parts.self_check(f"version {step}")
+        checked = await self._services.self_check(f"version {step}")
         self._recorder.message(
             f"self-check of version {step}: {checked} greedy tokens equal the learner's"
         )

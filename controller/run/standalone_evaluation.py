@@ -12,7 +12,8 @@ from paceline.configs.schema import RunConfig
 from paceline.controller.groups.evaluation import accuracy
 from paceline.controller.observe.files.records import standard_error
 from paceline.controller.run.cluster import ray_cluster
-from paceline.controller.wiring.services import prepare, started_parts
+from paceline.controller.wiring.preparation import prepare
+from paceline.controller.wiring.services import started_services
 
 
 def evaluate_model(config: RunConfig, model_folder: Path) -> dict[str, float]:
@@ -37,12 +38,12 @@ def evaluate_model(config: RunConfig, model_folder: Path) -> dict[str, float]:
 
 async def measure(config: RunConfig) -> dict[str, float]:
     """Both accuracies of the configured model."""
-    prepared = prepare(config, Path(config.model.path or ""))
+    inputs = prepare(config, Path(config.model.path or ""))
     with ray_cluster(config.cluster):
-        async with started_parts(config, prepared) as parts:
-            await parts.weights.push(await parts.weights.publish(0))
-            evaluator, prompts = parts.evaluator(), prepared.prompts.held_out
-            checked = await parts.self_check("saved weights")
+        async with started_services(config, inputs) as services:
+            await services.weights.push(await services.weights.publish(0))
+            evaluator, prompts = services.evaluator(), inputs.prompts.held_out
+            checked = await services.self_check("saved weights")
             Console().print(f"self-check: {checked} greedy tokens of vLLM equal transformers'")
             return {
                 "greedy": accuracy(await evaluator.greedy(prompts)),

@@ -1,4 +1,4 @@
-"""From a configured algorithm to what the learner optimises: `wiring.py`'s part for algorithms.
+"""From a configured algorithm to what the learner optimises.
 
 A new part of an algorithm is a file with its class, a section with its options under the same names
 in ``configs/schema/algorithm_parts.py``, and a line in one of the tables here.
@@ -22,6 +22,7 @@ from paceline.configs.schema.algorithm import (
 )
 from paceline.configs.schema.algorithm_parts import CorrectionConfig
 from paceline.configs.schema.base import Section
+from paceline.configs.schema.run import given_completions
 from paceline.controller.groups.signal_filter import EVERYTHING, SignalFilter
 from paceline.controller.parts import Algorithm
 from paceline.learner.objective.advantages import (
@@ -76,8 +77,8 @@ CORRECTIONS: Mapping[str, Callable[..., Any]] = {
 }
 
 
-def algorithm(config: RunConfig) -> tuple[SignalFilter, Algorithm]:
-    """Which groups the configured algorithm trains on, and its objective.
+def build_algorithm(config: RunConfig) -> tuple[SignalFilter, Algorithm]:
+    """Return which groups the configured algorithm trains on, and its objective.
 
     Raises:
         ConfigError: an imported one cannot be imported or built.
@@ -90,23 +91,23 @@ def algorithm(config: RunConfig) -> tuple[SignalFilter, Algorithm]:
         return EVERYTHING, preferences(chosen.beta, max_tokens)
     signal = SignalFilter(chosen.zero_signal == "drop", chosen.max_draws)
     if isinstance(chosen, ImportedAlgorithm):
-        return signal, imported(chosen)
+        return signal, import_algorithm(chosen)
     return signal, policy_optimization(chosen, max_tokens)
 
 
 def policy_optimization(config: PolicyAlgorithm, max_tokens: int) -> Objective:
-    """The objective put together of the configured parts."""
-    per_token = [c for c in config.corrections if c.type != "second_moment"]
-    of_batch = [c for c in config.corrections if c.type == "second_moment"]
+    """Return the objective put together of the configured parts."""
+    parts = {c.type: build_part(CORRECTIONS, c) for c in config.corrections}
+    second_moment = parts.pop("second_moment", None)
     reference, overlong = config.reference, config.overlong
     return Objective(
-        advantage=built(ADVANTAGES, config.advantage),
-        policy_loss=built(LOSSES, config.loss),
+        advantage=build_part(ADVANTAGES, config.advantage),
+        policy_loss=build_part(LOSSES, config.loss),
         aggregation=config.aggregation,
         max_tokens=max_tokens,
         old_policy=config.old_policy,
-        corrections=tuple(built(CORRECTIONS, correction) for correction in per_token),
-        second_moment=built(CORRECTIONS, of_batch[0]) if of_batch else None,
+        corrections=tuple(parts.values()),
+        second_moment=second_moment,
         reference=ReferencePenalty(reference.coefficient, reference.estimator, reference.place)
         if reference
         else None,
@@ -119,7 +120,7 @@ def policy_optimization(config: PolicyAlgorithm, max_tokens: int) -> Objective:
 
 
 def imitation() -> tuple[SignalFilter, Objective]:
-    """Supervised learning from demonstrations: every token of theirs counts the same."""
+    """Return supervised learning from demonstrations: every token of theirs counts the same."""
     objective = Objective(
         Outcome(), NegativeLogLikelihood(), "token_mean", max_tokens=1, is_sampled=False
     )
@@ -127,12 +128,12 @@ def imitation() -> tuple[SignalFilter, Objective]:
 
 
 def preferences(beta: float, max_tokens: int) -> Objective:
-    """Learning from pairs: DPO."""
+    """Return learning from pairs: DPO."""
     return Objective(PreferredPair(beta), Reinforce(), "group_sum", max_tokens, is_sampled=False)
 
 
-def imported(config: ImportedAlgorithm) -> Algorithm:
-    """Somebody else's algorithm, made to travel to the learner with its code.
+def import_algorithm(config: ImportedAlgorithm) -> Algorithm:
+    """Return a user's algorithm, made to travel to the learner with its code.
 
     Raises:
         ConfigError: it cannot be imported or built.
@@ -145,7 +146,13 @@ def imported(config: ImportedAlgorithm) -> Algorithm:
     return found
 
 
-def built(table: Mapping[str, Callable[..., Any]], section: Section | CorrectionConfig) -> Any:
-    """The part that a section of the schema names, with the section's options."""
+def build_part(table: Mapping[str, Callable[..., Any]], section: Section | CorrectionConfig) -> Any:
+    """Return the part that a section of the schema names, with the section's options."""
     options = section.model_dump()
     return table[options.pop("type")](**options)
+
+
+def training_temperature(config: RunConfig) -> float:
+    """Return the temperature of the learner's log-probabilities: that of the sampling, else 1."""
+    is_sampled = given_completions(config.algorithm) is None
+    return config.rollout.sampling.temperature if is_sampled else 1.0

@@ -24,12 +24,12 @@ from paceline.configs.errors import CheckpointError
 from paceline.learner.engines.mesh import RankMesh
 
 LONGEST_WRITE = timedelta(hours=1)
-"""The fastest rank waits so long for the slowest one's disk."""
+"""Longest that the fastest rank waits for the disk of the slowest."""
 GROUP_NAME = "checkpoint"
 
 
 class BackgroundSave:
-    """At most one checkpoint of this rank on its way to the disk; every rank makes every call.
+    """Writer of one checkpoint of this rank at a time; every rank makes every call.
 
     The copy lies in buffers that the next save uses again: 12 bytes of host memory a parameter of
     this rank's shards (weight and both moments), from the first save on. Ranks agree on a
@@ -58,7 +58,7 @@ class BackgroundSave:
         self._folder = ""
 
     def begin(self, folder: str, state: dict[str, Any]) -> None:
-        """Start to write ``state``, live tensors, to ``folder``; the previous save ends first.
+        """Begin to write ``state``, live tensors, to ``folder``; wait for the previous save first.
 
         Raises:
             CheckpointError: the previous one failed.
@@ -124,5 +124,5 @@ class BackgroundSave:
 
 
 def alone_is_fine() -> None:
-    """Torch warns that it assumes a single process even when told so, in any thread."""
+    """Silence torch's warning that it assumes a single process, in any thread: we told it so."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")

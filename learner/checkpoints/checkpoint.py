@@ -1,4 +1,4 @@
-"""What of a learner is written to disk: sharded checkpoints to resume from, folders to serve.
+"""A learner on disk: sharded checkpoints to resume from, folders to serve.
 
 Checkpoints hold global tensors by Hugging Face parameter name, so they load on any number of ranks.
 """
@@ -32,12 +32,12 @@ Roles = Mapping[str, TrainingEngine]
 
 
 def checkpoint_state(roles: Roles, version: int) -> dict[str, Any]:
-    """Master weights, optimiser state and version: live tensors, what a checkpoint holds."""
+    """Return what a checkpoint holds, as live tensors: master weights, optimiser state, version."""
     return _state(roles) | {"version": torch.tensor(version)}
 
 
 def load_checkpoint(folder: str, roles: Roles, mesh: RankMesh) -> int:
-    """Restore a ``checkpoint_state`` that was written, in place; returns its version.
+    """Restore a written ``checkpoint_state`` in place, and return its version.
 
     Shapes and the sizes of all files are looked at first: what is refused has changed nothing.
 
@@ -103,7 +103,7 @@ def _finish_folder(
     config: PreTrainedConfig,
     dtype: torch.dtype,
 ) -> None:
-    """Beside the tensors: where each is, and the model's configuration."""
+    """Write the index of tensors and the model's configuration beside the tensors."""
     if len(files) == 1:
         os.replace(folder / next(iter(files)), folder / "model.safetensors")
     else:
@@ -143,7 +143,7 @@ def _read_metadata(folder: str) -> Metadata:
 
 
 def _check_shapes(folder: str, saved: Metadata, state: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuse another architecture's, or one that lacks weights or moments."""
+    """Refuse a checkpoint of another architecture, or one that lacks weights or moments."""
     for name, tensor in _named_tensors(state):
         found = saved.state_dict_metadata.get(name)
         shape = tuple(found.size) if isinstance(found, TensorStorageMetadata) else None
@@ -157,7 +157,7 @@ def _check_shapes(folder: str, saved: Metadata, state: Mapping[str, Mapping[str,
 
 
 def _named_tensors(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Tensors by their names in a checkpoint."""
+    """Yield tensors under their names in a checkpoint."""
     for name, value in state.items():
         if isinstance(value, Tensor):
             yield prefix + name, value
@@ -166,7 +166,7 @@ def _named_tensors(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple
 
 
 def _check_files(folder: str, saved: Metadata) -> None:
-    """Refuse one whose files are not all there, whole: whoever wrote them or copied them."""
+    """Refuse a checkpoint with a missing or short file: its writing or copying broke off."""
     ends: dict[str, int] = {}
     for piece in (saved.storage_data or {}).values():
         end = piece.offset + piece.length

@@ -15,7 +15,7 @@ Shape = tuple[int, ...]
 
 
 def shapes_on_disk(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Shape]]:
-    """Names and shapes of a checkpoint's tensors, from those in memory."""
+    """Yield names and shapes of a checkpoint's tensors, from those in memory."""
     for name, shape in shapes.items():
         matrices = _matrices(name, shape)
         if not matrices:
@@ -27,7 +27,7 @@ def shapes_on_disk(shapes: Mapping[str, Shape]) -> Iterator[tuple[str, Shape]]:
 
 
 def shards_on_disk(shard: Shard, shape: Shape) -> Iterator[Shard]:
-    """A piece of a tensor of ``shape`` as pieces of what a checkpoint has in its place."""
+    """Yield a piece of a tensor of ``shape`` as pieces of the tensors a checkpoint has for it."""
     matrices = _matrices(shard.name, shape)
     if not matrices:
         yield shard
@@ -50,7 +50,7 @@ def shards_on_disk(shard: Shard, shape: Shape) -> Iterator[Shard]:
 
 
 def _matrices(name: str, shape: Shape) -> dict[str, range]:
-    """Which rows of a tensor of experts are which of their matrices; empty for any other tensor."""
+    """Return the rows of each matrix in a tensor of experts; empty for any other tensor."""
     if name.endswith(".mlp.experts.gate_up_proj"):
         half = shape[1] // 2
         return {"gate_proj": range(half), "up_proj": range(half, shape[1])}

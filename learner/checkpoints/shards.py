@@ -14,14 +14,14 @@ from paceline.weights_sync.shared_memory import Shard
 
 
 def layout_of(model: nn.Module, dtype: str) -> Layout:
-    """Where a model's parameters lie when they are published as ``dtype``; tied weights once."""
+    """Return where a model's parameters lie when published as ``dtype``; tied weights once."""
     return Layout(
         tuple(TensorSpec(name, tuple(p.shape), dtype) for name, p in model.named_parameters())
     )
 
 
 def local_shards(model: nn.Module) -> Iterator[Shard]:
-    """This rank's piece of every parameter in global coordinates; tied weights once.
+    """Yield this rank's piece of every parameter in global coordinates; tied weights once.
 
     Pieces of all ranks tile each tensor exactly once: of ranks that hold the same piece the first
     yields it, and a rank without a piece of a small tensor yields none for it.
@@ -39,9 +39,9 @@ def local_shards(model: nn.Module) -> Iterator[Shard]:
 
 
 def boxes(shape: tuple[int, ...], start: int, size: int) -> Iterator[tuple[tuple[slice, ...], int]]:
-    """A run of ``size`` elements of a flattened tensor as boxes of the tensor, in order.
+    """Cut a run of ``size`` elements of a flattened tensor into boxes of the tensor, in order.
 
-    Yields each box's slices and number of elements; at most two a dimension, less one.
+    Yield each box's slices and number of elements; at most two a dimension, less one.
     """
     row = math.prod(shape[1:])
     while size:
@@ -58,7 +58,7 @@ def boxes(shape: tuple[int, ...], start: int, size: int) -> Iterator[tuple[tuple
 
 
 def _is_first_holder(parameter: DTensor) -> bool:
-    """Whether no earlier rank holds the same piece."""
+    """Return whether no earlier rank holds the same piece."""
     coordinate = parameter.device_mesh.get_coordinate()
     assert coordinate is not None, "a rank without a place in the mesh has no parameters"
     return all(

@@ -153,7 +153,7 @@ class ZeroEngine:
                 yield name, tensor.cpu()
 
     def state(self) -> State:
-        """A copy; each rank's rows of every tensor, which are gathered one after the other."""
+        """Return a copy of this rank's rows of every tensor; tensors are gathered one at a time."""
         step = next(iter(self._base.state.values()))["step"]
         model, optimizer = {}, {}
         for name, parameter in self._policy.trained_parameters():
@@ -177,8 +177,8 @@ class ZeroEngine:
         _write_weights(self._zero, self._stage)
 
     def _piece(self, parameter: Any, moment: str | None = None) -> tuple[int, Tensor]:
-        """This rank's live master weights, or a moment, of a run of the flattened parameter's
-        elements, and where the run begins.
+        """Return where this rank's elements of the flattened parameter begin, and its live master
+        weights, or a moment, of them.
 
         The parameter is a module's, on which DeepSpeed wrote what it knows of it.
         """
@@ -196,7 +196,7 @@ class ZeroEngine:
         piece.copy_(whole.flatten()[start : start + len(piece)])
 
     def _rows(self, whole: Tensor) -> DTensor:
-        """A whole tensor by rows, as other engines write theirs; a copy."""
+        """Copy a whole tensor into shards by rows, as other engines write theirs."""
         assert self._mesh.devices is not None
         mesh = self._mesh.devices["shard"]
         shape, offset = compute_local_shape_and_global_offset(whole.shape, mesh, [Rows(0)])
@@ -205,7 +205,7 @@ class ZeroEngine:
         return DTensor.from_local(mine, mesh, [Rows(0)], run_check=False, shape=size, stride=stride)
 
     def _finish_gradients(self) -> None:
-        """Reduce them, now that no backward pass will follow before the step."""
+        """Reduce the gradients: no backward pass follows before the step."""
         self._engine.set_gradient_accumulation_boundary(True)
         if self._stage == 1:
             self._engine.allreduce_gradients()
@@ -213,7 +213,7 @@ class ZeroEngine:
             self._zero.finalize_gradient_accumulation_boundary()
 
     def _allocate_moments(self) -> None:
-        """All of AdamW's state at once, and DeepSpeed's views of it, as for a plain optimiser."""
+        """Allocate AdamW's whole state, and DeepSpeed's views of it, as for a plain optimiser."""
         flats = (
             self._zero.fp32_partitioned_groups_flat
             if self._stage == 3
@@ -245,7 +245,7 @@ def _initialize(
 def _settings(
     config: DeepSpeedConfig, precision: Precision, policy: PolicyModel, mesh: RankMesh
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration: it averages over ranks, and over nothing else."""
+    """Return DeepSpeed's configuration: gradients are averaged over ranks only."""
     bucket = min(LARGEST_BUCKET, sum(parameter.numel() for parameter in policy.parameters()))
     zero: dict[str, Any] = {
         "stage": config.stage,
@@ -272,7 +272,7 @@ def _settings(
 
 
 def _forget_gradients(zero: Any) -> None:
-    """What DeepSpeed does with gradients that overflow; it has no call for it."""
+    """Drop the gradients as DeepSpeed does on overflow; it has no public call for that."""
     if isinstance(zero, BF16_Optimizer):
         zero.clear_lp_grads(set_to_none=True)
         zero.clear_hp_grads()

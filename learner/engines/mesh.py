@@ -26,7 +26,7 @@ DIMENSIONS = ("pipeline", "replicate", "shard", "sequence", "tensor")
 
 
 class RankMesh:
-    """Where one rank stands.
+    """Position of one rank in the mesh.
 
     ``devices`` is None for a rank that is alone without a process group; ``rank`` counts all ranks,
     ``data_rank`` of ``num_data_ranks`` says which share of the samples it trains. A pipeline has
@@ -55,7 +55,7 @@ class RankMesh:
         self.data_rank = self.rank_in("replicate") * self.sizes["shard"] + self.rank_in("shard")
 
     def rank_in(self, name: str) -> int:
-        """Place among the ranks that differ from this one in dimension ``name`` only."""
+        """Return the place among the ranks that differ from this one in dimension ``name`` only."""
         return 0 if self.devices is None else self.devices.get_local_rank(name)
 
     @property
@@ -70,13 +70,13 @@ class RankMesh:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank is the first of those with its stage of the pipeline."""
+        """True for the first rank of those with its stage of the pipeline."""
         return all(self.rank_in(name) == 0 for name in DIMENSIONS if name != "pipeline")
 
     @property
     def reports(self) -> bool:
-        """Whether this rank speaks for those that work on the same samples: what the last stage of
-        a pipeline knows, one rank of the sequence and tensor ranks says."""
+        """True for the rank that reports for those that work on the same samples: one of the
+        sequence and tensor ranks of a pipeline's last stage."""
         return (
             self.rank_in("pipeline") == self.sizes["pipeline"] - 1
             and self.rank_in("sequence") == 0
@@ -84,11 +84,11 @@ class RankMesh:
         )
 
     def gather(self, mine: T) -> list[T]:
-        """On every rank, the ``mine`` of those that report, in order of their samples' share."""
+        """Return, on every rank, ``mine`` of the ranks that report, by share of the samples."""
         return [found for found, reports in self.gather_all((mine, self.reports)) if reports]
 
     def gather_all(self, mine: T) -> list[T]:
-        """On every rank, everybody's ``mine``, in order of ranks."""
+        """Return, on every rank, ``mine`` of all ranks, in their order."""
         if self.devices is None:
             return [mine]
         gathered = [mine] * dist.get_world_size()
@@ -96,7 +96,7 @@ class RankMesh:
         return gathered
 
     def sum_over_stages(self, value: Tensor) -> Tensor:
-        """The sum over the ranks of a pipeline, in float64, the same on all of them."""
+        """Sum a value over the ranks of a pipeline, in float64; all get the same sum."""
         total = value.to(self.device, torch.float64)
         if self.sizes["pipeline"] > 1:
             assert self.devices is not None
@@ -110,7 +110,7 @@ class RankMesh:
 
 
 def require_determinism() -> None:
-    """Let torch use deterministic kernels only, in this process, from now on.
+    """Allow only deterministic kernels of torch in this process from now on.
 
     cuBLAS needs a workspace of its own for that, which it reads from the environment once.
     """
@@ -121,7 +121,7 @@ def require_determinism() -> None:
 def join_process_group(
     config: LearnerConfig, rank: int, rendezvous: str | None, device: torch.device
 ) -> None:
-    """Meet the other ranks at ``rendezvous`` (``tcp://host:port``); alone, meet nobody.
+    """Join the other ranks at ``rendezvous`` (``tcp://host:port``); a rank alone returns at once.
 
     Raises:
         ClusterError: the ranks did not all arrive within ``collective_timeout_seconds``.

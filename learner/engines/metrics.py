@@ -11,14 +11,14 @@ from paceline.learner.engines.mesh import RankMesh
 
 
 class StepMetrics:
-    """Adds sums and keeps maxima; nothing is read from the device before ``reduced``."""
+    """Sums and maxima of a step; nothing is read from the device before ``reduced``."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._maxima: dict[str, Tensor] = {}
 
     def add(self, sums: Mapping[str, Tensor], maxima: Mapping[str, Tensor] | None = None) -> None:
-        """Take in what a loss reported of a microbatch: sums over its tokens, and maxima."""
+        """Add what a loss reported of a microbatch: sums over its tokens, and maxima."""
         for name, value in sums.items():
             # double: a float32 sum would depend on the order of microbatches in its last digits
             previous = self._sums.get(name, 0.0)
@@ -28,7 +28,7 @@ class StepMetrics:
             self._maxima[name] = torch.maximum(previous, value.detach())
 
     def reduced(self, num_tokens: int, mesh: RankMesh) -> dict[str, float]:
-        """Means over ``num_tokens`` and maxima, over all ranks; the same on every rank.
+        """Return means over ``num_tokens`` and maxima, over all ranks; the same on every rank.
 
         The loss is a sum: its tokens carry their weights.
         """

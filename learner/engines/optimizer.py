@@ -15,9 +15,9 @@ from paceline.configs.schema.learner import OptimizerConfig
 
 
 def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
-    """Learning rate of ``step`` (from 0) of ``num_steps``.
+    """Return the learning rate of ``step`` (from 0) of ``num_steps``.
 
-    Rises linearly over ``warmup_steps`` and reaches the peak at the last of them, then decays to
+    It rises linearly over ``warmup_steps`` and reaches the peak at the last of them, then decays to
     ``final_fraction`` of the peak at step ``num_steps - 1`` and stays there. Warm-up takes
     precedence where it is longer than the run.
     """
@@ -31,7 +31,7 @@ def learning_rate(step: int, config: OptimizerConfig, num_steps: int) -> float:
 
 
 def build_optimizer(parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW over float32 master weights, with its whole state allocated at once.
+    """Build AdamW over float32 master weights, with its whole state allocated at once.
 
     State that exists from the start makes saving, loading and resetting the same at every step.
     Hyperparameters are set by ``take_step``.
@@ -47,7 +47,8 @@ def build_optimizer(parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
 
 
 def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """Those that ``weight_decay`` is for, and the others; none that is empty."""
+    """Split parameters into those that ``weight_decay`` applies to and the others, without empty
+    groups."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for parameter in parameters:
         groups[parameter.ndim >= 2].append(parameter)
@@ -62,7 +63,7 @@ def reset_state(optimizer: torch.optim.AdamW) -> None:
 
 
 def has_gradients(optimizer: torch.optim.AdamW) -> bool:
-    """Whether any parameter has a gradient."""
+    """Return whether any parameter has a gradient."""
     return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
@@ -114,6 +115,6 @@ def set_hyperparameters(
 
 
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """2-norm over all gradients and, where they are sharded, over all ranks; a plain scalar."""
+    """Return the 2-norm of all gradients, over all ranks where sharded, as a plain scalar."""
     norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -39,7 +39,7 @@ from paceline.weights_sync.shared_memory import Shard
 
 @dataclass(frozen=True)
 class WholeModel:
-    """What is known of a model before it is divided; ``shapes`` of the causal language model's
+    """Facts of a model before it is divided; ``shapes`` are of the causal language model's
     parameters, tied weights once."""
 
     config: PreTrainedConfig
@@ -48,7 +48,7 @@ class WholeModel:
 
     @classmethod
     def of(cls, policy: PolicyModel) -> WholeModel:
-        """Look at a model as it was loaded."""
+        """Take the facts of a model as it was loaded."""
         named = policy.causal_lm.named_parameters()
         shapes = {name: tuple(parameter.shape) for name, parameter in named}
         return cls(policy.causal_lm.config, policy.quadratic_cost(), shapes)
@@ -143,7 +143,7 @@ class ShardedEngine:
                         yield piece.name, piece.values
 
     def state(self) -> State:
-        """Live tensors: what is loaded into them is the engine's state at once."""
+        """Return live tensors: what is loaded into them is the engine's state at once."""
         named = dict(self._named_parameters())
         return {
             "model": {name: parameter.detach() for name, parameter in named.items()},
@@ -160,7 +160,7 @@ class ShardedEngine:
 
     @property
     def optimizer(self) -> torch.optim.AdamW:
-        """That of a model that is trained."""
+        """Optimiser of a model that is trained."""
         assert self._optimizer is not None, "a frozen model has no optimiser"
         return self._optimizer
 

@@ -22,7 +22,7 @@ from paceline.weights_sync.layout import Layout
 from paceline.weights_sync.shared_memory import Shard
 
 LossOf = Callable[[Microbatch, tuple[Tensor, ...]], Tensor]
-"""From a microbatch and the model's outputs for its trained tokens to what is differentiated."""
+"""Maps a microbatch and the model's outputs for its trained tokens to the scalar loss."""
 
 State = dict[str, Any]
 
@@ -31,13 +31,13 @@ class TrainingEngine(Protocol):
     """A model's shard, its optimiser, and passes over microbatches."""
 
     model_config: PreTrainedConfig
-    """That of the whole model."""
+    """Configuration of the whole model."""
 
     quadratic_cost: float
     """Cost of attention next to the rest, see `PolicyModel.quadratic_cost`."""
 
     def layout(self, dtype: str) -> Layout:
-        """Where the whole causal language model's parameters lie when published as ``dtype``."""
+        """Return where the causal language model's parameters lie when published as ``dtype``."""
 
     def add_gradients(
         self, microbatches: Sequence[Microbatch], head: Head, loss_of: LossOf
@@ -50,18 +50,18 @@ class TrainingEngine(Protocol):
     def evaluate(
         self, microbatches: Sequence[Microbatch], head: Head
     ) -> Iterator[tuple[Microbatch, Tensor]]:
-        """The first output for each microbatch's trained tokens, without gradients; yields nothing
-        on ranks that do not have it."""
+        """Yield the first output for each microbatch's trained tokens, without gradients; ranks
+        that do not have it yield nothing."""
 
     def take_expert_counts(self) -> NDArray[np.int64] | None:
-        """How many trained tokens were sent to each expert since the last call, over this rank's
-        microbatches: int64 [layers with experts, experts]; None of a model without experts."""
+        """Return, and reset, the trained tokens routed to each expert by this rank's microbatches:
+        int64 [layers with experts, experts]; None for a model without experts."""
 
     def has_gradients(self) -> bool:
-        """Whether any were added since the last step."""
+        """Return whether gradients were added since the last step."""
 
     def drop_gradients(self) -> None:
-        """Forget them."""
+        """Drop the gradients."""
 
     def take_step(self, config: OptimizerConfig, step: int, num_steps: int) -> dict[str, float]:
         """Clip the gradients to a global 2-norm, write the weights, drop the gradients.
@@ -77,15 +77,15 @@ class TrainingEngine(Protocol):
         """Forget the moments and step counts."""
 
     def shards(self) -> Iterator[Shard]:
-        """This rank's piece of every parameter of the causal language model, in float32."""
+        """Yield this rank's piece of every parameter of the causal language model, in float32."""
 
     def whole_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter of the causal language model in one piece, float32 on the CPU, each
-        yielded on one rank; for a folder others can load."""
+        """Yield every parameter of the causal language model whole, float32 on the CPU, each on
+        one rank: for a folder that other programs load."""
 
     def state(self) -> State:
-        """Master weights and optimiser state by parameter name, as global tensors: the same for
-        every engine and mesh, so that each loads what another wrote."""
+        """Return master weights and optimiser state by parameter name, as global tensors: the same
+        for every engine and mesh, so that each loads what another wrote."""
 
     def restore(self, state: State) -> None:
         """Continue from what was loaded into ``state()``'s tensors."""

@@ -3,19 +3,21 @@
 import asyncio
 import itertools
 import random
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.configs.vocabulary import StepReport, WeightVersion
+from paceline.configs.vocabulary import StepReport, TrainBatch, WeightVersion
 from paceline.controller.groups.assembly import Collector
-from paceline.controller.groups.buffer import WorkBuffer
+from paceline.controller.groups.buffer import WorkBuffer, WorkerLost
 from paceline.controller.groups.freshness import freshness_budget
 from paceline.controller.groups.pacing import Pacer
 from paceline.controller.groups.signal_filter import SignalFilter
+from paceline.controller.ledger.journal import Journal
+from paceline.controller.ledger.memory import MemoryStore
 from paceline.controller.loop import Loop
-from paceline.controller.parts import WorkerLost
 from paceline.weights_sync.handle import WeightHandle
 from paceline.weights_sync.layout import Layout
 from tests.controller.builders import make_group, make_prompt
@@ -50,13 +52,13 @@ class World:
         await self.pause()
         assert batch.step == self.learner_version
         self.trained.append(batch.group_ids)
-        return StepReport(WeightVersion(batch.step), 1, 1, 0, 0.0, {})
+        return Update(self, batch)
 
-    async def optimizer_step(self, step, report):
+    async def apply(self, batch):
         await self.pause()
         assert self.served_version == self.learner_version, "version left the learner too late"
-        self.learner_version = step + 1
-        return report
+        self.learner_version = batch.step + 1
+        return StepReport(WeightVersion(self.learner_version), 1, 1, 0, 0.0, {})
 
     async def publish(self, version):
         await self.pause()
@@ -68,27 +70,45 @@ class World:
         assert handle.version == self.served_version + 1
         self.served_version = handle.version
 
-    async def after_step(self, batch, report, loop):
-        self.ages += batch.ages
+    async def after_step(self, step):
+        self.ages += step.batch.ages
+        await self.pause()
+        return False
+
+    async def between_steps(self, step):
+        assert self.served_version == step.finished, "the engines serve what was just made"
         await self.pause()
         return False
 
 
+@dataclass
+class Update:
+    """Gradients of a batch, which its world applies."""
+
+    world: World
+    batch: TrainBatch
+
+    async def apply(self):
+        return await self.world.apply(self.batch)
+
+
 def build_loop(world, *, groups=2, lag=1, window=0.0, steps=6, first_step=0, max_draws=1000):
     budget = freshness_budget(groups, lag, window)
-    buffer = WorkBuffer(budget)
-    buffer.journal.begin(first_step)
+    journal = Journal(MemoryStore())
+    journal.begin(first_step)
+    buffer = WorkBuffer(budget, journal)
     prompts = ((position, make_prompt(position)) for position in itertools.count())
     return Loop(
         prompts=prompts,
         generate=world.generate,
-        collector=Collector(buffer, SignalFilter(max_draws=max_draws), groups),
+        collector=Collector(buffer, journal, SignalFilter(max_draws=max_draws), groups),
         algorithm=None,
         learner=world,
         weights=world,
         observer=world,
         budget=budget,
         buffer=buffer,
+        journal=journal,
         pace=Pacer(budget),
         num_steps=steps,
         first_step=first_step,
@@ -146,7 +166,9 @@ def test_lag_is_used_when_rollouts_are_faster_than_the_learner():
     assert max(world.ages) == 2
 
 
-@pytest.mark.parametrize("part", ["generate", "forward_backward", "push", "publish", "after_step"])
+@pytest.mark.parametrize(
+    "part", ["generate", "forward_backward", "apply", "push", "publish", "after_step"]
+)
 def test_a_crash_in_any_part_ends_the_loop_with_its_cause(part):
     world = World(1)
 
@@ -170,9 +192,9 @@ def test_a_stop_ends_after_the_step_and_leaves_its_slots_free():
     world = World(3)
     loop = build_loop(world, steps=1000)
 
-    async def stop_at_third(batch, report, running):
-        if batch.batch.step == 2:
-            running.stop.set()
+    async def stop_at_third(step):
+        if step.finished == 3:
+            loop.stop.set()
         return False
 
     world.after_step = stop_at_third
@@ -180,6 +202,41 @@ def test_a_stop_ends_after_the_step_and_leaves_its_slots_free():
     assert loop.steps_done == 3
     trained = {group for batch in world.trained for group in batch}
     assert trained.isdisjoint(loop.buffer.unreleased())
+
+
+def test_what_is_due_between_two_steps_meets_settled_weights_and_free_slots_and_can_end_the_loop():
+    world = World(6)
+    loop = build_loop(world, steps=9)
+    finished, views = [], []
+
+    async def after_step(step):
+        views.append(step)
+        return step.finished % 2 == 0
+
+    async def between_steps(step):
+        assert world.served_version == step.finished
+        assert set(step.batch.slots).isdisjoint(loop.buffer.unreleased())
+        finished.append(step.finished)
+        return step.finished == 6
+
+    world.after_step, world.between_steps = after_step, between_steps
+    run(loop)
+    assert finished == [2, 4, 6]
+    assert [view.finished for view in views] == [1, 2, 3, 4, 5, 6]
+    assert all(view.seconds.keys() >= {"train", "optimizer", "publish"} for view in views)
+    assert not any(view.is_last for view in views)
+
+
+def test_the_last_step_says_so():
+    world, views = World(7), []
+
+    async def after_step(step):
+        views.append(step.is_last)
+        return False
+
+    world.after_step = after_step
+    run(build_loop(world, steps=3))
+    assert views == [False, False, True]
 
 
 def test_a_run_out_of_signal_ends_in_order_and_says_so():

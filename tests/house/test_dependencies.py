@@ -11,9 +11,9 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.house.checkout import PACKAGES, ROOT
+
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-ROOMS = ("configs", "controller", "kernels", "learner", "reward", "rollout", "spec", "weights_sync")
 # Parts of a declared package under a name of their own: pinned by it, never chosen by us.
 PARTS = {
     "huggingface-hub": "transformers",
@@ -46,7 +46,7 @@ def imported_packages(file: Path) -> Iterator[str]:
 def test_every_imported_package_is_declared() -> None:
     providers = packages_distributions()
     known = declared() | set(PARTS)
-    files = (file for room in ROOMS for file in (ROOT / room).rglob("*.py"))
+    files = (file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
     unknown = {
         f"{file.relative_to(ROOT)} imports {package}"
         for file in files

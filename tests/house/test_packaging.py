@@ -1,11 +1,10 @@
-"""What is on disk is what is packaged: the rooms, their subpackages, recipes and native code."""
+"""What is on disk is what is packaged: packages, their subpackages, recipes and native code."""
 
 from __future__ import annotations
 
 import ast
 import json
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -13,29 +12,28 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-LINKS = ROOT / "src" / "paceline"
-ROOMS: list[str] = sorted(link.name for link in LINKS.iterdir() if link.is_symlink())
+from tests.house.checkout import LINKS, PACKAGES, ROOT, copy_checkout
 
 
 def packages_on_disk() -> set[str]:
-    """Every folder of a room that holds Python files, as the package it is imported as."""
-    files = (path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+    """Every folder that holds Python files, as the package it is imported as."""
+    files = (path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
     folders = {path.parent.relative_to(ROOT) for path in files}
     return {".".join(["paceline", *folder.parts]) for folder in folders}
 
 
 def modules_on_disk() -> list[str]:
-    paths = (path.relative_to(ROOT) for room in ROOMS for path in (ROOT / room).rglob("*.py"))
-    names = {".".join(["paceline", *path.with_suffix("").parts]) for path in paths}
+    files = (path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    paths = (path.relative_to(ROOT).with_suffix("") for path in files)
+    names = {".".join(["paceline", *path.parts]) for path in paths}
     return sorted(name.removesuffix(".__init__") for name in names)
 
 
 def test_every_folder_at_the_top_with_an_importable_package_is_linked_under_its_own_name() -> None:
     folders = {file.parent.name for file in ROOT.glob("*/*.py")} - {"scripts", "tests"}
-    assert set(ROOMS) == folders
-    for room in ROOMS:
-        assert str((LINKS / room).readlink()) == f"../../{room}", (
+    assert set(PACKAGES) == folders
+    for package in PACKAGES:
+        assert str((LINKS / package).readlink()) == f"../../{package}", (
             "an absolute link is this machine's"
         )
 
@@ -70,12 +68,7 @@ def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for room in ROOMS:
-        skip = shutil.ignore_patterns("__pycache__", "*.so")
-        shutil.copytree(ROOT / room, source / room, ignore=skip)
-    shutil.copytree(ROOT / "src", source / "src", symlinks=True)
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
+    copy_checkout(source, "pyproject.toml", "setup.py", "README.md", "LICENSE")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     build = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*build, "--wheel-dir", str(folder), str(source)], check=True)

@@ -102,7 +102,7 @@ class Command:
 
     def actors(self) -> list[Process]:
         """Its rollout workers and learner ranks."""
-        hosts = ("ray::ActorHost", "ray::RankHost")
+        hosts = ("ray::RolloutWorker", "ray::RankHost")
         return [each for each in self.processes() if each.title.startswith(hosts)]
 
     def rollout_workers(self) -> list[Process]:

@@ -11,7 +11,7 @@ from paceline.configs.load import load_config
 from paceline.controller.data.tokenizer import load_tokenizer
 from paceline.controller.observe.files.jsonl import read_lines
 from paceline.controller.observe.report.report import write_report
-from paceline.controller.wiring.services import prompt_set
+from paceline.controller.wiring.preparation import prompt_set
 from tests.integration.commands import PATIENCE_SECONDS, Command, Run, run_in
 from tests.integration.conftest import train
 

@@ -17,7 +17,8 @@ from paceline.controller.engines.routing import demand_of
 from paceline.controller.observe.files.jsonl import read_lines
 from paceline.controller.run.checkpoints import DRAFT_CORPUS
 from paceline.controller.run.cluster import ray_cluster
-from paceline.controller.wiring.services import Parts, prepare, started_parts
+from paceline.controller.wiring.preparation import prepare
+from paceline.controller.wiring.services import Services, started_services
 from tests.integration.commands import PATIENCE_SECONDS, Command, run, run_in
 from tests.integration.conftest import train
 
@@ -28,30 +29,32 @@ NUM_TOKENS = 16
 
 
 @contextlib.asynccontextmanager
-async def parts_of(root: Path, *overrides: str, saved: Path | None = None) -> AsyncIterator[Parts]:
+async def services_of(
+    root: Path, *overrides: str, saved: Path | None = None
+) -> AsyncIterator[Services]:
     """Two drafting engines, which serve version 0 and know all that they are to know."""
     config = load_config("debug", ("rollout.num_workers=2", DRAFTING, *overrides))
-    prepared = prepare(config, root / "initial")
-    async with started_parts(config, prepared) as parts:
+    inputs = prepare(config, root / "initial")
+    async with started_services(config, inputs) as services:
         if saved is not None:
-            await parts.load_draft_corpus(saved)
-        await serve(parts, 0)
-        yield parts
+            await services.load_draft_corpus(saved)
+        await serve(services, 0)
+        yield services
 
 
-async def serve(parts: Parts, version: int) -> None:
-    assert parts.draft_publisher is not None
-    await parts.weights.push(await parts.weights.publish(version))
-    await parts.draft_publisher.settled()
+async def serve(services: Services, version: int) -> None:
+    assert services.draft_publisher is not None
+    await services.weights.push(await services.weights.publish(version))
+    await services.draft_publisher.settled()
 
 
-async def ask(parts: Parts, index: int, prompt: tuple[int, ...]) -> tuple[list[int], float]:
+async def ask(services: Services, index: int, prompt: tuple[int, ...]) -> tuple[list[int], float]:
     """A greedy completion by one worker, and how many of its tokens the history gave."""
-    worker = parts.pool._seats[index].worker
+    worker = services.pool._seats[index].worker
     before = (await worker.counters())["num_accepted_history"]
     sampling = SamplingParameters(temperature=0.0, max_tokens=NUM_TOKENS)
     request = RolloutRequest(f"ask-{uuid.uuid4()}", prompt, sampling, 1, seed=0)
-    (completion,) = await parts.pool._generate(demand_of(request, only=index), request)
+    (completion,) = await services.pool._generate(demand_of(request, only=index), request)
     after = (await worker.counters())["num_accepted_history"]
     return completion.token_ids.tolist(), after - before
 
@@ -62,24 +65,24 @@ def test_a_worker_drafts_from_what_another_sampled_from_files_and_from_what_was_
     external = tmp_path / "external.jsonl"
 
     async def sampled_by_another() -> None:
-        async with parts_of(tmp_path) as parts:
-            expected, drafted = await ask(parts, 0, first)
+        async with services_of(tmp_path) as services:
+            expected, drafted = await ask(services, 0, first)
             assert drafted == 0
-            await serve(parts, 1)
-            found, drafted = await ask(parts, 1, first)
+            await serve(services, 1)
+            found, drafted = await ask(services, 1, first)
             assert found == expected
             assert drafted > NUM_TOKENS / 2
-            tokens, _ = await ask(parts, 0, second)
+            tokens, _ = await ask(services, 0, second)
             external.write_text(json.dumps({"prompt_token_ids": second, "token_ids": tokens}))
-            assert (await ask(parts, 1, third))[1] == 0
-            await parts.save_draft_corpus(str(tmp_path / DRAFT_CORPUS))
+            assert (await ask(services, 1, third))[1] == 0
+            await services.save_draft_corpus(str(tmp_path / DRAFT_CORPUS))
 
     async def external_and_saved() -> None:
         drafts_from = f"rollout.drafting.corpus=[{external}]"
-        async with parts_of(tmp_path, drafts_from, saved=tmp_path / DRAFT_CORPUS) as parts:
+        async with services_of(tmp_path, drafts_from, saved=tmp_path / DRAFT_CORPUS) as services:
             for index in (0, 1):
                 for prompt in (second, third):
-                    assert (await ask(parts, index, prompt))[1] > NUM_TOKENS / 2
+                    assert (await ask(services, index, prompt))[1] > NUM_TOKENS / 2
 
     with ray_cluster(load_config("debug", ()).cluster):
         asyncio.run(sampled_by_another())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from paceline.configs.vocabulary import (
     Prompt,
     RolloutRequest,
     SamplingParameters,
+    StepReport,
     TrainBatch,
     TrainSample,
     Trajectory,
@@ -31,6 +32,8 @@ from paceline.controller.groups.freshness import freshness_budget
 from paceline.controller.groups.generation import Rollouts, request_seed
 from paceline.controller.groups.pacing import Pacer
 from paceline.controller.groups.signal_filter import SignalFilter
+from paceline.controller.ledger.journal import Journal
+from paceline.controller.ledger.memory import MemoryStore
 from paceline.controller.loop import Loop
 from paceline.learner.model.model import write_initial_model
 from paceline.learner.objective.advantages import GroupRelative, Outcome
@@ -90,11 +93,7 @@ class Pair:
     # what the loop asks of its parts
 
     async def forward_backward(self, batch, algorithm):
-        return self.learner.forward_backward(batch, algorithm)
-
-    async def optimizer_step(self, step, report):
-        self.learner.optimizer_step(step + 1, OPTIMIZER, step, STEPS)
-        return replace(report, version=WeightVersion(step + 1))
+        return Update(self.learner, batch.step, self.learner.forward_backward(batch, algorithm))
 
     async def publish(self, version):
         return self.learner.publish(version)
@@ -102,8 +101,18 @@ class Pair:
     async def push(self, handle):
         assert await self.worker.update_weights(handle) == (handle.version, handle.checksum)
 
-    async def after_step(self, batch, report, loop):
-        return False
+
+@dataclass
+class Update:
+    """Gradients that the learner holds."""
+
+    learner: LearnerWorker
+    step: int
+    report: StepReport
+
+    async def apply(self):
+        self.learner.optimizer_step(OPTIMIZER, self.step, STEPS)
+        return replace(self.report, version=WeightVersion(self.step + 1))
 
 
 async def grade(prompt, texts):
@@ -112,12 +121,13 @@ async def grade(prompt, texts):
 
 async def train_with_the_loop(pair: Pair) -> list[tuple[int, ...]]:
     budget = freshness_budget(GROUPS, max_lag=0)
-    buffer = WorkBuffer(budget)
+    journal = Journal(MemoryStore())
+    buffer = WorkBuffer(budget, journal)
     trained = []
 
-    async def after_step(batch, report, loop):
-        trained.append(batch.batch.group_ids)
-        assert batch.max_age == 0
+    async def after_step(step):
+        trained.append(step.batch.batch.group_ids)
+        assert step.batch.max_age == 0
         return False
 
     pair.after_step = after_step
@@ -133,13 +143,14 @@ async def train_with_the_loop(pair: Pair) -> list[tuple[int, ...]]:
             seed=SEED,
             require_finish=False,
         ),
-        collector=Collector(buffer, SignalFilter(), GROUPS),
+        collector=Collector(buffer, journal, SignalFilter(), GROUPS),
         algorithm=ALGORITHM,
         learner=pair,
         weights=pair,
         observer=pair,
         budget=budget,
         buffer=buffer,
+        journal=journal,
         pace=Pacer(budget),
         num_steps=STEPS,
     ).run()
@@ -166,7 +177,7 @@ async def train_by_hand(pair: Pair) -> list[tuple[int, ...]]:
             group_ids.append(position)
         batch = TrainBatch(step, tuple(group_ids), tuple(samples))
         pair.learner.forward_backward(batch, GIVEN_ADVANTAGES)
-        pair.learner.optimizer_step(step + 1, OPTIMIZER, step, STEPS)
+        pair.learner.optimizer_step(OPTIMIZER, step, STEPS)
         handle = pair.learner.publish(step + 1)
         trained.append(tuple(group_ids))
     return trained

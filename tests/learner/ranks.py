@@ -130,7 +130,7 @@ def train(worker, batches, start=0):
     reports = []
     for step, batch in enumerate(batches, start):
         report = worker.forward_backward(batch, LOSS)
-        reports.append((report, worker.optimizer_step(step + 1, OPTIMIZER, step, 100)))
+        reports.append((report, worker.optimizer_step(OPTIMIZER, step, 100)))
     return reports, weights(worker)
 
 
@@ -140,7 +140,7 @@ def train_roles(worker, batches, algorithm, reference_folder):
     reports = []
     for step, batch in enumerate(batches):
         report = worker.forward_backward(batch, algorithm)
-        applied = worker.optimizer_step(step + 1, OPTIMIZER, step, 100)
+        applied = worker.optimizer_step(OPTIMIZER, step, 100)
         reports.append({**report.metrics, **applied})
     return reports, weights(worker), master_weights(worker._models.value_model)
 
@@ -204,7 +204,7 @@ def progress_of_a_step(worker, batch):
             return LOSS.loss(inputs)
 
     worker.forward_backward(batch, Looking())
-    worker.optimizer_step(1, OPTIMIZER, 0, 100)
+    worker.optimizer_step(OPTIMIZER, 0, 100)
     return seen, worker.progress()
 
 
@@ -249,7 +249,7 @@ def logprobs_between_steps(worker, batch: TrainBatch):
     before = worker.logprobs(batch.samples)
     worker.forward_backward(batch, LOSS)
     unchanged = worker.logprobs(batch.samples)
-    worker.optimizer_step(1, OPTIMIZER, 0, 100)
+    worker.optimizer_step(OPTIMIZER, 0, 100)
     return before, unchanged, worker.logprobs(batch.samples)
 
 
@@ -259,7 +259,7 @@ def look_and_train(worker, batch, num_steps):
     for step in range(num_steps):
         worker.logprobs(batch.samples)
         found.append(dict(worker.forward_backward(batch, LOSS).metrics))
-        worker.optimizer_step(step + 1, OPTIMIZER, step, 100)
+        worker.optimizer_step(OPTIMIZER, step, 100)
     return found
 
 

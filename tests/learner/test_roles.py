@@ -35,7 +35,7 @@ def steps(worker, batches, algorithm):
     reports = []
     for step, batch in enumerate(batches):
         report = worker.forward_backward(batch, algorithm)
-        reports.append(report.metrics | worker.optimizer_step(step + 1, OPTIMIZER, step, 100))
+        reports.append(report.metrics | worker.optimizer_step(OPTIMIZER, step, 100))
     return reports
 
 
@@ -128,7 +128,7 @@ def test_several_updates_are_steps_on_the_parts_with_advantages_of_the_whole(new
         part = [replace(s, group=s.group - groups[0]) for s in batch.samples if s.group in groups]
         ids = tuple(batch.group_ids[g] for g in groups)
         by_hand.forward_backward(TrainBatch(0, ids, tuple(part)), LOSS)
-        by_hand.optimizer_step(1, OPTIMIZER, 0, 100)
+        by_hand.optimizer_step(OPTIMIZER, 0, 100)
     assert_same(weights(twice), weights(by_hand), 1e-6)
     assert {"loss", "ratio", "grad_norm", "learning_rate"} <= report.keys()
 
@@ -141,7 +141,7 @@ def test_a_later_update_is_relative_to_the_weights_at_the_start_of_the_step(new_
     worker.forward_backward(batch, algorithm)
     proximal = np.concatenate(worker._models.logprobs(worker._models.policy, batch.samples, 1.0))
     np.testing.assert_allclose(worker._step._columns["proximal_logprobs"], proximal, atol=1e-5)
-    worker.optimizer_step(1, OPTIMIZER, 0, 100)
+    worker.optimizer_step(OPTIMIZER, 0, 100)
 
 
 def test_the_reference_is_frozen_and_the_policy_moves_away_from_it(new_worker, model_folder):

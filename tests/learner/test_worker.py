@@ -270,7 +270,7 @@ def test_a_non_finite_loss_is_named_and_its_gradients_are_dropped(new_worker):
 
 def test_a_step_without_gradients_is_a_bug_of_the_caller(new_worker):
     with pytest.raises(AssertionError, match="needs a forward_backward"):
-        new_worker().optimizer_step(1, OPTIMIZER, 0, 10)
+        new_worker().optimizer_step(OPTIMIZER, 0, 10)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

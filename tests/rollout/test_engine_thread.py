@@ -15,10 +15,12 @@ from paceline.configs.vocabulary import (
     SamplingParameters,
     WeightVersion,
 )
+from paceline.controller.engines.pool import WorkerPool
+from paceline.controller.engines.watching import TimeLimits
 from paceline.rollout.engine import RolloutResult
 from paceline.rollout.engine_thread import DRAFT_TOKENS_PER_STEP, EngineThread
 from paceline.rollout.worker import RolloutWorker
-from paceline.weights_sync.handle import WeightHandle
+from paceline.weights_sync.handle import WeightHandle, WeightSyncError
 from paceline.weights_sync.layout import Layout
 from tests.controller.builders import make_completion
 
@@ -30,7 +32,8 @@ class FakeEngine:
     """
 
     def __init__(self, steps=3, aborts=False):
-        self.version, self.steps, self.broken, self.aborts = None, steps, None, aborts
+        self.version, self.checksum = None, None
+        self.steps, self.broken, self.aborts = steps, None, aborts
         self.running = {}
         self.threads = set()
         self.in_step = False
@@ -75,7 +78,7 @@ class FakeEngine:
         if handle.checksum < 0:
             raise OSError("torn")
         self.num_added_at_update = len(self.added)
-        self.version = handle.version
+        self.version, self.checksum = handle.version, handle.checksum
         return [self.interrupt(name) for name in list(self.running)] if self.aborts else []
 
     def drop_draft_text(self, before):
@@ -107,7 +110,7 @@ def request(name, prompt=(1,)):
 def engine_and_thread():
     engine = FakeEngine()
     thread = EngineThread(lambda: engine)
-    thread.wait_ready()
+    thread.ready.result(5)
     thread.update_weights(handle(0)).result(5)
     yield engine, thread
     thread.close()
@@ -155,7 +158,7 @@ def test_an_engine_that_cannot_be_built_says_why():
         raise DataError("no such model")
 
     with pytest.raises(DataError, match="no such model"):
-        EngineThread(build).wait_ready()
+        EngineThread(build).ready.result(5)
 
 
 def test_without_weights_nothing_is_served():
@@ -195,6 +198,45 @@ def test_an_update_that_aborts_answers_every_request_and_is_acknowledged():
         await worker.close()
 
     asyncio.run(scenario())
+
+
+class StubbornEngine(FakeEngine):
+    """Says nothing of an update and goes on with the version it has."""
+
+    def update_weights(self, handle):
+        return [] if self.version is not None else super().update_weights(handle)
+
+
+class MisreadingEngine(FakeEngine):
+    """Takes an update from other bytes than those announced."""
+
+    def update_weights(self, handle):
+        results = super().update_weights(handle)
+        self.checksum = handle.checksum ^ 1
+        return results
+
+
+@pytest.mark.parametrize(
+    ("engine", "found"),
+    [
+        (StubbornEngine, "version 0 with checksum 0000000000000007, expected 1"),
+        (MisreadingEngine, "version 0 with checksum 0000000000000006, expected 0"),
+    ],
+)
+def test_the_pool_hears_what_the_engine_found_and_refuses_other_weights(engine, found):
+    async def scenario():
+        worker = RolloutWorker(engine)
+        await worker.ready()
+        limits = TimeLimits(claim_seconds=5, answer_seconds=5)
+        pool = WorkerPool([worker], None, max_restarts=0, max_samples=8, limits=limits)
+        try:
+            for version in range(2):
+                await pool.update_weights(handle(version, checksum=7))
+        finally:
+            await pool.close()
+
+    with pytest.raises(WeightSyncError, match=found):
+        asyncio.run(scenario())
 
 
 def test_only_tokens_of_this_turn_are_counted():

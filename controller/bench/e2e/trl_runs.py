@@ -31,7 +31,7 @@ def require_trl() -> None:
 def training_problems(config: RunConfig, count: int) -> tuple[Problem, ...]:
     """The first ``count`` problems that a run of Paceline with ``config`` trains on, in order."""
     from paceline.controller.data.tokenizer import load_tokenizer
-    from paceline.controller.wiring.services import prompt_set
+    from paceline.controller.wiring.preparation import prompt_set
 
     prompts = prompt_set(config, load_tokenizer(config.model))
     feed = itertools.islice(prompts.feed(), count)

@@ -168,7 +168,7 @@ def paceline_step(
 
     def step(sample: TrainSample) -> None:
         worker.forward_backward(TrainBatch(0, (0,), (sample,)), algorithm)
-        worker.optimizer_step(worker.version + 1, OPTIMIZER, 0, 1)
+        worker.optimizer_step(OPTIMIZER, 0, 1)
 
     return step
 

@@ -96,7 +96,7 @@ def rank_steps(workload: LearnerWorkload, num_steps: int, worker: LearnerWorker)
 
     def step(index: int) -> None:
         worker.forward_backward(batch, algorithm(workload))
-        worker.optimizer_step(index + 1, OPTIMIZER, index, num_steps)
+        worker.optimizer_step(OPTIMIZER, index, num_steps)
 
     return timed(step, num_steps)
 

@@ -43,7 +43,7 @@ def shard_policy(
 
 
 def _shard_mesh(mesh: RankMesh) -> DeviceMesh:
-    """One dimension to shard over; before it, where there are any, the replicas."""
+    """Return one dimension to shard over, after that of the replicas where there are any."""
     assert mesh.devices is not None, "sharding needs a process group"
     shards = mesh.devices["shard", "sequence"]._flatten("shards")
     if mesh.sizes["tensor"] > 1:

@@ -25,12 +25,12 @@ class Passes(Protocol):
     def evaluate(
         self, microbatches: Sequence[Microbatch], head: Head
     ) -> Iterator[tuple[Microbatch, Tensor]]:
-        """The first output for each microbatch, without gradients, where it is known."""
+        """Yield the first output for each microbatch, without gradients, on ranks that have it."""
 
 
 @dataclass(frozen=True)
 class WholePasses:
-    """One microbatch after the other; ``num_averaged`` ranks average their gradients."""
+    """Passes of one microbatch after the other; ``num_averaged`` ranks average their gradients."""
 
     model: PolicyModel
     num_averaged: int

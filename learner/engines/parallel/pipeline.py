@@ -42,7 +42,10 @@ class RowStage(PipelineStage):
         hidden: Tensor,
         arguments: Sequence[dict[str, Any]],
     ) -> None:
-        """``hidden`` has shape and dtype of what is sent; one dict of arguments a microbatch."""
+        """Set the stage up for microbatches, each with its dict of arguments.
+
+        ``hidden`` has the shape and dtype of what stages send each other.
+        """
         assert mesh.devices is not None
         super().__init__(
             model,
@@ -62,7 +65,7 @@ class RowStage(PipelineStage):
         kwargs: dict[str, Any] | None = None,
         save_forward_output: bool = True,
     ) -> Any:
-        """As torch's, with the microbatch of that number."""
+        """Run torch's own on the arguments of the microbatch of that number."""
         arguments = self._arguments[fwd_chunk_id]
         return super().forward_one_chunk(fwd_chunk_id, args, arguments, save_forward_output)
 
@@ -99,7 +102,7 @@ class PipelinePasses:
                 yield from zip(chosen, found.split(sizes), strict=True)
 
     def _rounds(self, microbatches: Sequence[Microbatch]) -> Iterator[list[Microbatch]]:
-        """As even as can be; their number divides as the schedule wants it to."""
+        """Yield rounds as equal as possible, of as many microbatches as the schedule takes."""
         num_ranks = self.mesh.sizes["pipeline"]
         unit = num_ranks if self.mesh.stages_per_rank > 1 else 1
         assert len(microbatches) >= num_ranks and len(microbatches) % unit == 0
@@ -111,7 +114,8 @@ class PipelinePasses:
     def _run(
         self, microbatches: Sequence[Microbatch], head: Head, finish: FinishOf, *, trains: bool
     ) -> Tensor | None:
-        """Every microbatch through every stage; the last rank gets what it was not to train on."""
+        """Run every microbatch through every stage; the last rank gets the outputs of those that
+        are not trained on."""
         # each rank that divides the row's tokens has hidden states of its share
         num_shares = self.mesh.num_token_ranks
         lengths = [m.row.token_ids.shape[1] // num_shares for m in microbatches]
@@ -142,7 +146,7 @@ class PipelinePasses:
         arguments: Sequence[dict[str, Any]],
         loss_fn: Callable[[Tensor, Tensor], Tensor] | None,
     ) -> Schedule1F1B | ScheduleInterleaved1F1B:
-        """The stages, in the order of their work on microbatches of these arguments."""
+        """Build the schedule of the stages' work on microbatches of these arguments."""
         rank, num_ranks = self.mesh.rank_in("pipeline"), self.mesh.sizes["pipeline"]
         shape = (1, arguments[0]["num_tokens"], self.stages[0].causal_lm.config.hidden_size)
         hidden = torch.empty(shape, dtype=self.dtype, device="meta", requires_grad=True)
@@ -156,8 +160,8 @@ class PipelinePasses:
 
     @contextmanager
     def _gradients_kept(self) -> Iterator[None]:
-        """What is added within is added to the gradients there are: a new schedule of torch's
-        begins by deleting them, even one without backward passes."""
+        """Keep the gradients that are there and add those of the block: a new schedule of torch
+        deletes them first, even one without backward passes."""
         parameters = [p for stage in self.stages for p in stage.parameters()]
         earlier = [p.grad for p in parameters]
         for parameter in parameters:
@@ -169,7 +173,7 @@ class PipelinePasses:
                 parameter.grad = gradient if added is None else gradient.add_(added)
 
     def _sum_over_ends(self) -> None:
-        """Both ends of a pipeline hold tied embeddings, each with its own part of the gradient."""
+        """Sum the gradients of tied embeddings: each end of a pipeline holds its own part."""
         ends = [stage for stage in self.stages if stage.is_first or stage.is_last]
         if ends and ends[0].is_tied:
             self._add_other_end(ends[0].embedding_weight)

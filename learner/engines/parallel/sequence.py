@@ -36,18 +36,18 @@ class SequenceRanks:
         self._num_ranks = dist.get_world_size(group)
 
     def share(self, row: Tensor) -> Tensor:
-        """This rank's [1, T / R] of something of every token, [1, T]."""
+        """Return this rank's [1, T / R] of a value of every token, [1, T]."""
         return row.chunk(self._num_ranks, dim=1)[self._rank]
 
     def own_places(self, places: Tensor, num_own: int) -> tuple[Tensor, Tensor]:
-        """Of ``places`` in the row, int64 [N], those among this rank's ``num_own`` tokens: which
-        they are, int64 [n], and where in its share, int64 [n]."""
+        """Return which of ``places`` in the row, int64 [N], are among this rank's ``num_own``
+        tokens: their indices, int64 [n], and their places in its share, int64 [n]."""
         shifted = places - self._rank * num_own
         which = ((shifted >= 0) & (shifted < num_own)).nonzero()[:, 0]
         return which, shifted[which]
 
     def bring_together(self, own: Tensor, which: Tensor, num_all: int) -> Tensor:
-        """Every rank's values, [``num_all``], of which ``own`` [n] are the ``which``.
+        """Gather every rank's values, [``num_all``], of which ``own`` [n] are at indices ``which``.
 
         A gradient goes back to its own rank only.
         """
@@ -56,7 +56,7 @@ class SequenceRanks:
         return together
 
     def tokens_to_heads(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """From [T / R, heads, head_dim] to [T, heads / R, head_dim] of each, in one exchange.
+        """Turn [T / R, heads, head_dim] into [T, heads / R, head_dim] for each, in one exchange.
 
         Key-value heads that R does not divide are repeated: several ranks' queries share them.
         """
@@ -68,19 +68,19 @@ class SequenceRanks:
         return received.flatten(0, 1).split([heads.shape[2] for heads in by_rank], dim=1)
 
     def heads_to_tokens(self, output: Tensor) -> Tensor:
-        """From [T, heads / R, head_dim] to [T / R, heads, head_dim]."""
+        """Turn [T, heads / R, head_dim] into [T / R, heads, head_dim]."""
         received = self._exchange(output.unflatten(0, (self._num_ranks, -1)))
         return received.transpose(0, 1).flatten(1, 2)
 
     def _exchange(self, pieces: Tensor) -> Tensor:
-        """Piece r of [R, ...] goes to rank r; what comes from rank r lies at r."""
+        """Send piece r of [R, ...] to rank r; what comes from rank r lies at r."""
         received = _Exchange.apply(pieces, self._group)
         assert isinstance(received, Tensor)
         return received
 
 
 def sequence_ranks(config: PreTrainedConfig, mesh: RankMesh) -> SequenceRanks | None:
-    """Those that divide this rank's rows with it; None where it works on whole ones.
+    """Return the ranks that divide this rank's rows; None where it works on whole ones.
 
     Raises:
         ModelError: they do not divide the model's attention heads.

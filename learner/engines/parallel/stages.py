@@ -23,14 +23,14 @@ from paceline.learner.model.attention import PackedSegments, Segment
 from paceline.learner.model.model import PACKING_TOLERANCE, Head, PackedRow, PolicyModel
 
 Finish = Callable[[tuple[Tensor, ...]], Tensor]
-"""From a model's outputs for a microbatch to the one tensor that its last stage gives."""
+"""Maps a model's outputs for a microbatch to the one tensor that its last stage returns."""
 
 
 class PassThrough(nn.Module):
-    """In place of a module that another stage holds."""
+    """Stand-in for a module that another stage holds."""
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Hidden states as they came."""
+        """Return hidden states unchanged."""
         return hidden
 
 
@@ -68,7 +68,7 @@ class StageModel(PolicyModel):
         head: Head,
         finish: Finish,
     ) -> Tensor:
-        """Hidden states [1, num_tokens, H] for the next stage; of the last one, ``finish``'s.
+        """Return hidden states [1, num_tokens, H] for the next stage; the last one, ``finish``'s.
 
         ``before`` are the previous stage's: as many for every row, because all that is sent must
         have one shape, though only the row's own ``length`` tokens are computed.
@@ -86,7 +86,7 @@ class StageModel(PolicyModel):
 
     @property
     def embedding_weight(self) -> nn.Parameter:
-        """That of the input embedding; on the first stage and, where it is tied, the last."""
+        """Weight of the input embedding; on the first stage and, where it is tied, the last."""
         weight = self.causal_lm.get_input_embeddings().weight
         assert isinstance(weight, nn.Parameter)
         return weight
@@ -109,7 +109,7 @@ class StageModel(PolicyModel):
 
 
 def divide_layers(whole: PolicyModel, mesh: RankMesh) -> list[StageModel]:
-    """This rank's stages of a model on the CPU, which they share the parameters of.
+    """Return this rank's stages of a model on the CPU; they share its parameters.
 
     Raises:
         ModelError: it computes something else in stages, or has fewer layers than these.
@@ -130,7 +130,7 @@ def divide_layers(whole: PolicyModel, mesh: RankMesh) -> list[StageModel]:
 
 @torch.no_grad()
 def _check_stages(whole: PolicyModel, stages: Sequence[StageModel]) -> None:
-    """Some architectures do more before, between or after their layers; trying tells them apart."""
+    """Compare stages with the whole model on a row: some architectures do more around layers."""
     tokens = torch.arange(4)[None] % whole.causal_lm.config.vocab_size
     packed = PackedSegments.from_segments([Segment(0, 4)], tokens.device)
     row = PackedRow(tokens, packed.positions()[None], packed, torch.arange(4), tokens[0])

@@ -34,10 +34,10 @@ from paceline.learner.model.model import PolicyModel
 
 TOKENS = Shard(1)
 HEADS = Shard(2)
-"""Of [1, T, H] and of [1, T, heads, head_dim]."""
+"""Dimension of features of [1, T, H] and of heads of [1, T, heads, head_dim]."""
 
 Plan = dict[str, ParallelStyle]
-"""By a module's name, what is done to it."""
+"""Style by name of module."""
 
 
 def divide_matrices(policy: PolicyModel, mesh: RankMesh) -> None:
@@ -85,7 +85,7 @@ def require_divisible(config: PreTrainedConfig, num_ranks: int) -> None:
 
 
 def _layer_plan() -> Plan:
-    """Both blocks of a layer: from a share of the tokens to all of them and back."""
+    """Return styles for both blocks of a layer: from a share of the tokens to all and back."""
     gathers_tokens = PrepareModuleInput(
         input_kwarg_layouts={"hidden_states": TOKENS},
         desired_input_kwarg_layouts={"hidden_states": Replicate()},
@@ -109,7 +109,7 @@ def _layer_plan() -> Plan:
 
 
 def _ends_plan() -> Plan:
-    """Around the layers: all tokens in, all hidden states out."""
+    """Return styles around the layers: all tokens in, all hidden states out."""
     return {
         "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=TOKENS),
         "model.norm": _NormOfShares(),
@@ -118,7 +118,7 @@ def _ends_plan() -> Plan:
 
 
 class _Whole(ParallelStyle):
-    """The same everywhere: parameters, what comes in and what goes out."""
+    """Style of a module that is the same on every rank: parameters, inputs and outputs."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         same = PrepareModuleInputOutput(
@@ -131,7 +131,7 @@ class _Whole(ParallelStyle):
 
 
 class _NormOfShares(ParallelStyle):
-    """A norm of each rank's share of the tokens, brought together."""
+    """Style of a norm over each rank's share of the tokens, gathered afterwards."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         gathers = PrepareModuleOutput(output_layouts=TOKENS, desired_output_layouts=Replicate())
@@ -139,7 +139,7 @@ class _NormOfShares(ParallelStyle):
 
 
 def _divide(module: nn.Module, ranks: DeviceMesh, plan: Plan) -> None:
-    """Apply the styles of what there is: not every family has every norm, nor a stage both ends."""
+    """Apply the styles of modules that exist: families differ in norms, stages lack an end."""
     children = dict(module.named_modules())
     for name, style in plan.items():
         if name in children and list(children[name].parameters()):

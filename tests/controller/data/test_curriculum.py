@@ -20,14 +20,17 @@ from paceline.configs.load import load_config
 from paceline.configs.schema.data import CurriculumConfig, PromptFormat
 from paceline.configs.vocabulary import Prompt, Record, StepReport, WeightVersion
 from paceline.controller.data.curriculum import Curriculum, Estimate, Outcome, difficulty
-from paceline.controller.data.prompts import PromptFeed, PromptRenderer, PromptSet
+from paceline.controller.data.feed import PromptFeed, PromptSet
+from paceline.controller.data.rendering import PromptRenderer
 from paceline.controller.data.tokenizer import characters_tokenizer
 from paceline.controller.groups.assembly import Collector
 from paceline.controller.groups.buffer import WorkBuffer
 from paceline.controller.groups.freshness import FreshnessBudget
 from paceline.controller.groups.signal_filter import SignalFilter
 from paceline.controller.ledger.journal import Journal
+from paceline.controller.ledger.memory import MemoryStore
 from paceline.controller.ledger.state import Batch, LedgerState
+from paceline.controller.parts import StepView
 from paceline.controller.run.metering import RunTotals
 from paceline.controller.run.phases import TrainingObserver
 from paceline.controller.run.recovery import recover
@@ -295,8 +298,10 @@ def collect_and_recover(rewards_in_order: list, faulty: int):
 
     async def scenario():
         store, budget = SurvivingStore(), FreshnessBudget(4, 1, 2)
-        buffer = WorkBuffer(budget, Journal(store, revocable=True))
-        collecting = asyncio.ensure_future(Collector(buffer, SignalFilter(), 2).collect(0))
+        journal = Journal(store, revocable=True)
+        buffer = WorkBuffer(budget, journal)
+        collector = Collector(buffer, journal, SignalFilter(), 2)
+        collecting = asyncio.ensure_future(collector.collect(0))
         for position, found in enumerate(rewards_in_order):
             await buffer.admit(lambda position=position: (position, make_prompt(position)))
             work = await buffer.claim()
@@ -306,7 +311,7 @@ def collect_and_recover(rewards_in_order: list, faulty: int):
         journal = Journal(store, revocable=True)
         recovered = await recover(journal, state_at(0, 0), make_prompt, fits=True)
         again = Collector(
-            WorkBuffer(budget, journal), SignalFilter(), 2, recorded=recovered.batches
+            WorkBuffer(budget, journal), journal, SignalFilter(), 2, recorded=recovered.batches
         )
         return batch, await again.collect(0)
 
@@ -352,8 +357,8 @@ class Witness:
         await asyncio.sleep(0)
         return []
 
-    def measure(self, batch: object, report: StepReport, *_: object) -> dict:
-        return dict(report.metrics)
+    def measure(self, step: StepView, *_: object) -> dict:
+        return dict(step.report.metrics)
 
     def step(self, record: dict) -> None:
         self.events.append(record)
@@ -373,17 +378,10 @@ def test_a_step_is_observed_before_its_slots_can_be_freed_and_its_metrics_are_re
         meter=witness,
         totals=RunTotals(),
         pool=witness,
+        journal=Journal(MemoryStore()),
         samples_per_step=1,
-        observe_outcomes=witness.observe,
-        observe_drift=None,
-        evaluate=None,
-        evaluate_every=None,
-        checkpoint=None,
-        checkpoint_every=None,
-        self_check=None,
-        self_check_steps=0,
+        metrics=[lambda step: witness.observe(step.batch.outcomes)],
     )
     report = StepReport(WeightVersion(1), 1, 1, 0, 0.0, {"loss": 1.0})
-    loop = type("FakeLoop", (), {"num_steps": 9, "buffer": WorkBuffer(FreshnessBudget(4, 1, 2))})
-    asyncio.run(observer.after_step(batch, report, loop))
+    asyncio.run(observer.after_step(StepView(batch, report, {}, {}, 0, is_last=False)))
     assert witness.events == [batch.outcomes, "waits", {"loss": 1.0, "curriculum_passed": 0.25}]

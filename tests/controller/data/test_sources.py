@@ -7,7 +7,8 @@ import pytest
 
 from paceline.configs.errors import ConfigError, DataError
 from paceline.configs.schema.data import DatasetSource
-from paceline.controller.data.prompts import PromptRenderer, PromptSet
+from paceline.controller.data.feed import PromptSet
+from paceline.controller.data.rendering import PromptRenderer
 from paceline.controller.data.sources import DatasetPromptSource, load_imported_source
 from paceline.controller.data.tokenizer import characters_tokenizer
 

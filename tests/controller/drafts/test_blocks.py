@@ -6,11 +6,11 @@ import asyncio
 
 import numpy as np
 import pytest
-import ray
 
 from paceline.configs.vocabulary import DraftText
+from paceline.controller.actors import kill, start_actor
 from paceline.controller.drafts.blocks import Block, put_block
-from paceline.controller.engines.worker_actor import RolloutActor, kill, start_actor
+from paceline.controller.engines.worker_actor import RolloutActor
 
 pytestmark = pytest.mark.slow
 
@@ -35,8 +35,7 @@ def worker(local_ray):
         def last(self):
             return self.added
 
-    actor = start_actor(0, 0, {})
-    ray.get(actor.build.remote(Listener))
+    actor = start_actor(Listener, cpus=0, gpus=0, environment={})
     yield RolloutActor(actor, 0)
     kill(actor)
 
@@ -47,7 +46,7 @@ def test_a_worker_reads_all_but_its_own(worker, subscriber, origins):
         reference = await put_block(Block(TEXTS, drop_before=3))
         await worker.add_draft_text(reference, subscriber)
         expected = [text for origin in origins for text in TEXTS[origin]]
-        found = await worker._actor.call.remote("last")
+        found = await worker._actor.last.remote()
         assert [(t.prompt_token_ids, t.version) for t in found] == [
             (t.prompt_token_ids, t.version) for t in expected
         ]

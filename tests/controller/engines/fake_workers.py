@@ -16,7 +16,7 @@ from paceline.configs.vocabulary import (
 )
 from paceline.controller.engines.pool import WorkerPool
 from paceline.controller.engines.watching import TimeLimits
-from paceline.controller.parts import WorkerLost
+from paceline.controller.groups.buffer import WorkerLost
 from paceline.weights_sync.handle import WeightHandle
 from paceline.weights_sync.layout import Layout
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from paceline.configs.errors import ClusterError
-from paceline.controller.parts import WorkerLost
+from paceline.controller.groups.buffer import WorkerLost
 from paceline.weights_sync.handle import WeightSyncError
 from tests.controller.engines.fake_workers import (
     ANSWER_SECONDS,

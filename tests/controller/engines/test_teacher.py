@@ -14,9 +14,8 @@ from paceline.configs.load import load_config
 from paceline.configs.vocabulary import SamplingParameters, UnfinishedGroup
 from paceline.controller.engines.routing import demand_of
 from paceline.controller.engines.teacher import FIXED, MAX_FRUITLESS, FixedWeightsActor, Teacher
-from paceline.controller.groups.buffer import Work
+from paceline.controller.groups.buffer import Work, WorkerLost
 from paceline.controller.groups.generation import Rollouts
-from paceline.controller.parts import WorkerLost
 from paceline.learner.model.model import require_same_vocabulary
 from tests.controller.builders import make_completion, make_prompt
 from tests.controller.engines.fake_workers import FakeWorker, pool_of

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from paceline.controller.engines.watching import TimeLimits, WatchedWorker
-from paceline.controller.parts import WorkerLost
+from paceline.controller.groups.buffer import WorkerLost
 from tests.controller.engines.fake_workers import (
     ANSWER_SECONDS,
     CLAIM_SECONDS,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import signal
 import time
@@ -14,17 +13,13 @@ import ray
 
 from paceline.configs.errors import ClusterError, DataError
 from paceline.configs.schema.learner import OptimizerConfig
-from paceline.configs.vocabulary import RankProgress, StepReport, WeightVersion
-from paceline.controller.engines.worker_actor import (
-    LateClass,
-    RolloutActor,
-    is_out_of_memory,
-    result_of,
-    start_actor,
-    start_rollout_worker,
-)
-from paceline.controller.parts import WorkerLost
+from paceline.configs.vocabulary import RankProgress, StepReport, TrainBatch, WeightVersion
+from paceline.controller.actors import LateClass, is_out_of_memory, result_of, start_actor
+from paceline.controller.engines.worker_actor import RolloutActor, start_rollout_worker
+from paceline.controller.groups.buffer import WorkerLost
 from paceline.controller.ranks.learner_ranks import start_learner_ranks
+from paceline.controller.ranks.rank import Rank
+from paceline.rollout.worker import RolloutWorker
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
@@ -37,14 +32,16 @@ def run(coroutine):
     return asyncio.run(asyncio.wait_for(coroutine, LIMIT_SECONDS))
 
 
-def engine_class():
+def worker_class():
     """The class of a fake rollout worker, pickled by value: workers cannot import tests."""
 
-    class Engine:
-        def __init__(self, mistake=None):
-            if mistake is not None:
-                raise mistake
+    class Worker:
+        def __init__(self, build_engine):
+            self.build_engine = build_engine
             self.release = asyncio.Event()
+
+        async def ready(self):
+            self.build_engine()
 
         async def generate(self, request):
             if request == "wait":
@@ -55,13 +52,13 @@ def engine_class():
         async def interrupt(self, request_id):
             return self.release.set() is None and request_id == "wait"
 
-        def counters(self):
+        async def counters(self):
             return {"pid": os.getpid(), "threads": os.environ.get("OMP_NUM_THREADS")}
 
-        def update_weights(self, handle):
+        async def update_weights(self, handle):
             raise handle
 
-    return Engine
+    return Worker
 
 
 def rank_class():
@@ -81,8 +78,11 @@ def rank_class():
         def export(self, folder):
             return self.rendezvous
 
-        def optimizer_step(self, version, optimizer, step, num_steps):
-            return {"version": version, "step": step, "of": num_steps}
+        def forward_backward(self, batch, algorithm):
+            return StepReport(WeightVersion(batch.step), 10, 5, 0, 0.1, {"loss": 1.0})
+
+        def optimizer_step(self, optimizer, step, num_steps):
+            return {"step": step, "of": num_steps}
 
         def reset_optimizer(self):
             return None
@@ -98,7 +98,7 @@ def rank_class():
 
 async def rollout_worker(max_requests=8, **environment):
     return await start_rollout_worker(
-        0, engine_class(), environment=environment, max_requests=max_requests, **RESOURCES
+        0, worker_class(), dict, environment=environment, max_requests=max_requests, **RESOURCES
     )
 
 
@@ -181,9 +181,15 @@ def test_a_users_mistake_arrives_as_itself_from_a_call_and_from_the_start():
             await worker.update_weights(DataError("the prompt is too long"))
         assert caught.value.__cause__ is None
         await worker.close()
-        mistaken = functools.partial(engine_class(), DataError("no such task"))
-        with pytest.raises(DataError, match="no such task"):
-            await start_rollout_worker(1, mistaken, environment={}, max_requests=8, **RESOURCES)
+
+        def mistaken():
+            raise DataError("no such engine")
+
+        with pytest.raises(DataError, match="no such engine") as caught:
+            await start_rollout_worker(
+                1, RolloutWorker, mistaken, environment={}, max_requests=8, **RESOURCES
+            )
+        assert caught.value.__cause__ is None
 
     run(scenario())
 
@@ -238,7 +244,11 @@ def test_a_worker_that_dies_while_it_is_built_ends_the_start_with_one_line():
         os.kill(os.getpid(), signal.SIGKILL)
 
     with pytest.raises(ClusterError, match="rollout worker 3 died.*if memory ran out") as caught:
-        run(start_rollout_worker(3, dies, environment={}, max_requests=8, **RESOURCES))
+        run(
+            start_rollout_worker(
+                3, RolloutWorker, dies, environment={}, max_requests=8, **RESOURCES
+            )
+        )
     assert "\n" not in str(caught.value)
 
 
@@ -254,9 +264,9 @@ def test_every_rank_is_called_and_rank_0_answers():
 def test_ranks_meet_on_rank_0s_node_and_one_alone_meets_nobody():
     async def scenario():
         pair, alone = await learner_ranks(2), await learner_ranks(1)
-        rendezvous = await pair._call("export", "")
+        rendezvous = await pair.call(Rank.export, "")
         assert rendezvous.startswith(f"tcp://{ray.util.get_node_ip_address()}:")
-        assert await alone._call("export", "") is None
+        assert await alone.call(Rank.export, "") is None
         await pair.close()
         await alone.close()
 
@@ -266,15 +276,15 @@ def test_ranks_meet_on_rank_0s_node_and_one_alone_meets_nobody():
 def test_an_optimiser_step_makes_the_next_version_and_adds_to_the_report():
     async def scenario():
         ranks = await learner_ranks(1)
-        await ranks.begin(OptimizerConfig(), num_steps=50)
-        report = StepReport(WeightVersion(7), 10, 5, 0, 0.1, {"loss": 1.0})
-        stepped = await ranks.optimizer_step(7, report)
+        phase = await ranks.begin(OptimizerConfig(), num_steps=50)
+        update = await phase.forward_backward(TrainBatch(7, (), ()), None)
+        stepped = await update.apply()
         await ranks.close()
         return stepped
 
     stepped = run(scenario())
     assert stepped.version == 8
-    assert stepped.metrics == {"loss": 1.0, "version": 8, "step": 7, "of": 50}
+    assert stepped.metrics == {"loss": 1.0, "step": 7, "of": 50}
 
 
 def test_a_dead_rank_ends_the_call_though_the_others_wait_for_it_and_closing_ends_those():
@@ -299,9 +309,12 @@ def test_a_class_is_imported_only_where_it_is_called():
 
 def test_an_actor_that_no_resource_is_asked_for_starts_on_a_full_cluster():
     async def scenario():
-        actors = [start_actor(environment={}, **RESOURCES) for _ in range(os.cpu_count() + 1)]
+        actors = [
+            start_actor(worker_class(), dict, environment={}, **RESOURCES)
+            for _ in range(os.cpu_count() + 1)
+        ]
         for actor in actors:
-            await result_of(actor.build.remote(dict), ClusterError, "an actor")
+            await result_of(actor.ready.remote(), ClusterError, "an actor")
         for actor in actors:
             await RolloutActor(actor, 0).close()
 

@@ -8,6 +8,8 @@ from paceline.controller.groups.assembly import Collector, NoSignalError
 from paceline.controller.groups.buffer import WorkBuffer
 from paceline.controller.groups.freshness import FreshnessBudget
 from paceline.controller.groups.signal_filter import EVERYTHING, SignalFilter
+from paceline.controller.ledger.journal import Journal
+from paceline.controller.ledger.memory import MemoryStore
 from tests.controller.builders import make_group, make_prompt
 
 SIGNAL, NONE = (0.0, 1.0), (1.0, 1.0)
@@ -15,8 +17,9 @@ SIGNAL, NONE = (0.0, 1.0), (1.0, 1.0)
 
 def collect(rewards_in_order, *, groups_per_step, capacity, max_draws=8, steps=1):
     async def scenario():
-        buffer = WorkBuffer(FreshnessBudget(capacity, 1, groups_per_step))
-        collector = Collector(buffer, SignalFilter(max_draws=max_draws), groups_per_step)
+        journal = Journal(MemoryStore())
+        buffer = WorkBuffer(FreshnessBudget(capacity, 1, groups_per_step), journal)
+        collector = Collector(buffer, journal, SignalFilter(max_draws=max_draws), groups_per_step)
 
         async def produce():
             for position, rewards in enumerate(rewards_in_order):
@@ -56,14 +59,15 @@ def test_nothing_to_learn_from_is_an_error_with_the_mean_reward():
 
 def test_a_faulty_group_is_dropped_whatever_its_rewards():
     async def scenario():
-        buffer = WorkBuffer(FreshnessBudget(2, 1, 1))
+        journal = Journal(MemoryStore())
+        buffer = WorkBuffer(FreshnessBudget(2, 1, 1), journal)
         for position in range(2):
             await buffer.admit(lambda position=position: (position, make_prompt(position)))
             await buffer.claim()
         faulty = make_group(0, SIGNAL)
         await buffer.finish(faulty.__class__(0, faulty.prompt, faulty.trajectories, "grader_error"))
         await buffer.finish(make_group(1, SIGNAL))
-        return await Collector(buffer, SignalFilter(), 1).collect(0)
+        return await Collector(buffer, journal, SignalFilter(), 1).collect(0)
 
     batch = asyncio.run(scenario())
     assert batch.batch.group_ids == (1,)

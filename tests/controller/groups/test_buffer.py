@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from paceline.controller.groups.buffer import State, Work, WorkBuffer
 from paceline.controller.groups.freshness import FreshnessBudget
 from paceline.controller.ledger.events import Kind
+from paceline.controller.ledger.journal import Journal
+from paceline.controller.ledger.memory import MemoryStore
 from tests.controller.builders import make_completion, make_group, make_prompt
 
 GROUP_BYTES = make_group(0).num_bytes
@@ -181,10 +183,11 @@ def test_a_restored_buffer_samples_nothing_until_there_is_as_much_room_as_ever()
     """Else a group would be sampled before more others than the bound on its age allows for."""
 
     async def scenario():
-        buffer = WorkBuffer(FreshnessBudget(3, 1, 1))
+        journal = Journal(MemoryStore())
+        buffer = WorkBuffer(FreshnessBudget(3, 1, 1), journal)
         admit = [(i, {"prompt": f"p{i}"}) for i in (4, 5)]
         for group_id, detail in admit:
-            buffer.journal.note(Kind.ADMITTED, group_id, detail)
+            journal.note(Kind.ADMITTED, group_id, detail)
         buffer.restore([Work(i, make_prompt(i)) for i, _ in admit], slots=(0, 1, 2))
         claim = asyncio.ensure_future(buffer.claim())
         await buffer.release((0,))

@@ -4,9 +4,9 @@ import asyncio
 import functools
 from dataclasses import replace
 
+from paceline.controller.groups.buffer import WorkerLost
 from paceline.controller.groups.evaluation import Evaluator, accuracy
 from paceline.controller.groups.generation import Rollouts, sample_to_end
-from paceline.controller.parts import WorkerLost
 from tests.controller.builders import make_prompt
 from tests.controller.engines.fake_workers import tokens_of
 

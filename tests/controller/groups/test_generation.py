@@ -8,15 +8,14 @@ import pytest
 
 from paceline.configs.errors import GraderError
 from paceline.configs.vocabulary import SamplingParameters, UnfinishedGroup
-from paceline.controller.data.prompts import Demonstration
-from paceline.controller.groups.buffer import Work
+from paceline.controller.data.rendering import Demonstration
+from paceline.controller.groups.buffer import Work, WorkerLost
 from paceline.controller.groups.generation import (
     Demonstrations,
     Rollouts,
     request_seed,
     sample_to_end,
 )
-from paceline.controller.parts import WorkerLost
 from tests.controller.builders import make_completion, make_prompt
 from tests.controller.engines.fake_workers import request, tokens_of
 

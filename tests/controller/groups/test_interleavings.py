@@ -24,6 +24,8 @@ from hypothesis.stateful import (
 from paceline.controller.groups.buffer import WorkBuffer
 from paceline.controller.groups.freshness import FreshnessBudget, freshness_budget
 from paceline.controller.ledger.events import Kind
+from paceline.controller.ledger.journal import Journal
+from paceline.controller.ledger.memory import MemoryStore
 from tests.controller.builders import make_completion, make_group, make_prompt
 
 
@@ -58,7 +60,8 @@ class Interleavings(RuleBasedStateMachine):
 
     def start(self, budget: FreshnessBudget):
         self.budget = budget
-        self.buffer = WorkBuffer(budget)
+        self.journal = Journal(MemoryStore())
+        self.buffer = WorkBuffer(budget, self.journal)
         self.positions = itertools.count()
         self.claimed = []
         self.collected = []  # taken for the next step
@@ -116,7 +119,7 @@ class Interleavings(RuleBasedStateMachine):
             return
         del self.passed[group.group_id]
         if dropped:
-            self.buffer.journal.note(Kind.SET_ASIDE, group.group_id, {"reason": "zero_signal"})
+            self.journal.note(Kind.SET_ASIDE, group.group_id, {"reason": "zero_signal"})
             now(self.buffer.release((group.group_id,)))
             return
         for other in self.passed:

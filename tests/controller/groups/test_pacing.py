@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from paceline.configs.vocabulary import StepReport, WeightVersion
 from paceline.controller.groups.freshness import freshness_budget
 from paceline.controller.groups.pacing import Flow, Pacer, Unpaced
 from tests.controller.builders import make_group
-from tests.controller.test_loop import World, build_loop
+from tests.controller.test_loop import Update, World, build_loop
 from tests.controller.virtual_time import run_virtually
 
 GROUPS = 8
@@ -52,7 +51,7 @@ class TimedWorld(World):
         await asyncio.sleep(seconds)
         self.busy += seconds
         self.trained.append(batch.group_ids)
-        return StepReport(WeightVersion(batch.step), 1, 1, 0, 0.0, {})
+        return Update(self, batch)
 
 
 @dataclass(frozen=True)
@@ -73,10 +72,10 @@ def outcome(rates, *, paced, lag=4, window=0.0, steps=300, first=60):
         loop.pace = Pacer(loop.budget) if paced else Unpaced(loop.budget)
         began = asyncio.get_running_loop().time()
 
-        async def after_step(batch, report, running):
+        async def after_step(step):
             nonlocal began
-            world.ages += batch.ages
-            if batch.batch.step == first:
+            world.ages += step.batch.ages
+            if step.batch.batch.step == first:
                 world.ages.clear()
                 world.busy, began = 0.0, asyncio.get_running_loop().time()
             return False
@@ -90,7 +89,7 @@ def outcome(rates, *, paced, lag=4, window=0.0, steps=300, first=60):
             sum(world.ages) / len(world.ages),
             max(world.ages),
             loop.buffer.limit,
-            loop.buffer.journal.state.admitted - generated,
+            loop.journal.state.admitted - generated,
         )
 
     return run_virtually(scenario())

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from paceline.configs.errors import ClusterError
-from paceline.controller.ranks import learner_ranks
+from paceline.controller.ranks import placement
 from paceline.controller.ranks.learner_ranks import start_learner_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
@@ -33,7 +33,7 @@ def rank_class():
             import torch
             import torch.distributed as dist
 
-            from paceline.learner.progress import collectives_begun
+            from paceline.learner.activity import collectives_begun
 
             self.rank, self.torch, self.dist = rank, torch, dist
             self.collectives_begun = collectives_begun  # imported before anybody asks
@@ -166,7 +166,7 @@ def test_a_rank_alone_may_work_long_and_is_named_when_it_only_hangs(tmp_path):
 
 
 def test_ranks_that_no_nodes_have_room_for_are_refused_with_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(learner_ranks, "PLACEMENT_SECONDS", 2.0)
+    monkeypatch.setattr(placement, "PLACEMENT_SECONDS", 2.0)
     start = functools.partial(
         start_learner_ranks, rank_class(), 2, hang_seconds=HANG_SECONDS, reports=tmp_path, gpus=0
     )

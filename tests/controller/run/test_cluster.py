@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import time
 
 import pytest
+import ray
 
 from paceline.configs.errors import ClusterError
 from paceline.configs.load import load_config
 from paceline.configs.schema.run import ClusterConfig
-from paceline.controller.run.run import cluster
+from paceline.controller.run import cluster
 
 
 class FakeRay:
@@ -161,3 +163,14 @@ def test_a_local_cluster_that_never_starts_is_one_line(start_fake):
     ):
         pass
     assert len(fake.started_with) == cluster.LOCAL_START_ATTEMPTS
+
+
+def test_workers_of_a_local_cluster_run_at_the_priority_of_the_run_itself(local_ray):
+    @ray.remote(num_cpus=0)
+    class Worker:
+        def niceness(self):
+            return os.nice(0)
+
+    worker = Worker.remote()
+    assert ray.get(worker.niceness.remote()) == os.nice(0)
+    ray.kill(worker)

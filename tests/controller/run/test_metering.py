@@ -9,8 +9,8 @@ import pytest
 from paceline.configs.vocabulary import StepReport, TrainBatch, WeightVersion
 from paceline.controller.groups.assembly import AssembledBatch
 from paceline.controller.groups.buffer import WorkBuffer
-from paceline.controller.groups.clock import StepClock
 from paceline.controller.groups.freshness import freshness_budget
+from paceline.controller.parts import StepView
 from paceline.controller.run.metering import RunTotals, StepMeter, sample_records
 from tests.controller.builders import make_group
 
@@ -27,17 +27,10 @@ def report(num_trained=0, num_tokens=100, num_padding=0, **metrics):
     return StepReport(WeightVersion(1), num_tokens, num_trained, num_padding, 0.5, metrics)
 
 
-class FakeLoop:
-    """What a meter reads of a loop."""
-
-    def __init__(self, **seconds):
-        self.clock = StepClock()
-        self.clock.read_and_reset = lambda: dict(seconds)
-        self.buffer = WorkBuffer(freshness_budget(2, 1, 0.0))
-
-
 def measure(meter, batch, *engines, report=report(), **seconds):  # noqa: B008
-    return meter.measure(batch, report, FakeLoop(**seconds), list(engines))
+    buffer = WorkBuffer(freshness_budget(2, 1, 0.0))
+    step = StepView(batch, report, seconds, buffer.occupancy(), buffer.num_bytes, is_last=False)
+    return meter.measure(step, list(engines))
 
 
 def test_totals_count_what_was_trained_and_what_was_dropped():

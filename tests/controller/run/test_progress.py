@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from paceline.controller.run.progress import Progress
+from paceline.controller.run.progress import RunProgress
 
 
 class Clock:
@@ -23,7 +23,7 @@ def clock(monkeypatch):
 
 
 def test_a_part_within_a_part_counts_for_itself_alone(clock):
-    progress = Progress(_since=clock())
+    progress = RunProgress(_since=clock())
     clock.now += 1
     with progress.spending("train"):
         clock.now += 2
@@ -36,7 +36,7 @@ def test_a_part_within_a_part_counts_for_itself_alone(clock):
 
 
 def test_time_spent_until_an_error_is_counted(clock):
-    progress = Progress(_since=clock())
+    progress = RunProgress(_since=clock())
 
     def fails():
         with progress.spending("train"):
@@ -49,7 +49,7 @@ def test_time_spent_until_an_error_is_counted(clock):
 
 
 def test_settling_in_the_middle_counts_nothing_twice(clock):
-    progress = Progress(_since=clock())
+    progress = RunProgress(_since=clock())
     with progress.spending("train"):
         clock.now += 2
         progress.settle()
@@ -59,6 +59,6 @@ def test_settling_in_the_middle_counts_nothing_twice(clock):
 
 
 def test_the_clock_of_a_resumed_run_goes_on_where_the_interrupted_one_stood(clock):
-    progress = Progress(seconds={"startup": 10.0, "train": 30.0}, _since=clock())
+    progress = RunProgress(seconds={"startup": 10.0, "train": 30.0}, _since=clock())
     clock.now += 5
     assert clock() - progress.began == 45.0

@@ -72,33 +72,32 @@ class Lineage(World):
         marked = (replace(t, text=str(self.weights[version])) for t in group.trajectories)
         return replace(group, trajectories=tuple(marked))
 
-    async def forward_backward(self, batch, algorithm):
-        self.batch = batch
-        return await super().forward_backward(batch, algorithm)
-
-    async def optimizer_step(self, step, report):
-        report = await super().optimizer_step(step, report)
-        content = f"{self.weights[step]} {self.batch.group_ids}"
-        self.weights[step + 1] = xxhash.xxh3_64_intdigest(content.encode())
+    async def apply(self, batch):
+        report = await super().apply(batch)
+        content = f"{self.weights[batch.step]} {batch.group_ids}"
+        self.weights[batch.step + 1] = xxhash.xxh3_64_intdigest(content.encode())
         return report
 
     async def publish(self, version):
         handle = await super().publish(version)
         return WeightHandle(handle.version, "", self.weights[version], Layout(()))
 
-    async def after_step(self, batch, report, loop):
-        step = batch.batch.step
-        self.lineage[step] = batch
-        assert batch.max_age <= loop.budget.max_age
+    async def after_step(self, step):
+        batch = step.batch
+        self.lineage[batch.batch.step] = batch
+        assert batch.max_age <= self.max_age
         for group in batch.groups:
             assert group.trajectories[0].text == str(self.weights[group.oldest_version])
-        if (step + 1) % CHECKPOINT_EVERY == 0:
-            await loop.settled()
-            await loop.buffer.journal.flush()
-            self.checkpoints.append(state_at(step + 1, self.position, loop.buffer.unreleased()))
-            del self.checkpoints[:-KEEP]
-            loop.buffer.journal.settle(self.checkpoints[0].step)
-        return await super().after_step(batch, report, loop)
+        await super().after_step(step)
+        return step.finished % CHECKPOINT_EVERY == 0
+
+    async def between_steps(self, step):
+        await self.journal.flush()
+        pending = self.buffer.unreleased()
+        self.checkpoints.append(state_at(step.finished, self.position, pending))
+        del self.checkpoints[:-KEEP]
+        self.journal.settle(self.checkpoints[0].step)
+        return await super().between_steps(step)
 
 
 def state_at(step, position, pending=()):
@@ -135,6 +134,7 @@ class Story:
         world.checkpoints, world.position = self.checkpoints, recovered.next_position
         buffer = WorkBuffer(self.budget, journal)
         buffer.restore(recovered.works, recovered.slots)
+        world.journal, world.buffer, world.max_age = journal, buffer, self.budget.max_age
 
         def prompts():
             for position in itertools.count(recovered.next_position):
@@ -146,6 +146,7 @@ class Story:
             generate=world.generate,
             collector=Collector(
                 buffer,
+                journal,
                 SignalFilter(max_draws=self.max_draws),
                 self.budget.groups_per_step,
                 recorded=recovered.batches,
@@ -156,6 +157,7 @@ class Story:
             observer=world,
             budget=self.budget,
             buffer=buffer,
+            journal=journal,
             pace=Pacer(self.budget),
             num_steps=STEPS,
             first_step=checkpoint.step,

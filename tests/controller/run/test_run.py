@@ -14,8 +14,8 @@ from paceline.controller.observe.files.folder import RunFolder
 from paceline.controller.observe.files.jsonl import write_json
 from paceline.controller.run.checkpoints import LEARNER, SCHEMA, RunState
 from paceline.controller.run.run import (
+    error_line,
     keep_previous_config,
-    one_line,
     require_same_run,
     run_training,
 )
@@ -60,8 +60,8 @@ def test_an_unchanged_configuration_leaves_nothing_behind(tmp_path):
 
 
 def test_an_error_is_said_in_one_line_with_its_type_unless_it_is_the_users():
-    assert one_line(ConfigError("a\n  b")) == "a b"
-    assert one_line(KeyError("x")) == "KeyError: 'x'"
+    assert error_line(ConfigError("a\n  b")) == "a b"
+    assert error_line(KeyError("x")) == "KeyError: 'x'"
 
 
 def run_with_checkpoint(root, **sizes):

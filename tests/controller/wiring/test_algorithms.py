@@ -7,7 +7,7 @@ import pytest
 from paceline.configs.errors import ConfigError
 from paceline.configs.load import dump_config, load_config
 from paceline.configs.schema.algorithm import PRESETS, critic_of, reference_of
-from paceline.controller.wiring.algorithms import algorithm
+from paceline.controller.wiring.algorithms import build_algorithm
 from paceline.learner.objective.advantages import GroupRelative
 from paceline.learner.objective.losses.corrections import SecondMoment, Truncate
 from paceline.learner.objective.losses.policy import Clip
@@ -23,10 +23,10 @@ def configured(*overrides):
 def test_every_named_algorithm_moves_the_weights(name, model_folder, tmp_path):  # noqa: F811
     config = configured(f"algorithm.type={name}")
     worker = make_worker(model_folder, tmp_path / "weights", critic=critic_of(config.algorithm))
-    _, objective = algorithm(config)
+    _, objective = build_algorithm(config)
     metrics = worker.forward_backward(random_batch(), objective).metrics
     assert metrics["ess"] > 0
-    assert worker.optimizer_step(1, OPTIMIZER, 0, 10)["grad_norm"] > 0
+    assert worker.optimizer_step(OPTIMIZER, 0, 10)["grad_norm"] > 0
 
 
 def test_what_is_written_is_laid_over_the_preset():
@@ -39,7 +39,7 @@ def test_what_is_written_is_laid_over_the_preset():
 
 
 def test_parts_get_their_options():
-    _, objective = algorithm(
+    _, objective = build_algorithm(
         configured(
             "algorithm={type: decoupled_ppo, advantage: {normalize_std: false}, num_updates: 2,"
             " corrections: [{type: truncate, cap: 3}, {type: second_moment, threshold: 0.1}]}"
@@ -84,6 +84,11 @@ def test_a_resolved_configuration_loads_back_to_the_same(name, tmp_path):
             "algorithm.corrections.0.kap: unknown key",
         ),
         ("algorithm={zero_signal: keep, type: rloo, loops: 3}", "algorithm.loops: unknown key"),
+        (
+            "algorithm={type: decoupled_ppo, corrections: [{type: second_moment}, "
+            "{type: mask_mastered}, {type: second_moment, threshold: 1e-4}]}",
+            "algorithm.corrections: second_moment is given 2 times; give each type once",
+        ),
     ],
 )
 def test_contradictory_parts_are_refused_in_one_line(overrides, said):

@@ -13,30 +13,28 @@ from paceline.configs.vocabulary import Group
 from paceline.controller.data.tokenizer import characters_tokenizer
 from paceline.controller.groups.buffer import Work
 from paceline.controller.groups.generation import Rollouts
-from paceline.controller.wiring.services import (
-    Parts,
-    prompt_set,
-    training_temperature,
-    with_draft_budget,
-)
+from paceline.controller.wiring.algorithms import training_temperature
+from paceline.controller.wiring.drafting import with_draft_budget
+from paceline.controller.wiring.preparation import prompt_set
+from paceline.controller.wiring.services import Services
 
 FEW = ("data.num_held_out=4", "warm_start=null")
 
 
-def started(recipe: str, *overrides: str) -> Parts:
-    """Parts of a recipe that are not started: what fills groups only keeps them for later."""
+def started(recipe: str, *overrides: str) -> Services:
+    """The services of a recipe, not started: what fills groups only keeps them for later."""
     config = load_config(recipe, (*FEW, *overrides))
     tokenizer = characters_tokenizer()
     prompts = prompt_set(config, tokenizer)
-    prepared = SimpleNamespace(prompts=prompts, tokenizer=tokenizer, stop_token_ids=(1,))
+    inputs = SimpleNamespace(prompts=prompts, tokenizer=tokenizer, stop_token_ids=(1,))
     unused = SimpleNamespace(grade=None, generate=None)
-    return Parts(config, prepared, grader=unused, learner=unused, pool=unused)
+    return Services(config, inputs, grader=unused, learner=unused, pool=unused)
 
 
 def first_group(recipe: str, *overrides: str) -> Group:
-    parts = started(recipe, *overrides)
-    position, prompt = next(parts.prepared.prompts.feed())
-    return asyncio.run(parts.training_groups()(Work(position, prompt)))
+    services = started(recipe, *overrides)
+    position, prompt = next(services.inputs.prompts.feed())
+    return asyncio.run(services.training_groups()(Work(position, prompt)))
 
 
 def test_supervised_training_is_fed_with_the_gold_completion():

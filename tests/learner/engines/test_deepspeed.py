@@ -84,7 +84,7 @@ def train_with_everything(worker, batches):
     found = []
     for step, batch in enumerate(batches):
         report = worker.forward_backward(batch, ranks.LOSS)
-        found.append(report.metrics | worker.optimizer_step(step + 1, EVERYTHING, step, 6))
+        found.append(report.metrics | worker.optimizer_step(EVERYTHING, step, 6))
     return found, ranks.weights(worker)
 
 
@@ -100,7 +100,7 @@ def refused_step(worker, batches):
     with mock.patch.object(engine, "add_gradients", spoilt):
         worker.forward_backward(batches[0], ranks.LOSS)
     with pytest.raises(NonFiniteError, match="gradient norm of step 0 is not finite"):
-        worker.optimizer_step(1, ranks.OPTIMIZER, 0, 100)
+        worker.optimizer_step(ranks.OPTIMIZER, 0, 100)
     unchanged = ranks.weights(worker)
     return before, unchanged, ranks.train(worker, batches)
 
@@ -112,7 +112,7 @@ def initial_weights(worker):
 def use_everything(worker, batch, folder):
     """What `test_worker.py` asks of a worker, on one."""
     with pytest.raises(AssertionError, match="needs a forward_backward"):
-        worker.optimizer_step(1, ranks.OPTIMIZER, 0, 10)
+        worker.optimizer_step(ranks.OPTIMIZER, 0, 10)
     own = worker.logprobs(batch.samples)
     samples = zip(batch.samples, own, strict=True)
     fresh = replace(batch, samples=tuple(replace(s, logprobs=found) for s, found in samples))

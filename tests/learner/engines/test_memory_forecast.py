@@ -114,7 +114,7 @@ def measured_peak(config, folder, tiny_folder, weights_folder, rank, ports):
         batch = full_rows(config.loop.groups_per_step, row_length)
         forget_peak()
         worker.forward_backward(batch, ranks.LOSS)
-        worker.optimizer_step(1, ranks.OPTIMIZER, 0, 1)
+        worker.optimizer_step(ranks.OPTIMIZER, 0, 1)
         peak = peak_bytes() - base
         worker.close()
         del worker

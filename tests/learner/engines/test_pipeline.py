@@ -76,7 +76,7 @@ def train(worker, batches, algorithm=ranks.LOSS, reference=None):
     reports = []
     for step, batch in enumerate(batches, worker.version):
         report = worker.forward_backward(batch, algorithm)
-        reports.append(report.metrics | worker.optimizer_step(step + 1, ranks.OPTIMIZER, step, 100))
+        reports.append(report.metrics | worker.optimizer_step(ranks.OPTIMIZER, step, 100))
     found = {
         f"{role}.{name}": ranks.whole(parameter)
         for role in worker._models.trained()
@@ -109,7 +109,7 @@ def step_with_a_bad_gradient(worker, batch, stage):
     if worker._models.mesh.rank_in("pipeline") == stage:
         worker._models.policy.parts[0].decoder_layers[0].mlp.up_proj.weight.grad.fill_(float("nan"))
     try:
-        worker.optimizer_step(1, ranks.OPTIMIZER, 0, 100)
+        worker.optimizer_step(ranks.OPTIMIZER, 0, 100)
     except Exception as error:
         after = {name: ranks.whole(p) for name, p in named_parameters(worker)}
         return type(error).__name__, all((before[n] == after[n]).all() for n in before)

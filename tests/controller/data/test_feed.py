@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from paceline.configs.errors import CheckpointError, ConfigError, DataError
 from paceline.configs.schema.data import PromptFormat
 from paceline.configs.vocabulary import Prompt, Record
-from paceline.controller.data.prompts import PromptFeed, PromptRenderer, PromptSet
+from paceline.controller.data.feed import PromptFeed, PromptSet
+from paceline.controller.data.rendering import PromptRenderer
 from paceline.controller.data.sources import PromptSource
 from paceline.controller.data.tokenizer import characters_tokenizer
 from paceline.reward.reasoning_gym_task import ReasoningGymTaskSource

@@ -1,11 +1,43 @@
-"""Where a rank stands, told while it works: for whoever asks why nothing moves."""
+"""Where a rank stands, told while it works: read from another thread when nothing moves."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _world
 
 from paceline.learner.checkpoints.background_save import GROUP_NAME
+
+
+class Activity:
+    """What a rank is doing, in words; empty between two calls.
+
+    >>> activity = Activity()
+    >>> with activity.during("optimiser"):
+    ...     activity.tell("the second of two")
+    ...     activity.now
+    'the second of two'
+    >>> activity.now
+    ''
+    """
+
+    def __init__(self) -> None:
+        self.now = ""
+
+    @contextmanager
+    def during(self, what: str) -> Iterator[None]:
+        """Say what is done in the block; afterwards, and if it fails, what was said before."""
+        before, self.now = self.now, what
+        try:
+            yield
+        finally:
+            self.now = before
+
+    def tell(self, what: str) -> None:
+        """Say how far the block has come."""
+        self.now = what
 
 
 def collectives_begun() -> dict[str, int]:
