@@ -14,6 +14,9 @@ from paceline.configs.schema import RunConfig
 from paceline.configs.schema.base import Section
 from paceline.configs.yaml_text import KeyPath
 
+RENAMED = {("rollout", "drafting", "traces"): "rollout.drafting.corpus"}
+"""Keys of earlier versions, and what they are called now."""
+
 
 def explain(error: ValidationError, origin: Callable[[KeyPath], str]) -> list[str]:
     """One line for every mistake: where it was written, the key path, what is wrong with it.
@@ -86,6 +89,8 @@ def _describe(detail: ErrorDetails, path: KeyPath, section: type[Section] | None
 
 def _suggest(path: KeyPath, section: type[Section] | None) -> str:
     """The name meant: one like it in the same section, else the same one in another section."""
+    if path in RENAMED:
+        return f"; it is called {RENAMED[path]} now"
     names = list(section.model_fields) if section else []
     if hint := nearest(path[-1], names):
         return hint

@@ -101,7 +101,7 @@ class VersionSpan:
 DRAFTED_FROM_SIBLINGS = 1
 """A token's draft came from a sample of the same prompt by the weights served then."""
 DRAFTED_FROM_HISTORY = 2
-"""It came from a sample by older weights, or from a trace given at the start."""
+"""It came from a sample by older weights, or from a file of draft texts."""
 
 
 NOT_ROUTED = -1
@@ -141,11 +141,11 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Trace:
-    """A completion of a prompt that drafts can be guessed from, and the weights that sampled it.
+class DraftText:
+    """A completion of a prompt that drafts are guessed from, and the weights that sampled it.
 
-    ``token_ids`` int32 [C], a few tokens of what came before them included; ``version`` is -1 where
-    it was given at the start of a run.
+    ``token_ids`` int32 [C], a few tokens of what came before them included; ``version`` is -1 if no
+    weights of this run sampled it.
     """
 
     prompt_token_ids: tuple[int, ...]

@@ -91,7 +91,7 @@ class Loop:
             pass
 
     async def _generate(self) -> None:
-        """Claim a group, sample and grade it; one whose turn ended before it goes back."""
+        """Claim a group, sample and grade it; one whose segment ended before it goes back."""
         while work := await self.buffer.claim():
             try:
                 group = await self.generate(work)

@@ -23,7 +23,7 @@ class Generate(Protocol):
     """Fills a claimed group: sampling and grading, or looking up a demonstration."""
 
     async def __call__(self, work: Work) -> Group | UnfinishedGroup:
-        """Return the finished group, or what there is of it where another turn continues it.
+        """Return the finished group, or what there is of it where another segment continues it.
 
         Raises:
             WorkerLost: nothing came of it; another attempt can succeed.

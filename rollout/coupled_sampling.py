@@ -5,7 +5,7 @@ what was drafted. Here every token is ``argmax(processed logits + noise)``, the 
 the request's seed, the token's position in its sequence, prompt included, and the token
 (``paceline.spec.noise``). A drafted token is accepted if it equals the one that is sampled at its
 position. So drafted and undrafted runs are the same token for token wherever their logits are, at
-any temperature (arXiv 2408.07978), and so are runs that were cut into turns or moved to another
+any temperature (arXiv 2408.07978), and so are runs that were cut into segments or moved to another
 worker. Greedy requests stay greedy, and log-probabilities are vLLM's processed ones.
 
 Written for vLLM 0.32: two modules take the place of a model runner's ``sampler``

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from paceline.configs.vocabulary import Completion, RolloutRequest, Trace, WeightVersion
+from paceline.configs.vocabulary import Completion, DraftText, RolloutRequest, WeightVersion
 from paceline.weights_sync.handle import WeightHandle
 
 
 @dataclass(frozen=True)
 class RolloutResult:
-    """All completions of one request, in sample order, each whole: earlier turns included."""
+    """All completions of one request, in sample order, each whole: earlier segments included."""
 
     request_id: str
     completions: tuple[Completion, ...]
@@ -36,7 +36,7 @@ class Engine(Protocol):
         """Queue a request, new or to be continued; a `UserError` says why one cannot be served."""
 
     def step(self) -> list[RolloutResult]:
-        """Run one forward pass over the running batch; return the requests whose turn it ended."""
+        """Run one forward pass over the running batch; return requests whose segments ended."""
 
     @property
     def draft_counters(self) -> Mapping[str, float]:
@@ -55,11 +55,8 @@ class Engine(Protocol):
         returns those given back.
         """
 
-    def learn(self, traces: Sequence[Trace]) -> None:
-        """Remember completions that other engines sampled, or that were given, to draft from.
+    def add_draft_text(self, texts: Sequence[DraftText]) -> None:
+        """Draft from these completions too; does nothing in an engine that does not draft."""
 
-        Nothing where nothing is drafted.
-        """
-
-    def forget(self, before: int) -> None:
-        """Draft no more from what versions before this one sampled: the policy has gone too far."""
+    def drop_draft_text(self, before: int) -> None:
+        """Stop drafting from completions of versions before ``before``: the policy moved away."""

@@ -12,24 +12,24 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import Any
 
-from paceline.configs.vocabulary import Completion, RolloutRequest, Trace
+from paceline.configs.vocabulary import Completion, DraftText, RolloutRequest
 from paceline.rollout.engine import Engine, RolloutResult
 from paceline.weights_sync.handle import Acknowledgement, WeightHandle
 
-TOKENS_AT_ONCE = 4096
-"""Of traces that are learned between two steps: more would be felt by what is decoded."""
+DRAFT_TOKENS_PER_STEP = 4096
+"""Most tokens of draft text that are added between two steps: more would delay decoding."""
 
 
 @dataclass
 class EngineCounters:
-    """Running totals of one engine: steps and sampled tokens; tokens it was told of; seconds."""
+    """Running totals of one engine: steps, sampled tokens, added tokens of draft text, seconds."""
 
     num_steps: int = 0
     num_tokens: int = 0
-    num_told_tokens: int = 0
+    num_draft_text_tokens: int = 0
     busy_seconds: float = 0.0
     update_seconds: float = 0.0
-    learn_seconds: float = 0.0
+    draft_text_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,20 @@ class PendingRequest:
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """Traces to be learned, a part between two steps each."""
+class PendingDraftText:
+    """Draft texts to be added, a part between two steps each."""
 
-    parts: Iterator[Sequence[Trace]]
-    learned: Future[None]
+    parts: Iterator[Sequence[DraftText]]
+    added: Future[None]
 
 
 class EngineThread:
     """Builds an engine on a thread of its own and steps it for as long as it has work.
 
     Consumes an inbox of actions (requests, interruptions, weight updates) and runs them between two
-    steps: that is what makes version spans exact. There it also learns some of the traces it was
-    told of. With no request and no trace left it blocks on the inbox. An exception out of the
-    engine ends the thread and fails every pending and later call with it.
+    steps: that is what makes version spans exact. There it also adds some of the pending
+    draft text. With no request and no draft text left it blocks on the inbox. An exception out of
+    the engine ends the thread and fails every pending and later call with it.
 
     ``ready`` is done once the engine is built, and holds what its construction raised.
     """
@@ -63,7 +63,7 @@ class EngineThread:
         self._inbox: queue.SimpleQueue[tuple[Callable[[], None], Future[Any]] | None]
         self._inbox = queue.SimpleQueue()
         self._pending: dict[str, PendingRequest] = {}
-        self._lessons: deque[Lesson] = deque()
+        self._draft_texts: deque[PendingDraftText] = deque()
         self._failure: BaseException | None = None
         self.ready: Future[None] = Future()
         self.counters = EngineCounters()
@@ -73,7 +73,7 @@ class EngineThread:
         self._thread.start()
 
     def generate(self, request: RolloutRequest) -> Future[tuple[Completion, ...]]:
-        """Queue a request; the future holds its completions, unfinished where its turn ended."""
+        """Queue a request; the future holds its completions, unfinished where the segment ended."""
         future: Future[tuple[Completion, ...]] = Future()
 
         def add() -> None:
@@ -119,22 +119,22 @@ class EngineThread:
         self._submit(update, future)
         return future
 
-    def learn(self, traces: Sequence[Trace]) -> Future[None]:
-        """Tell the engine of traces, a part after each step; done when it has them all."""
+    def add_draft_text(self, texts: Sequence[DraftText]) -> Future[None]:
+        """Add texts to draft from, a part after each step; done when the engine has them all."""
         future: Future[None] = Future()
-        lesson = Lesson(in_parts(traces, TOKENS_AT_ONCE), future)
-        self._submit(lambda: self._lessons.append(lesson), future)
+        pending = PendingDraftText(in_parts(texts, DRAFT_TOKENS_PER_STEP), future)
+        self._submit(lambda: self._draft_texts.append(pending), future)
         return future
 
-    def forget(self, before: int) -> Future[None]:
-        """Have the engine draft no more from versions before this one."""
+    def drop_draft_text(self, before: int) -> Future[None]:
+        """Have the engine stop drafting from versions before ``before``."""
         future: Future[None] = Future()
 
-        def forget() -> None:
-            self._engine.forget(before)
+        def drop() -> None:
+            self._engine.drop_draft_text(before)
             resolve(future, None)
 
-        self._submit(forget, future)
+        self._submit(drop, future)
         return future
 
     @property
@@ -162,8 +162,8 @@ class EngineThread:
         self.ready.set_result(None)
         try:
             while self._drain_inbox():
-                if self._lessons:
-                    self._learn_part(self._lessons[0])
+                if self._draft_texts:
+                    self._add_draft_part(self._draft_texts[0])
                 if self._engine.has_work():
                     self._step()
         except BaseException as error:
@@ -172,7 +172,7 @@ class EngineThread:
     def _drain_inbox(self) -> bool:
         """Run every queued action, blocking while there is nothing to do; False when closed."""
         while True:
-            idle = not self._engine.has_work() and not self._lessons
+            idle = not self._engine.has_work() and not self._draft_texts
             try:
                 item = self._inbox.get(block=idle)
             except queue.Empty:
@@ -193,21 +193,21 @@ class EngineThread:
         self.counters.num_steps += 1
         self.counters.busy_seconds += time.perf_counter() - started
 
-    def _learn_part(self, lesson: Lesson) -> None:
+    def _add_draft_part(self, pending: PendingDraftText) -> None:
         started = time.perf_counter()
-        part = next(lesson.parts, None)
+        part = next(pending.parts, None)
         if part is None:
-            self._lessons.popleft()
-            resolve(lesson.learned, None)
+            self._draft_texts.popleft()
+            resolve(pending.added, None)
             return
-        self._engine.learn(part)
-        self.counters.num_told_tokens += sum(len(trace.token_ids) for trace in part)
-        self.counters.learn_seconds += time.perf_counter() - started
+        self._engine.add_draft_text(part)
+        self.counters.num_draft_text_tokens += sum(len(text.token_ids) for text in part)
+        self.counters.draft_text_seconds += time.perf_counter() - started
 
     def _answer(self, result: RolloutResult) -> None:
         pending = self._pending.pop(result.request_id)
         self.counters.num_tokens += num_tokens(result.completions)
-        self.counters.num_tokens -= num_tokens(pending.request.partial)  # of earlier turns
+        self.counters.num_tokens -= num_tokens(pending.request.partial)  # of earlier segments
         resolve(pending.answer, result.completions)
 
     def _fail(self, error: BaseException) -> None:
@@ -215,9 +215,9 @@ class EngineThread:
         for pending in self._pending.values():
             reject(pending.answer, error)
         self._pending.clear()
-        for lesson in self._lessons:
-            reject(lesson.learned, error)
-        self._lessons.clear()
+        for draft_text in self._draft_texts:
+            reject(draft_text.added, error)
+        self._draft_texts.clear()
         with contextlib.suppress(queue.Empty):
             while item := self._inbox.get_nowait():
                 reject(item[1], error)
@@ -228,16 +228,16 @@ def num_tokens(completions: Iterable[Completion]) -> int:
     return sum(len(completion.token_ids) for completion in completions)
 
 
-def in_parts(traces: Iterable[Trace], max_tokens: int) -> Iterator[Sequence[Trace]]:
-    """Traces in order, together as many as have ``max_tokens`` tokens; a longer one is alone."""
-    part: list[Trace] = []
+def in_parts(texts: Iterable[DraftText], max_tokens: int) -> Iterator[Sequence[DraftText]]:
+    """Yield texts in order, in parts of at most ``max_tokens`` tokens; a longer text is alone."""
+    part: list[DraftText] = []
     size = 0
-    for trace in traces:
-        if part and size + len(trace.token_ids) > max_tokens:
+    for text in texts:
+        if part and size + len(text.token_ids) > max_tokens:
             yield part
             part, size = [], 0
-        part.append(trace)
-        size += len(trace.token_ids)
+        part.append(text)
+        size += len(text.token_ids)
     if part:
         yield part
 

@@ -27,14 +27,19 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from paceline.configs.errors import DataError, ModelError
 from paceline.configs.schema.rollout import DraftingConfig, RolloutConfig
 from paceline.configs.vocabulary import (
+    DraftText,
     RolloutRequest,
-    Trace,
     WeightVersion,
 )
 from paceline.rollout.coupled_sampling import sample_coupled
 from paceline.rollout.engine import RolloutResult
 from paceline.rollout.routing_record import RoutingRecord
-from paceline.rollout.turns import NOTHING_YET, ScoringTurn, Turn
+from paceline.rollout.segments import (
+    NOTHING_YET,
+    ActiveRequest,
+    ScoringRequest,
+    SegmentRequest,
+)
 from paceline.rollout.vllm_patches import (
     abort_with_outputs,
     ask_for_drafts_to_the_end,
@@ -130,9 +135,9 @@ class VLLMEngine:
         if fixed_version is not None:
             self._engine.set_weight_version(str(fixed_version))
         self._num_updates = 0
-        self._turns: dict[str, Turn | ScoringTurn] = {}
+        self._active: dict[str, ActiveRequest] = {}
         self._running: dict[str, RunningSample] = {}
-        self._over: list[Turn | ScoringTurn] = []
+        self._finished: list[ActiveRequest] = []
 
     @property
     def version(self) -> WeightVersion | None:
@@ -157,16 +162,16 @@ class VLLMEngine:
                 f"{budget} exceed the context of {self._max_length}: shorten it or raise "
                 "model.max_length"
             )
-        assert request.request_id not in self._turns, f"{request.request_id} is here already"
-        turn = ScoringTurn(request) if request.scores else Turn(request)
-        for index in turn.open_samples:
-            self._enqueue(turn, index)
-        self._turns[request.request_id] = turn
-        if turn.is_over:
-            self._over.append(turn)
+        assert request.request_id not in self._active, f"{request.request_id} is here already"
+        active = ScoringRequest(request) if request.scores else SegmentRequest(request)
+        for index in active.open_samples:
+            self._enqueue(active, index)
+        self._active[request.request_id] = active
+        if active.is_finished:
+            self._finished.append(active)
 
     def step(self) -> list[RolloutResult]:
-        """One engine step; requests whose every sample ended its turn come back."""
+        """Run one engine step; return the requests whose every sample ended its segment."""
         if self._running:
             started = time.perf_counter()
             outputs = self._engine.step()
@@ -174,7 +179,7 @@ class VLLMEngine:
                 self._proposer.step_took(time.perf_counter() - started)
             for output in outputs:
                 self._collect(output)
-        return self._take_over()
+        return self._take_finished()
 
     @property
     def draft_counters(self) -> Mapping[str, float]:
@@ -183,21 +188,21 @@ class VLLMEngine:
 
     def has_work(self) -> bool:
         """Whether any request has not been answered."""
-        return bool(self._turns)
+        return bool(self._active)
 
     def interrupt(self, request_id: str) -> RolloutResult | None:
         """Take a request back with what it has; None where it was answered or never came."""
-        turn = self._turns.pop(request_id, None)
-        if turn is None:
+        active = self._active.pop(request_id, None)
+        if active is None:
             return None
-        self._take_back([sample_id(request_id, index) for index in turn.open_samples])
-        self._over.remove(turn)
-        return turn.result()
+        self._abort([sample_id(request_id, index) for index in active.open_samples])
+        self._finished.remove(active)
+        return active.result()
 
     def update_weights(self, handle: WeightHandle) -> list[RolloutResult]:
         """Load a published version; what running requests do is the policy's, see the module."""
         if self._on_update == "abort":
-            self._take_back(list(self._running))
+            self._abort(list(self._running))
         found = self._engine.collective_rpc("load_published_weights", args=(handle,))
         (self._checksum,) = set(found)  # one for all of vLLM's workers
         self._engine.set_weight_version(str(handle.version))
@@ -206,37 +211,37 @@ class VLLMEngine:
             self._proposer.serve(handle.version)
         self._num_updates += 1
         if self._on_update == "keep":
-            self._queue_unstarted_anew()
+            self._requeue_unstarted()
         else:
             self._engine.reset_prefix_cache(reset_running_requests=True)
-        return self._take_over()
+        return self._take_finished()
 
-    def learn(self, traces: Sequence[Trace]) -> None:
-        """Draft from these completions too; nothing where nothing is drafted."""
+    def add_draft_text(self, texts: Sequence[DraftText]) -> None:
+        """Draft from these completions too; does nothing in an engine that does not draft."""
         if self._proposer is not None:
-            self._proposer.learn(traces)
+            self._proposer.add_draft_text(texts)
 
-    def forget(self, before: int) -> None:
-        """Draft no more from what versions before this one sampled."""
+    def drop_draft_text(self, before: int) -> None:
+        """Stop drafting from completions of versions before ``before``."""
         if self._proposer is not None:
             self._proposer.history.forget(before)
 
-    def _enqueue(self, turn: Turn | ScoringTurn, index: int) -> None:
+    def _enqueue(self, active: ActiveRequest, index: int) -> None:
         """Give vLLM a sample as a request of its own, so that it can be taken back alone."""
-        task = turn.task(index)
+        task = active.task(index)
         prompt: TokensPrompt = {"prompt_token_ids": list(task.token_ids)}
         if self._on_update == "keep":
             # Blocks in the prefix cache are found by content and salt: those that older weights
             # computed stay in use by their own sequences and cannot be hit by later ones.
             prompt["cache_salt"] = f"update {self._num_updates}"
-        name = sample_id(turn.request.request_id, index)
+        name = sample_id(active.request.request_id, index)
         seed = task.sample_seed if self._is_coupled else task.seed
-        parameters = sampling_params(turn.request.sampling, task, seed)
+        parameters = sampling_params(active.request.sampling, task, seed)
         vllm_id = self._engine.add_request(name, prompt, parameters)
-        self._running[name] = RunningSample(turn, index, vllm_id, task.num_scored)
-        if self._proposer is not None and isinstance(turn, Turn):
+        self._running[name] = RunningSample(active, index, vllm_id, task.num_scored)
+        if self._proposer is not None and not task.num_scored:
             coupled_seed = seed if self._is_coupled else None
-            self._proposer.begin(vllm_id, draft_request(turn.request, task, coupled_seed))
+            self._proposer.begin(vllm_id, draft_request(active.request, task, coupled_seed))
 
     def _collect(self, output: vllm.RequestOutput) -> None:
         """Close the sample that an output ends."""
@@ -251,9 +256,9 @@ class VLLMEngine:
             by_itself = new.finish_reason == "stop"
             sources = self._proposer.finish(sample.vllm_id, new.token_ids, by_itself)
             new = replace(new, draft_sources=sources)
-        sample.turn.close_sample(sample.index, new)
-        if sample.turn.is_over:
-            self._over.append(sample.turn)
+        sample.active.close_sample(sample.index, new)
+        if sample.active.is_finished:
+            self._finished.append(sample.active)
 
     def _attached(self, drafting: DraftingConfig) -> SuffixProposer:
         """The proposer that vLLM built, told whose rows its batch has."""
@@ -264,37 +269,37 @@ class VLLMEngine:
         proposer.attach(drafting, lambda: runner.input_batch.req_ids)
         return proposer
 
-    def _take_over(self) -> list[RolloutResult]:
-        """Results of the turns that are over."""
-        results = [turn.result() for turn in self._over]
-        self._over.clear()
+    def _take_finished(self) -> list[RolloutResult]:
+        """Return and forget the requests whose segments are finished."""
+        results = [active.result() for active in self._finished]
+        self._finished.clear()
         for result in results:
-            del self._turns[result.request_id]
+            del self._active[result.request_id]
         return results
 
-    def _take_back(self, names: list[str]) -> None:
-        """Close samples with what they have."""
+    def _abort(self, names: list[str]) -> None:
+        """Stop samples, and close each with what it has."""
         vllm_ids = [self._running[name].vllm_id for name in names]
         for output in abort_with_outputs(self._engine, vllm_ids):
             self._collect(output)
 
-    def _queue_unstarted_anew(self) -> None:
+    def _requeue_unstarted(self) -> None:
         """Bring samples that wait for their first token under the salt of the new weights."""
         waiting = [s for s in self._running.values() if not has_sampled(self._engine, s.vllm_id)]
         abort_with_outputs(self._engine, [sample.vllm_id for sample in waiting])
         for sample in waiting:
             if self._routing is not None:
                 self._routing.take(sample.vllm_id, 0)
-            if self._proposer is not None and isinstance(sample.turn, Turn):
+            if self._proposer is not None and not sample.num_scored:
                 self._proposer.finish(sample.vllm_id, NOTHING_YET.token_ids, by_itself=False)
-            self._enqueue(sample.turn, sample.index)
+            self._enqueue(sample.active, sample.index)
 
 
 @dataclass(frozen=True)
 class RunningSample:
     """A sample that vLLM works on, and the id vLLM knows it by."""
 
-    turn: Turn | ScoringTurn
+    active: ActiveRequest
     index: int
     vllm_id: str
     num_scored: int

@@ -14,14 +14,14 @@ from paceline.configs.vocabulary import (
     VersionSpan,
     WeightVersion,
 )
-from paceline.rollout.turns import SampleTask
+from paceline.rollout.segments import SampleTask
 from paceline.spec.proposer import DraftRequest
 
 
 def sampling_params(
     sampling: SamplingParameters, task: SampleTask, seed: int
 ) -> vllm.SamplingParams:
-    """Our sampling settings in vLLM's terms, for one sample in one turn."""
+    """Our sampling settings in vLLM's terms, for one segment of one sample."""
     return vllm.SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -42,7 +42,7 @@ def sampling_params(
 def draft_request(
     request: RolloutRequest, task: SampleTask, coupled_seed: int | None
 ) -> DraftRequest:
-    """What the proposer must know of one sample in one turn."""
+    """Return what the proposer must know of one segment of one sample."""
     return DraftRequest(
         request.prompt_token_ids,
         task.token_ids,
@@ -53,7 +53,7 @@ def draft_request(
 
 
 def completion(output: vllm.CompletionOutput) -> Completion:
-    """What vLLM sampled in one turn as our record; `length` is the turn's budget."""
+    """Return what vLLM sampled in one segment; `length` is the segment's end."""
     spans = tuple(
         VersionSpan(WeightVersion(int(span.version)), span.start, span.end)
         for span in output.weight_versions or ()

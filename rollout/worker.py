@@ -8,19 +8,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Protocol
 
-from paceline.configs.vocabulary import Completion, RolloutRequest, Trace
+from paceline.configs.vocabulary import Completion, DraftText, RolloutRequest
 from paceline.rollout.engine import Engine
 from paceline.rollout.engine_thread import EngineThread
 from paceline.weights_sync.handle import Acknowledgement, WeightHandle
 
 
-class TraceBlock(Protocol):
-    """Traces that the controller published; versions before ``forget_before`` are too far gone."""
+class DraftTextBlock(Protocol):
+    """Draft texts that the controller published, and which versions are to be drafted from.
 
-    forget_before: int | None
+    Texts of versions before ``drop_before`` are to be dropped.
+    """
 
-    def read(self, reader: int) -> Sequence[Trace]:
-        """All but those that the reader's engine sampled; may take a while."""
+    drop_before: int | None
+
+    def read(self, subscriber: int) -> Sequence[DraftText]:
+        """Return all texts but those that the subscriber's engine sampled; may take a while."""
 
 
 class RolloutWorker:
@@ -43,7 +46,7 @@ class RolloutWorker:
         self._started = time.perf_counter()
 
     async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
-        """All completions of one request, once the last of them ended its turn.
+        """Return all completions of one request, once the last of them ended its segment.
 
         Unfinished ones (`Completion.is_finished`) can be continued here or on any other worker.
         """
@@ -60,12 +63,12 @@ class RolloutWorker:
         """
         return await asyncio.wrap_future(self._engine.update_weights(handle))
 
-    async def learn(self, block: TraceBlock, reader: int) -> None:
-        """Read traces, beside the engine's thread, and draft from them from now on."""
-        traces = await asyncio.to_thread(block.read, reader)
-        if block.forget_before is not None:
-            await asyncio.wrap_future(self._engine.forget(block.forget_before))
-        await asyncio.wrap_future(self._engine.learn(traces))
+    async def add_draft_text(self, block: DraftTextBlock, subscriber: int) -> None:
+        """Read a block, beside the engine's thread, and draft from its texts from now on."""
+        texts = await asyncio.to_thread(block.read, subscriber)
+        if block.drop_before is not None:
+            await asyncio.wrap_future(self._engine.drop_draft_text(block.drop_before))
+        await asyncio.wrap_future(self._engine.add_draft_text(texts))
 
     async def counters(self) -> dict[str, float]:
         """Running totals of the engine, and the seconds the worker has been up."""

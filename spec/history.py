@@ -1,7 +1,7 @@
 """What was sampled so far, and drafts from it: suffix automata by problem and weight version.
 
 Rollouts of one problem repeat each other: those of its group that are being sampled now, those of
-earlier epochs, and traces given at the start. A ``History`` keeps one suffix automaton for each
+earlier epochs, and texts from files. A ``History`` keeps one suffix automaton for each
 problem and generation (the weight version that sampled the text); a ``Reader`` follows the requests
 of one engine through them and drafts for a whole batch in one native call. DAS (arXiv 2511.13841)
 does it with suffix trees; see ``spec/native/`` for the structure and how readers go without locks.

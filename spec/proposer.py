@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from paceline.configs.schema.rollout import DraftingConfig
-from paceline.configs.vocabulary import DRAFTED_FROM_HISTORY, DRAFTED_FROM_SIBLINGS, Trace
+from paceline.configs.vocabulary import DRAFTED_FROM_HISTORY, DRAFTED_FROM_SIBLINGS, DraftText
 from paceline.spec.budget.budget import within_batch
 from paceline.spec.budget.draft_counters import DraftCounters
 from paceline.spec.budget.planner import DraftPlanner, Running, Verified
+from paceline.spec.draft_text import OVERLAP_TOKENS, problem_name
 from paceline.spec.history import Drafts, History
-from paceline.spec.traces import OVERLAP_TOKENS, problem_name
 
 Integers = NDArray[np.int64]
 
@@ -93,8 +93,8 @@ class SuffixProposer:
 
     vLLM builds it with its configuration and calls ``load_model`` and ``propose``; its owner calls
     ``attach`` before the first step, ``begin`` and ``finish`` for every sample, ``step_took`` after
-    every step and ``serve`` between two when weights change. All on the engine's thread; ``learn``
-    on any.
+    every step and ``serve`` between two when weights change. All on the engine's thread;
+    ``add_draft_text`` on any.
     """
 
     def __init__(self, vllm_config: Any) -> None:
@@ -165,11 +165,11 @@ class SuffixProposer:
         if self._planner is not None:
             self._planner.weights_changed()
 
-    def learn(self, traces: Sequence[Trace]) -> None:
-        """Remember what was sampled elsewhere."""
-        for trace in traces:
-            problem = problem_name(trace.prompt_token_ids)
-            self.history.add(problem, trace.version, trace.token_ids)
+    def add_draft_text(self, texts: Sequence[DraftText]) -> None:
+        """Add texts that were sampled elsewhere to the history."""
+        for text in texts:
+            problem = problem_name(text.prompt_token_ids)
+            self.history.add(problem, text.version, text.token_ids)
 
     def step_took(self, seconds: float) -> None:
         """The engine made a step, proposing included; its costs are learned from that."""

@@ -48,17 +48,17 @@ class DraftingConfig(Section):
     (`loop.max_lag: 0`), else `throughput`."""
 
     window: int = Field(default=16, ge=1)
-    """Weight versions that are remembered of a prompt, the newest that sampled it."""
+    """Weight versions whose samples of a prompt are drafted from: the newest that sampled it."""
 
     max_memory_mb: int = Field(default=1024, ge=1)
-    """Memory of an engine's drafter, in MiB; the oldest versions of any prompt make way."""
+    """Memory of an engine's drafter, in MiB; the oldest versions of any prompt leave first."""
 
     max_drift: float | None = Field(default=None, gt=0)
-    """Furthest, in nats a token, that the policy may have gone from a version that is drafted from;
-    an estimate from the steps' own measurement, which needs samples of older versions
+    """Largest divergence, in nats a token, of the policy from a version that is drafted from; an
+    estimate from the steps' own measurement, which needs samples of older versions
     (`loop.max_lag` above 0). Null keeps the `window`."""
 
-    traces: tuple[str, ...] = ()
+    corpus: tuple[str, ...] = ()
     """JSON-lines files of completions to draft from at the start: demonstrations, evaluations,
     `samples.jsonl` of an earlier run. A line holds `prompt` and `completion`, texts as the model
     sees them, or `prompt_token_ids` and `token_ids`; other keys do not matter."""
@@ -101,7 +101,7 @@ class RolloutConfig(Section):
 
     segment_tokens: int = Field(default=0, ge=0)
     """Most tokens a sample grows by before its group goes back to be continued, perhaps elsewhere;
-    0 samples to the end in one turn."""
+    0 samples to the end in one segment."""
 
     claim_seconds: float = Field(default=600.0, gt=0)
     """Longest a worker may hold a request: what it has by then is taken back and continued
@@ -116,7 +116,7 @@ class RolloutConfig(Section):
 
     coupled_sampling: bool = False
     """Sample by noise that is a function of a sample's seed, a token's position and the token, so
-    that a sample is fixed by its seed and the weights: drafts, turns and workers change nothing,
+    that a sample is fixed by its seed and the weights: drafts, segments and workers change nothing,
     and drafts guess better. Off, each request draws from a generator of its own, as in vLLM."""
 
     router_replay: bool = False

@@ -1,4 +1,4 @@
-"""Completions given at the start, to draft from: files of JSON lines."""
+"""Files of completions to draft from at the start of a run: JSON lines."""
 
 from __future__ import annotations
 
@@ -8,23 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from paceline.configs.errors import DataError
-from paceline.configs.vocabulary import Trace
+from paceline.configs.vocabulary import DraftText
+from paceline.spec.draft_text import external_text
 
 EXPECTED = "expected an object with prompt and completion, or prompt_token_ids and token_ids"
 
 Encode = Callable[[str], Sequence[int]]
-MakeTrace = Callable[[tuple[int, ...], NDArray[np.int32]], Trace]
 
 
-class TraceReader:
-    """Reads traces as a run's tokenizer and vocabulary have them.
+class DraftFileReader:
+    """Reader of draft texts, with a run's tokenizer and vocabulary.
 
     ``encode_prompt`` and ``encode_completion`` make ids of texts; a completion is encoded without
     the stop token that ends it, which is ``stop_token_id``. Ids are below ``vocabulary_size``.
-    ``make_trace`` makes one of a prompt's ids and a completion's.
     """
 
     def __init__(
@@ -33,34 +31,32 @@ class TraceReader:
         encode_completion: Encode,
         stop_token_id: int,
         vocabulary_size: int,
-        make_trace: MakeTrace,
     ) -> None:
         self._encode_prompt = encode_prompt
         self._encode_completion = encode_completion
         self._stop_token_id = stop_token_id
         self._vocabulary_size = vocabulary_size
-        self._make_trace = make_trace
 
-    def read(self, path: Path) -> Iterator[Trace]:
-        """The traces of a file, line by line; empty lines do not count.
+    def read(self, path: Path) -> Iterator[DraftText]:
+        """Yield the texts of a file, line by line; empty lines do not count.
 
         A completion that says it was cut off (``finish_reason``: ``length``) has no stop token.
 
         Raises:
-            DataError: there is no such file, or a line holds no trace.
+            DataError: there is no such file, or a line holds no completion.
         """
         try:
             with path.open(encoding="utf-8") as file:
                 for number, line in enumerate(file, 1):
                     if line.strip():
-                        yield self._trace(line, f"{path}, line {number}")
+                        yield self._text(line, f"{path}, line {number}")
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(
-                f"{path} in rollout.drafting.traces cannot be read ({error}): expected JSON lines; "
+                f"{path} in rollout.drafting.corpus cannot be read ({error}): expected JSON lines; "
                 "correct the path, or leave it out"
             ) from error
 
-    def _trace(self, line: str, where: str) -> Trace:
+    def _text(self, line: str, where: str) -> DraftText:
         try:
             fields = json.loads(line)
         except ValueError as error:
@@ -72,7 +68,7 @@ class TraceReader:
             prompt, tokens = (self._ids(fields, name, where) for name in names)
         else:
             prompt, tokens = self._encoded(fields, where)
-        return self._make_trace(tuple(prompt), np.array(tokens, dtype=np.int32))
+        return external_text(tuple(prompt), np.array(tokens, dtype=np.int32))
 
     def _ids(self, fields: Mapping[str, Any], name: str, where: str) -> list[int]:
         ids = fields.get(name)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from paceline.configs.errors import ClusterError
 from paceline.configs.vocabulary import Completion, RolloutRequest
-from paceline.controller.drafts.exchange import Reader, TraceExchange
+from paceline.controller.drafts.publisher import DraftPublisher, Subscription
 from paceline.controller.engines.routing import Affinity, Demand, Load, demand_of, next_placement
 from paceline.controller.engines.watching import TimeLimits, WatchedWorker, Worker
 from paceline.controller.groups.buffer import WorkerLost
@@ -27,12 +27,12 @@ class Seat:
     """A worker's time in its place in the pool: a replacement begins anew, with the same index.
 
     ``served`` is what it acknowledged last; it ``joined`` when that was the current version. Where
-    engines draft, ``reader`` tells its own of what others sampled.
+    engines draft, ``subscription`` brings what others sampled.
     """
 
     index: int
     worker: WatchedWorker
-    reader: Reader | None = None
+    subscription: Subscription | None = None
     num_restarts: int = 0
     load: Load = field(default_factory=Load)
     served: WeightHandle | None = None
@@ -47,10 +47,10 @@ class Seat:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request that waits for a worker; ``turn`` becomes the seat, which then carries it."""
+    """A request that waits for a worker; ``seat`` resolves to the one that then carries it."""
 
     demand: Demand
-    turn: asyncio.Future[Seat]
+    seat: asyncio.Future[Seat]
 
 
 class WorkerPool:
@@ -63,7 +63,8 @@ class WorkerPool:
     A worker holds at most ``max_samples``, or one request. What it cannot take waits here, in no
     more places than there are callers: the loop's ``generate`` tasks, or an evaluation's prompts.
 
-    Where engines draft, ``exchange`` is told what was sampled where, and of each weight boundary.
+    Where engines draft, ``draft_publisher`` gets what was sampled where, and publishes it at each
+    weight boundary.
 
     ``section`` of the configuration names the workers and is what messages tell a user to change.
     """
@@ -77,14 +78,14 @@ class WorkerPool:
         max_samples: int,
         limits: TimeLimits,
         section: str = "rollout",
-        exchange: TraceExchange | None = None,
+        draft_publisher: DraftPublisher | None = None,
     ) -> None:
         self._start_worker = start_worker
         self._max_restarts = max_restarts
         self._max_samples = max_samples
         self._limits = limits
         self._section = section
-        self._exchange = exchange
+        self._draft_publisher = draft_publisher
         self._affinity = Affinity()
         self._waiting: list[Ticket] = []
         self._restarts: set[asyncio.Task[None]] = set()
@@ -95,7 +96,7 @@ class WorkerPool:
     async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
         """Sample on a serving worker; waits until one has room.
 
-        Completions are unfinished where their turn ended first: by the request's segment, a weight
+        Completions are unfinished where their segment ended first: by its length, a weight
         update, or because the worker held them too long.
 
         Raises:
@@ -112,8 +113,8 @@ class WorkerPool:
         answers: list[tuple[Completion, ...]] = []
 
         async def ask(index: int) -> None:
-            def there(turn: RolloutRequest) -> Awaitable[tuple[Completion, ...]]:
-                return self._generate(demand_of(turn, only=index), turn)
+            def there(continued: RolloutRequest) -> Awaitable[tuple[Completion, ...]]:
+                return self._generate(demand_of(continued, only=index), continued)
 
             with contextlib.suppress(WorkerLost):
                 answers.append(await sample_to_end(there, request))
@@ -128,8 +129,8 @@ class WorkerPool:
             WeightSyncError: a worker acknowledged something else.
         """
         self._current = handle
-        if self._exchange is not None:
-            self._exchange.seal()
+        if self._draft_publisher is not None:
+            self._draft_publisher.publish()
         await gather_or_cancel(*(self._bring_up_to_date(seat) for seat in self._seats))
 
     async def counters(self) -> list[dict[str, float]]:
@@ -158,11 +159,11 @@ class WorkerPool:
         for restart in self._restarts:
             restart.cancel()
         for seat in self._seats:
-            self._leave_exchange(seat)
+            self._unsubscribe(seat)
         await asyncio.gather(*(seat.worker.close() for seat in self._seats))
 
     async def _generate(self, demand: Demand, request: RolloutRequest) -> tuple[Completion, ...]:
-        seat = await self._turn(demand)
+        seat = await self._take_seat(demand)
         try:
             answer = await seat.worker.generate(request)
         finally:
@@ -170,11 +171,11 @@ class WorkerPool:
         if answer.overdue:
             logger.info("%s is slow: took back %s", self._named(seat.index), request.request_id)
             self._affinity.remember(demand.prompt, seat.index, was_slow=True)
-        if seat.reader is not None:
-            seat.reader.sampled(request, answer.completions)
+        if seat.subscription is not None:
+            seat.subscription.add_sampled(request, answer.completions)
         return answer.completions
 
-    async def _turn(self, demand: Demand) -> Seat:
+    async def _take_seat(self, demand: Demand) -> Seat:
         """Wait for a seat; its load includes the demand from the moment it was chosen."""
         if self._failure:
             raise self._failure
@@ -182,13 +183,13 @@ class WorkerPool:
         self._waiting.append(ticket)
         self._dispatch()
         try:
-            return await ticket.turn
+            return await ticket.seat
         except asyncio.CancelledError:
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
                 self._dispatch()
-            elif not ticket.turn.cancelled() and ticket.turn.exception() is None:
-                self._leave(ticket.turn.result(), demand)
+            elif not ticket.seat.cancelled() and ticket.seat.exception() is None:
+                self._leave(ticket.seat.result(), demand)
             raise
 
     def _leave(self, seat: Seat, demand: Demand) -> None:
@@ -205,11 +206,11 @@ class WorkerPool:
                 return
             position, index = found
             ticket, seat = self._waiting.pop(position), self._seats[index]
-            if ticket.turn.cancelled():
+            if ticket.seat.cancelled():
                 continue
             seat.load += ticket.demand.load
             self._affinity.remember(ticket.demand.prompt, index)
-            ticket.turn.set_result(seat)
+            ticket.seat.set_result(seat)
 
     async def _bring_up_to_date(self, seat: Seat) -> None:
         with contextlib.suppress(WorkerLost):
@@ -230,8 +231,8 @@ class WorkerPool:
                     )
                 seat.served = handle
         seat.joined = seat.served is not None
-        if seat.reader is not None:
-            seat.reader.catch_up()
+        if seat.subscription is not None:
+            seat.subscription.start_delivery()
         self._dispatch()
 
     def _named(self, index: int) -> str:
@@ -240,17 +241,18 @@ class WorkerPool:
     def _seat(self, index: int, worker: Worker, num_restarts: int = 0) -> Seat:
         name, on_lost = self._named(index), functools.partial(self._replace, index)
         watched = WatchedWorker(worker, name, self._limits, on_lost)
-        reader = None if self._exchange is None else self._exchange.admit(watched)
-        return Seat(index, watched, reader, num_restarts)
+        publisher = self._draft_publisher
+        subscription = None if publisher is None else publisher.subscribe(watched)
+        return Seat(index, watched, subscription, num_restarts)
 
-    def _leave_exchange(self, seat: Seat) -> None:
-        if seat.reader is not None:
-            seat.reader.leave()
+    def _unsubscribe(self, seat: Seat) -> None:
+        if seat.subscription is not None:
+            seat.subscription.cancel()
 
     def _replace(self, index: int) -> None:
         """Start a replacement for the worker that was just found lost."""
         seat = self._seats[index]
-        self._leave_exchange(seat)
+        self._unsubscribe(seat)
         lost = WorkerLost(f"{self._named(index)} {seat.worker.fate}")
         self._turn_away(lost, [ticket for ticket in self._waiting if ticket.demand.only == index])
         restart = asyncio.create_task(self._restart(seat), name=f"restart-worker-{index}")
@@ -281,8 +283,8 @@ class WorkerPool:
     def _turn_away(self, error: Exception, tickets: list[Ticket]) -> None:
         for ticket in tickets:
             self._waiting.remove(ticket)
-            if not ticket.turn.cancelled():
-                ticket.turn.set_exception(error)
+            if not ticket.seat.cancelled():
+                ticket.seat.set_exception(error)
 
 
 def times(count: int) -> str:

@@ -1,8 +1,8 @@
 """Which worker samples which request (pure): load in tokens, warm caches, nobody starves.
 
-- A request weighs what it may come to occupy: the positions of context (prompt, earlier turns, and
-  what this turn may add) of each sample that is still open. Requests go where the fewest tokens are
-  outstanding.
+- A request weighs what it may come to occupy: the positions of context (prompt, earlier segments,
+  and what this one may add) of each sample that is still open. Requests go where the fewest tokens
+  are outstanding.
 - The worker that sampled a prompt before has it in its prefix cache, and is preferred unless that
   puts it further ahead of the least loaded than the request itself weighs.
 - A worker holds at most ``most_samples``: what its engine decodes together and a quarter ahead, so
@@ -59,15 +59,15 @@ class Demand:
 def demand_of(request: RolloutRequest, only: int | None = None) -> Demand:
     """What a request asks for. Prompts are told apart by a hash: a collision costs a cache miss."""
     most = request.sampling.max_tokens
-    turn = request.segment_tokens or most
+    segment = request.segment_tokens or most
     prompt = len(request.prompt_token_ids)
     if request.scores:
-        turn, earlier = 0, [len(each.token_ids) for each in request.partial]
+        segment, earlier = 0, [len(each.token_ids) for each in request.partial]
     elif request.partial:
         earlier = [len(each.token_ids) for each in request.partial if not each.is_finished]
     else:
         earlier = [0] * request.num_samples
-    tokens = sum(prompt + min(most, length + turn) for length in earlier)
+    tokens = sum(prompt + min(most, length + segment) for length in earlier)
     return Demand(Load(len(earlier), tokens), hash(request.prompt_token_ids), only)
 
 

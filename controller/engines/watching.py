@@ -19,7 +19,7 @@ class Worker(Protocol):
     """A rollout worker as the controller sees it; once dead, its calls raise `WorkerLost`."""
 
     async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
-        """All completions of a request once each has ended its turn, in sample order."""
+        """Return all completions of a request once each ended its segment, in sample order."""
 
     async def interrupt(self, request_id: str) -> bool:
         """Have a pending `generate` answered now, with what there is; False: it is not here."""
@@ -27,8 +27,8 @@ class Worker(Protocol):
     async def update_weights(self, handle: WeightHandle) -> Acknowledgement:
         """Load a version; return what the engine serves then."""
 
-    async def learn(self, block: Any, reader: int) -> None:
-        """Draft from a published block of traces but for the reader's own; see `TraceExchange`."""
+    async def add_draft_text(self, block: Any, subscriber: int) -> None:
+        """Draft from a published block but for the subscriber's own; see `DraftPublisher`."""
 
     async def counters(self) -> dict[str, float]:
         """Running totals of its engine."""
@@ -124,14 +124,14 @@ class WatchedWorker:
         finally:
             self._is_updating = False
 
-    async def learn(self, block: Any, reader: int) -> None:
-        """Draft from a published block of traces but for the reader's own.
+    async def add_draft_text(self, block: Any, subscriber: int) -> None:
+        """Draft from a published block but for the subscriber's own texts.
 
         Raises:
             WorkerLost: it is lost, or was before.
         """
-        lesson = self._worker.learn(block, reader)
-        await self._answer(lesson, "a block of traces", self._limits.update_seconds)
+        addition = self._worker.add_draft_text(block, subscriber)
+        await self._answer(addition, "a block of draft text", self._limits.update_seconds)
 
     async def counters(self) -> dict[str, float]:
         """Running totals of its engine.

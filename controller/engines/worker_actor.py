@@ -72,7 +72,7 @@ class RolloutActor:
         return f"{cls.section} worker {index}"
 
     async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
-        """All completions of a request, unfinished ones where its turn ended first."""
+        """Return all completions of a request, unfinished ones where their segment ended first."""
         return await self._call(self._actor.generate.remote(request))
 
     async def interrupt(self, request_id: str) -> bool:
@@ -83,9 +83,9 @@ class RolloutActor:
         """Load a version; return what the engine serves then."""
         return await self._call(self._actor.update_weights.remote(handle))
 
-    async def learn(self, block: Any, reader: int) -> None:
-        """Have it draft from a published block of traces, but for the reader's own."""
-        await self._call(self._actor.learn.remote(block, reader))
+    async def add_draft_text(self, block: Any, subscriber: int) -> None:
+        """Have it draft from a published block, but for the subscriber's own texts."""
+        await self._call(self._actor.add_draft_text.remote(block, subscriber))
 
     async def counters(self) -> dict[str, float]:
         """Running totals of its engine."""

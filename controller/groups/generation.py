@@ -44,8 +44,8 @@ async def sample_to_end(sample: Sampler, request: RolloutRequest) -> tuple[Compl
         WorkerLost: a worker died over it.
     """
     name = request.request_id
-    for turn in itertools.count():
-        completions = await sample(replace(request, request_id=f"{name}.{turn}"))
+    for segment in itertools.count():
+        completions = await sample(replace(request, request_id=f"{name}.{segment}"))
         request = replace(request, partial=completions)
         if all(completion.is_finished for completion in completions):
             break

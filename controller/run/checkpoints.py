@@ -1,10 +1,10 @@
 """Run checkpoints: what an interrupted run is resumed from.
 
 ``checkpoints/step-000050/`` holds the learner's shards (``learner/``), what engines drafted from
-where they do (``traces``), and ``state.json``: the step, where the prompt feed stood, which prompts
-had been admitted and not trained, and the totals so far. A checkpoint is written under another name
-while training goes on, and renamed when every part of it is there: a folder of that name is always
-whole.
+where they do (``draft_corpus``), and ``state.json``: the step, where the prompt feed stood, which
+prompts had been admitted and not trained, and the totals so far. A checkpoint is written under
+another name while training goes on, and renamed when every part of it is there: a folder of that
+name is always whole.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from paceline.controller.parts import Finish
 
 SCHEMA = 1
 PATTERN = re.compile(r"step-(\d{6,})$")
-LEARNER, TRACES = "learner", "traces"
+LEARNER, DRAFT_CORPUS = "learner", "draft_corpus"
 
 Save = Callable[[str], Awaitable[Finish | None]]
 """Writes a part of a checkpoint to a path; or only begins to, and returns what waits for the rest.

@@ -26,7 +26,13 @@ from paceline.controller.observe.files.folder import RunFolder
 from paceline.controller.observe.files.recorder import Recorder
 from paceline.controller.parts import StepView
 from paceline.controller.ranks.learner_ranks import LearnerPhase
-from paceline.controller.run.checkpoints import LEARNER, TRACES, CheckpointFolder, RunState, Save
+from paceline.controller.run.checkpoints import (
+    DRAFT_CORPUS,
+    LEARNER,
+    CheckpointFolder,
+    RunState,
+    Save,
+)
 from paceline.controller.run.evaluations import RunEvaluations
 from paceline.controller.run.incidents import CautiousLearner
 from paceline.controller.run.metering import StepMeter
@@ -109,8 +115,8 @@ class Session:
             phase, recovered = await self._begin(), Recovered()
         else:
             phase, recovered = await self._restore(resume_from)
-        if self._services.exchange is not None:
-            await self._services.exchange.settled()
+        if self._services.draft_publisher is not None:
+            await self._services.draft_publisher.settled()
         with self._progress.spending("train"):
             await self._train(phase, recovered)
         await self._evaluations.after(self._progress.step)
@@ -263,8 +269,9 @@ class Session:
 
         if self._drift is None:
             return (outcomes,)
-        assert self._services.exchange is not None, "the schema has max_drift where engines draft"
-        window = DriftWindow(self._drift, self._services.exchange.forget)
+        publisher = self._services.draft_publisher
+        assert publisher is not None, "the schema has max_drift where engines draft"
+        window = DriftWindow(self._drift, publisher.drop_before)
         return (outcomes, lambda step: window.observe(step.batch, step.report))
 
     async def _restore(self, resumption: Resumption) -> tuple[LearnerPhase, Recovered]:
@@ -279,22 +286,22 @@ class Session:
         self._recorder.message(f"recovered {recovered}")
         phase = await self._begin_training()
         await self._services.learner.load(str(resumption.folder / LEARNER))
-        await self._restore_drafting(resumption.folder / TRACES, recovered.groups)
+        await self._restore_drafting(resumption.folder / DRAFT_CORPUS, recovered.groups)
         await self._serve(state.step)
         return phase, recovered
 
     async def _restore_drafting(self, path: Path, groups: Iterable[Group]) -> None:
         """Have engines draft from what they knew; without it they only begin slower."""
-        exchange = self._services.exchange
-        if exchange is None:
+        publisher = self._services.draft_publisher
+        if publisher is None:
             return
         try:
-            await self._services.load_traces(path)
+            await self._services.load_draft_corpus(path)
         except CheckpointError as error:
             self._recorder.message(f"drafting starts cold: {error}")
-        exchange.recall(groups)
+        publisher.preload_groups(groups)
         if self._drift is not None and (oldest := self._drift.oldest_near()) > 0:
-            exchange.forget(oldest)
+            publisher.drop_before(oldest)
 
     async def _begin_training(self) -> LearnerPhase:
         """Fresh optimiser and, where the algorithm has one, the reference policy.
@@ -332,8 +339,8 @@ class Session:
             drift=() if self._drift is None else tuple(self._drift.distances),
         )
         parts: dict[str, Save] = {LEARNER: self._services.learner.save}
-        if self._services.exchange is not None:
-            parts[TRACES] = self._services.save_traces
+        if self._services.draft_publisher is not None:
+            parts[DRAFT_CORPUS] = self._services.save_draft_corpus
         await self._checkpoints.save(state, parts, self._journal.settle)
 
     async def _validate(self, step: int) -> float:

@@ -1,4 +1,4 @@
-"""What rollout engines draft from, and how they are told of each other's samples."""
+"""The draft text of rollout engines: from files, and from each other's samples."""
 
 from __future__ import annotations
 
@@ -10,59 +10,51 @@ from transformers import PreTrainedTokenizerBase
 
 from paceline.configs.schema import RunConfig
 from paceline.configs.schema.rollout import RolloutConfig
-from paceline.configs.schema.store import RedisStoreConfig
-from paceline.configs.vocabulary import Trace
+from paceline.configs.vocabulary import DraftText
 from paceline.controller.data.tokenizer import encode
-from paceline.controller.drafts.blocks import RayChannel, RedisChannel, TraceChannel
-from paceline.controller.drafts.corpus import TraceArchive
-from paceline.controller.drafts.exchange import TraceExchange
-from paceline.controller.drafts.files import TraceReader
-from paceline.controller.ledger.opening import password_of
-from paceline.spec.trace_file import pack, unpack
-from paceline.spec.traces import given_trace, traces_of
+from paceline.controller.drafts.blocks import put_block
+from paceline.controller.drafts.corpus import DraftCorpus
+from paceline.controller.drafts.files import DraftFileReader
+from paceline.controller.drafts.publisher import DraftPublisher
 
 DRAFTER_BYTES_PER_TOKEN = 60
-"""About what an engine's drafter needs for a token: what it has no room for is not kept for it."""
+"""Bytes an engine's drafter needs for a token, about: the corpus holds what fits into them."""
 
 
-def given_traces(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Trace, ...]:
-    """What engines are to draft from at the start.
+def external_draft_texts(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[DraftText, ...]:
+    """Return the completions of files that engines are to draft from at the start.
 
     Raises:
-        DataError: a file is missing, or a line of it holds no trace.
+        DataError: a file is missing, or a line of it holds no completion.
     """
     drafting = config.rollout.drafting
     if drafting is None:
         return ()
-    reader = TraceReader(
+    reader = DraftFileReader(
         functools.partial(encode, tokenizer, special_tokens=not config.data.source.chat),
         functools.partial(encode, tokenizer, special_tokens=False),
         int(tokenizer.eos_token_id),
         len(tokenizer),
-        given_trace,
     )
-    paths = (Path(path).expanduser() for path in drafting.traces)
-    return tuple(trace for path in paths for trace in reader.read(path))
+    paths = (Path(path).expanduser() for path in drafting.corpus)
+    return tuple(text for path in paths for text in reader.read(path))
 
 
-def trace_exchange(config: RunConfig, given: Sequence[Trace]) -> TraceExchange | None:
-    """What tells engines of each other's samples, where they draft; it knows what was given."""
+def draft_publisher(config: RunConfig, texts: Sequence[DraftText]) -> DraftPublisher | None:
+    """Return the publisher of draft text, with ``texts`` in its corpus; None without drafting."""
     drafting = config.rollout.drafting
     if drafting is None:
         return None
-    channel: TraceChannel = RayChannel(pack, unpack)
-    if isinstance(config.store, RedisStoreConfig):
-        password = password_of(config.store)
-        channel = RedisChannel(config.store.url, password, config.name, pack, unpack)
     max_tokens = (drafting.max_memory_mb << 20) // DRAFTER_BYTES_PER_TOKEN
-    archive = TraceArchive(drafting.window, max_tokens)
-    exchange = TraceExchange(archive, channel, traces_of, max_tokens)
-    exchange.give(given)
-    return exchange
+    publisher = DraftPublisher(DraftCorpus(drafting.window, max_tokens), put_block, max_tokens)
+    publisher.preload(texts)
+    return publisher
 
 
 def with_draft_budget(config: RunConfig) -> RolloutConfig:
-    """The engines' settings; what drafts are to shorten is a matter of how the run is paced.
+    """Return the engines' settings, with what drafts are to shorten by how the run is paced.
 
     Where training waits for its batch, that is the batch's makespan. Where it runs behind, what
     ends is followed by other prompts, and every token that comes sooner is trained sooner.

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from paceline.configs.schema import RunConfig
 from paceline.configs.schema.algorithm import critic_of
 from paceline.configs.schema.data import DatasetSource, ReasoningGymSource
-from paceline.configs.vocabulary import Trace
+from paceline.configs.vocabulary import DraftText
 from paceline.controller.data.feed import PromptSet
 from paceline.controller.data.rendering import PromptRenderer
 from paceline.controller.data.sources import (
@@ -19,7 +19,7 @@ from paceline.controller.data.sources import (
     load_imported_source,
 )
 from paceline.controller.data.tokenizer import load_tokenizer, stop_token_ids
-from paceline.controller.wiring.drafting import given_traces
+from paceline.controller.wiring.drafting import external_draft_texts
 from paceline.learner.checkpoints import checkpoint
 from paceline.learner.model.model import (
     empty_policy,
@@ -37,7 +37,7 @@ class RunInputs:
     model_folder: str
     stop_token_ids: tuple[int, ...]
     prompts: PromptSet
-    traces: tuple[Trace, ...] = ()
+    draft_texts: tuple[DraftText, ...] = ()
 
 
 def prepare(config: RunConfig, initial_folder: Path) -> RunInputs:
@@ -57,7 +57,8 @@ def prepare(config: RunConfig, initial_folder: Path) -> RunInputs:
     if config.teacher is not None:
         require_same_vocabulary(config.teacher.path, model_folder)
     stop_ids = stop_token_ids(tokenizer, model_folder)
-    return RunInputs(tokenizer, model_folder, stop_ids, prompts, given_traces(config, tokenizer))
+    texts = external_draft_texts(config, tokenizer)
+    return RunInputs(tokenizer, model_folder, stop_ids, prompts, texts)
 
 
 def prompt_set(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSet:

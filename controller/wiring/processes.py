@@ -14,7 +14,7 @@ from paceline.configs.schema.data import ReasoningGymSource
 from paceline.configs.schema.reward import ExactGrader, MathGrader, ReasoningGymGrader
 from paceline.configs.schema.rollout import RolloutConfig
 from paceline.controller.actors import LateClass
-from paceline.controller.drafts.exchange import TraceExchange
+from paceline.controller.drafts.publisher import DraftPublisher
 from paceline.controller.engines.pool import WorkerPool
 from paceline.controller.engines.routing import most_samples
 from paceline.controller.engines.teacher import FIXED, FixedWeightsActor, Teacher
@@ -91,7 +91,7 @@ async def start_learner(
 async def start_pool(
     config: RunConfig,
     model_folder: str,
-    exchange: TraceExchange | None,
+    publisher: DraftPublisher | None,
     stack: contextlib.AsyncExitStack,
 ) -> WorkerPool:
     """Start the rollout workers and see to their end."""
@@ -104,7 +104,7 @@ async def start_pool(
         dtype=config.model.precision,
         seed=config.seed,
     )
-    return await start_engines(rollout, engine, RolloutActor, stack, exchange)
+    return await start_engines(rollout, engine, RolloutActor, stack, publisher)
 
 
 async def start_teacher(config: RunConfig, stack: contextlib.AsyncExitStack) -> Teacher | None:
@@ -131,7 +131,7 @@ async def start_engines(
     engine: Callable[[], Any],
     handle_class: type[RolloutActor],
     stack: contextlib.AsyncExitStack,
-    exchange: TraceExchange | None = None,
+    publisher: DraftPublisher | None = None,
 ) -> WorkerPool:
     """Start workers with an engine each, and see to their end."""
     max_samples = most_samples(rollout.max_num_seqs)
@@ -156,7 +156,7 @@ async def start_engines(
         max_samples=max_samples,
         limits=TimeLimits(rollout.claim_seconds, rollout.answer_seconds),
         section=handle_class.section,
-        exchange=exchange,
+        draft_publisher=publisher,
     )
     stack.push_async_callback(pool.close)
     return pool

@@ -12,7 +12,7 @@ from pathlib import Path
 from paceline.configs.schema import RunConfig
 from paceline.configs.vocabulary import SamplingParameters
 from paceline.controller.data.tokenizer import decode_completion
-from paceline.controller.drafts.exchange import TraceExchange
+from paceline.controller.drafts.publisher import DraftPublisher
 from paceline.controller.engines.pool import WorkerPool
 from paceline.controller.engines.teacher import Teacher
 from paceline.controller.groups.concurrency import gather_or_cancel
@@ -20,7 +20,7 @@ from paceline.controller.groups.evaluation import Evaluator
 from paceline.controller.groups.generation import Demonstrations, Rollouts, Sampler, sample_to_end
 from paceline.controller.parts import Generate
 from paceline.controller.ranks.learner_ranks import LearnerRanks
-from paceline.controller.wiring.drafting import trace_exchange
+from paceline.controller.wiring.drafting import draft_publisher
 from paceline.controller.wiring.preparation import RunInputs
 from paceline.controller.wiring.processes import (
     grader_pool,
@@ -30,7 +30,7 @@ from paceline.controller.wiring.processes import (
 )
 from paceline.controller.wiring.self_check import check_greedy_tokens
 from paceline.reward.pool import GraderPool
-from paceline.spec.trace_file import load_traces, save_traces
+from paceline.spec.draft_file import load_draft_texts, save_draft_texts
 from paceline.weights_sync.handle import WeightHandle
 from paceline.weights_sync.shared_folder import shared_folder
 
@@ -75,7 +75,7 @@ class Services:
     learner: LearnerRanks
     pool: WorkerPool
     teacher: Teacher | None = None
-    exchange: TraceExchange | None = None
+    draft_publisher: DraftPublisher | None = None
 
     @property
     def weights(self) -> EngineWeights:
@@ -141,19 +141,20 @@ class Services:
             self.inputs.stop_token_ids,
         )
 
-    async def save_traces(self, path: str) -> None:
+    async def save_draft_corpus(self, path: str) -> None:
         """Write what engines sampled and others can draft from."""
-        assert self.exchange is not None, "nothing is drafted"
-        await asyncio.to_thread(save_traces, self.exchange.sampled(), Path(path))
+        assert self.draft_publisher is not None, "nothing is drafted"
+        texts = self.draft_publisher.sampled_texts()
+        await asyncio.to_thread(save_draft_texts, texts, Path(path))
 
-    async def load_traces(self, path: Path) -> None:
+    async def load_draft_corpus(self, path: Path) -> None:
         """Have engines, before they get weights, draft from what was saved.
 
         Raises:
             CheckpointError: it is missing or damaged.
         """
-        assert self.exchange is not None, "nothing is drafted"
-        self.exchange.give(await asyncio.to_thread(load_traces, path))
+        assert self.draft_publisher is not None, "nothing is drafted"
+        self.draft_publisher.preload(await asyncio.to_thread(load_draft_texts, path))
 
     async def self_check(self, label: str) -> int:
         """How many greedy tokens of every engine were found equal to the learner's.
@@ -183,13 +184,11 @@ async def started_services(config: RunConfig, inputs: RunInputs) -> AsyncIterato
         weights_folder = stack.enter_context(shared_folder())
         grader = grader_pool(config)
         stack.callback(grader.close)
-        exchange = trace_exchange(config, inputs.traces)
-        if exchange is not None:
-            stack.push_async_callback(exchange.close)
+        publisher = draft_publisher(config, inputs.draft_texts)
         _, learner, pool, teacher = await gather_or_cancel(
             grader.start(),
             start_learner(config, inputs.model_folder, weights_folder, stack),
-            start_pool(config, inputs.model_folder, exchange, stack),
+            start_pool(config, inputs.model_folder, publisher, stack),
             start_teacher(config, stack),
         )
-        yield Services(config, inputs, grader, learner, pool, teacher, exchange)
+        yield Services(config, inputs, grader, learner, pool, teacher, publisher)

@@ -11,7 +11,7 @@ class DraftCounters:
 
     A *round* is a request in a step that drafted for it; it is *cold* where nothing was known to
     draft. *Siblings* are samples of the same prompt by the weights now served, finished or not;
-    *history* are those of older ones, and traces given at the start. ``num_accepted`` and what it
+    *history* are those of older ones, and texts from files. ``num_accepted`` and what it
     is made of count drafted tokens that the model sampled.
     """
 

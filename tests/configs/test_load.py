@@ -179,6 +179,12 @@ def test_what_is_missing_is_named() -> None:
     assert line == "run.yaml:3: data.source.task: required, but missing"
 
 
+def test_a_key_that_was_renamed_names_the_new_one() -> None:
+    (line,) = complaints(minimal(), "rollout.drafting.traces=[a.jsonl]")
+    assert "rollout.drafting.traces: unknown key" in line
+    assert line.endswith("it is called rollout.drafting.corpus now")
+
+
 def test_an_unknown_key_of_a_union_is_looked_up_in_the_chosen_variant() -> None:
     (line,) = complaints(minimal(), "data.source.splt=test")
     assert line.endswith("data.source.splt: unknown key (got 'test'); did you mean split?")

@@ -23,7 +23,6 @@ NOT_YET = {
     "controller/bench/rollout",
     "controller/bench/suffix",
     "controller/data",
-    "controller/drafts",
     "controller/engines",
     "controller/ledger",
     "controller/ranks",

@@ -15,7 +15,7 @@ from paceline.configs.load import load_config
 from paceline.configs.vocabulary import RolloutRequest, SamplingParameters
 from paceline.controller.engines.routing import demand_of
 from paceline.controller.observe.files.jsonl import read_lines
-from paceline.controller.run.checkpoints import TRACES
+from paceline.controller.run.checkpoints import DRAFT_CORPUS
 from paceline.controller.run.cluster import ray_cluster
 from paceline.controller.wiring.preparation import prepare
 from paceline.controller.wiring.services import Services, started_services
@@ -37,15 +37,15 @@ async def services_of(
     inputs = prepare(config, root / "initial")
     async with started_services(config, inputs) as services:
         if saved is not None:
-            await services.load_traces(saved)
+            await services.load_draft_corpus(saved)
         await serve(services, 0)
         yield services
 
 
 async def serve(services: Services, version: int) -> None:
-    assert services.exchange is not None
+    assert services.draft_publisher is not None
     await services.weights.push(await services.weights.publish(version))
-    await services.exchange.settled()
+    await services.draft_publisher.settled()
 
 
 async def ask(services: Services, index: int, prompt: tuple[int, ...]) -> tuple[list[int], float]:
@@ -62,7 +62,7 @@ async def ask(services: Services, index: int, prompt: tuple[int, ...]) -> tuple[
 def test_a_worker_drafts_from_what_another_sampled_from_files_and_from_what_was_saved(tmp_path):
     """A greedy completion that was sampled before is drafted nearly whole."""
     first, second, third = (101, 102, 61), (103, 104, 105, 61), (106, 107, 61)
-    given = tmp_path / "given.jsonl"
+    external = tmp_path / "external.jsonl"
 
     async def sampled_by_another() -> None:
         async with services_of(tmp_path) as services:
@@ -73,20 +73,20 @@ def test_a_worker_drafts_from_what_another_sampled_from_files_and_from_what_was_
             assert found == expected
             assert drafted > NUM_TOKENS / 2
             tokens, _ = await ask(services, 0, second)
-            given.write_text(json.dumps({"prompt_token_ids": second, "token_ids": tokens}))
+            external.write_text(json.dumps({"prompt_token_ids": second, "token_ids": tokens}))
             assert (await ask(services, 1, third))[1] == 0
-            await services.save_traces(str(tmp_path / TRACES))
+            await services.save_draft_corpus(str(tmp_path / DRAFT_CORPUS))
 
-    async def given_and_saved() -> None:
-        drafts_from = f"rollout.drafting.traces=[{given}]"
-        async with services_of(tmp_path, drafts_from, saved=tmp_path / TRACES) as services:
+    async def external_and_saved() -> None:
+        drafts_from = f"rollout.drafting.corpus=[{external}]"
+        async with services_of(tmp_path, drafts_from, saved=tmp_path / DRAFT_CORPUS) as services:
             for index in (0, 1):
                 for prompt in (second, third):
                     assert (await ask(services, index, prompt))[1] > NUM_TOKENS / 2
 
     with ray_cluster(load_config("debug", ()).cluster):
         asyncio.run(sampled_by_another())
-        asyncio.run(given_and_saved())
+        asyncio.run(external_and_saved())
 
 
 def test_a_killed_run_goes_on_warm(tmp_path):

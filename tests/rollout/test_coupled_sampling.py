@@ -180,10 +180,10 @@ def test_neither_the_batch_nor_turns_nor_interrupts_nor_another_worker_change_a_
     whole = {request.request_id: request for request in requests}
     for name, request in whole.items():
         assert_the_same(run_to_end(engines.coupled_undrafted, request), {name: expected[name]})
-    workers, num_turns = [engines.coupled_scripted, engines.coupled_undrafted], 0
+    workers, num_segments = [engines.coupled_scripted, engines.coupled_undrafted], 0
     waiting, left = mixed_requests(segment_tokens=7), {}
     while waiting:
-        engine = workers[num_turns % 2]
+        engine = workers[num_segments % 2]
         for request in waiting:
             engine.add(request)
         left |= {result.request_id: result.completions for result in steps(engine, 3)}
@@ -195,8 +195,8 @@ def test_neither_the_batch_nor_turns_nor_interrupts_nor_another_worker_change_a_
             for request in waiting
             if not all(completion.is_finished for completion in left[request.request_id])
         ]
-        num_turns += 1
-    assert num_turns > 4
+        num_segments += 1
+    assert num_segments > 4
     assert_the_same(left, expected)
 
 

@@ -10,15 +10,15 @@ import pytest
 
 from paceline.configs.errors import DataError
 from paceline.configs.vocabulary import (
+    DraftText,
     RolloutRequest,
     SamplingParameters,
-    Trace,
     WeightVersion,
 )
 from paceline.controller.engines.pool import WorkerPool
 from paceline.controller.engines.watching import TimeLimits
 from paceline.rollout.engine import RolloutResult
-from paceline.rollout.engine_thread import TOKENS_AT_ONCE, EngineThread
+from paceline.rollout.engine_thread import DRAFT_TOKENS_PER_STEP, EngineThread
 from paceline.rollout.worker import RolloutWorker
 from paceline.weights_sync.handle import WeightHandle, WeightSyncError
 from paceline.weights_sync.layout import Layout
@@ -38,8 +38,8 @@ class FakeEngine:
         self.threads = set()
         self.in_step = False
         self.num_steps = 0
-        self.learned = []
-        self.forgotten = None
+        self.added = []
+        self.dropped = None
 
     def add(self, request):
         if not request.prompt_token_ids:
@@ -77,20 +77,20 @@ class FakeEngine:
         assert not self.in_step
         if handle.checksum < 0:
             raise OSError("torn")
-        self.num_learned_at_update = len(self.learned)
+        self.num_added_at_update = len(self.added)
         self.version, self.checksum = handle.version, handle.checksum
         return [self.interrupt(name) for name in list(self.running)] if self.aborts else []
 
-    def forget(self, before):
+    def drop_draft_text(self, before):
         assert not self.in_step
-        self.forgotten = before, len(self.learned)
+        self.dropped = before, len(self.added)
 
-    def learn(self, traces):
+    def add_draft_text(self, texts):
         assert not self.in_step
-        if any(trace.version < 0 for trace in traces):
+        if any(text.version < 0 for text in texts):
             raise MemoryError("out of memory")
         self.threads.add(threading.get_ident())
-        self.learned.append((self.num_steps, tuple(traces)))
+        self.added.append((self.num_steps, tuple(texts)))
         time.sleep(0.001)
 
 
@@ -98,8 +98,8 @@ def handle(version, checksum=0):
     return WeightHandle(WeightVersion(version), "", checksum, Layout(()))
 
 
-def trace(length, version=0):
-    return Trace((1,), version, np.zeros(length, np.int32))
+def text(length, version=0):
+    return DraftText((1,), version, np.zeros(length, np.int32))
 
 
 def request(name, prompt=(1,)):
@@ -254,54 +254,60 @@ def test_a_caller_that_gave_up_does_not_stop_the_engine(engine_and_thread):
     assert len(thread.generate(request("later")).result(5)) == 1
 
 
-def test_traces_are_learned_in_order_a_part_between_two_steps_each(engine_and_thread):
+def test_draft_text_is_added_in_order_a_part_between_two_steps_each(engine_and_thread):
     engine, thread = engine_and_thread
     engine.steps = 10**9
     thread.generate(request("long"))
-    traces = [trace(TOKENS_AT_ONCE // 2 - 1, version) for version in range(9)] + [trace(10**5, 9)]
-    thread.learn(traces).result(5)
+    texts = [text(DRAFT_TOKENS_PER_STEP // 2 - 1, version) for version in range(9)] + [
+        text(10**5, 9)
+    ]
+    thread.add_draft_text(texts).result(5)
     assert len(engine.threads) == 1
-    assert [each.version for _, part in engine.learned for each in part] == list(range(10))
-    sizes = [sum(len(each.token_ids) for each in part) for _, part in engine.learned]
-    assert all(size <= TOKENS_AT_ONCE for size in sizes[:-1])
+    assert [each.version for _, part in engine.added for each in part] == list(range(10))
+    sizes = [sum(len(each.token_ids) for each in part) for _, part in engine.added]
+    assert all(size <= DRAFT_TOKENS_PER_STEP for size in sizes[:-1])
     assert len(sizes) == 6  # two at a time; the last, which is too long for any part, alone
-    steps = [num_steps for num_steps, _ in engine.learned]
+    steps = [num_steps for num_steps, _ in engine.added]
     assert len(set(steps)) == len(steps)
-    assert thread.counters.num_told_tokens == sum(sizes)
+    assert thread.counters.num_draft_text_tokens == sum(sizes)
 
 
-def test_an_idle_engine_learns_too_and_an_update_waits_for_one_part_at_most(engine_and_thread):
+def test_an_idle_engine_adds_texts_too_and_an_update_waits_for_one_part_at_most(
+    engine_and_thread,
+):
     engine, thread = engine_and_thread
-    lesson = thread.learn([trace(TOKENS_AT_ONCE, version) for version in range(50)])
+    addition = thread.add_draft_text(
+        [text(DRAFT_TOKENS_PER_STEP, version) for version in range(50)]
+    )
     thread.update_weights(handle(1)).result(5)
-    lesson.result(5)
-    assert engine.num_learned_at_update < len(engine.learned) == 50
+    addition.result(5)
+    assert engine.num_added_at_update < len(engine.added) == 50
     assert engine.num_steps == 0
 
 
-def test_an_engine_that_breaks_over_a_trace_fails_all_lessons(engine_and_thread):
+def test_an_engine_that_breaks_over_a_draft_text_fails_all_that_are_pending(engine_and_thread):
     _, thread = engine_and_thread
-    lessons = [thread.learn([trace(1, version=-1)]), thread.learn([trace(1)])]
-    for lesson in lessons:
+    additions = [thread.add_draft_text([text(1, version=-1)]), thread.add_draft_text([text(1)])]
+    for addition in additions:
         with pytest.raises(MemoryError):
-            lesson.result(5)
+            addition.result(5)
 
 
-def test_a_worker_reads_traces_beside_its_engine_and_answers_when_they_are_learned():
+def test_a_worker_reads_draft_text_beside_its_engine_and_answers_when_it_is_added():
     class Block:
-        forget_before = 2
+        drop_before = 2
 
-        def read(self, reader):
+        def read(self, subscriber):
             self.thread = threading.get_ident()
-            return [trace(reader)]
+            return [text(subscriber)]
 
     async def scenario():
         engine, block = FakeEngine(), Block()
         worker = RolloutWorker(lambda: engine)
-        await worker.learn(block, 3)
-        ((_, (learned,)),) = engine.learned
-        assert len(learned.token_ids) == 3
-        assert engine.forgotten == (2, 0)
+        await worker.add_draft_text(block, 3)
+        ((_, (added,)),) = engine.added
+        assert len(added.token_ids) == 3
+        assert engine.dropped == (2, 0)
         assert block.thread not in {threading.get_ident(), *engine.threads}
         await worker.close()
 

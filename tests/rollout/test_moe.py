@@ -151,15 +151,15 @@ def test_cached_prompts_are_routed_as_they_were_when_they_were_read(learner, eng
             assert max(errors(learner, groups)) < EXACT
 
 
-def test_interrupted_and_continued_requests_keep_the_routing_of_all_turns(learner, engine):
+def test_interrupted_and_continued_requests_keep_the_routing_of_all_segments(learner, engine):
     engine.update_weights(learner.publish(4))
-    request = make_request("turns", num_samples=3, max_tokens=24, segment_tokens=7)
-    partial, num_turns = (), 0
+    request = make_request("cut", num_samples=3, max_tokens=24, segment_tokens=7)
+    partial, num_segments = (), 0
     while not partial or not all(completion.is_finished for completion in partial):
         engine.add(replace(request, partial=partial))
-        (result,) = steps(engine, 4 + num_turns % 2 * 4) or [engine.interrupt("turns")]
-        partial, num_turns = result.completions, num_turns + 1
-    assert num_turns > 2
+        (result,) = steps(engine, 4 + num_segments % 2 * 4) or [engine.interrupt("cut")]
+        partial, num_segments = result.completions, num_segments + 1
+    assert num_segments > 2
     groups = [group_of(request, completion) for completion in partial]
     assert all((completion_of(g).routed_experts[:-1] >= 0).all() for g in groups)
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Rollouts cut into turns on the real engine: nothing but the cut changes."""
+"""Rollouts cut into segments on the real engine: nothing but the cut changes."""
 
 from dataclasses import replace
 
@@ -10,27 +10,27 @@ from tests.rollout.conftest import make_request, run_to_end
 TOLERANCE = 1e-4
 
 
-def in_turns(engines, request, *, between=lambda turn: None):
-    """Completions of a request whose turns go round the engines, and the number of turns."""
-    turns = 0
+def in_segments(engines, request, *, between=lambda num_segments: None):
+    """Completions of a request whose segments go round the engines, and how many there were."""
+    num_segments = 0
     while not (request.partial and all(c.is_finished for c in request.partial)):
         lengths = [len(c.token_ids) for c in request.partial] or [0] * request.num_samples
-        between(turns)
-        partial = run_to_end(engines[turns % len(engines)], request)[request.request_id]
-        turns += 1
+        between(num_segments)
+        partial = run_to_end(engines[num_segments % len(engines)], request)[request.request_id]
+        num_segments += 1
         for length, completion in zip(lengths, partial, strict=True):
             assert len(completion.token_ids) - length <= request.segment_tokens
             if completion.finish_reason == "segment":
-                assert len(completion.token_ids) == turns * request.segment_tokens
+                assert len(completion.token_ids) == num_segments * request.segment_tokens
         request = replace(request, partial=partial)
-    return request.partial, turns
+    return request.partial, num_segments
 
 
 def test_segments_have_exact_log_probabilities_and_end_where_the_budget_ends(fleet):
     fleet.reference.serve(fleet.recompute, 1)
     request = make_request("cut", num_samples=4, max_tokens=20, segment_tokens=3, stop_token_ids=())
-    completions, turns = in_turns([fleet.recompute], request)
-    assert turns == 7
+    completions, num_segments = in_segments([fleet.recompute], request)
+    assert num_segments == 7
     for completion in completions:
         assert (len(completion.token_ids), completion.finish_reason) == (20, "length")
         assert fleet.reference.error(request, completion) < TOLERANCE
@@ -39,12 +39,12 @@ def test_segments_have_exact_log_probabilities_and_end_where_the_budget_ends(fle
 def test_each_segment_may_be_sampled_by_another_engine_and_another_version(fleet):
     engines = [fleet.recompute, fleet.abort, fleet.keep]
 
-    def update(turn):
-        fleet.reference.serve(engines[turn % 3], 1 + turn // 2)
+    def update(num_segments):
+        fleet.reference.serve(engines[num_segments % 3], 1 + num_segments // 2)
 
     request = make_request("moves", num_samples=4, max_tokens=20, segment_tokens=3)
     request = replace(request, sampling=replace(request.sampling, stop_token_ids=(9, 99)))
-    for completion in in_turns(engines, request, between=update)[0]:
+    for completion in in_segments(engines, request, between=update)[0]:
         assert completion.is_finished
         versions = [(span.version, span.start) for span in completion.versions]
         assert versions == [(1 + i, 6 * i) for i in range(len(versions))]
@@ -55,7 +55,7 @@ def test_greedy_tokens_are_the_same_with_and_without_segments(fleet):
     fleet.reference.serve(fleet.recompute, 2)
     request = make_request("greedy", temperature=0.0, num_samples=2, max_tokens=30)
     whole = run_to_end(fleet.recompute, request)["greedy"]
-    pieces, _ = in_turns([fleet.recompute], replace(request, segment_tokens=3))
+    pieces, _ = in_segments([fleet.recompute], replace(request, segment_tokens=3))
     for one, other in zip(whole, pieces, strict=True):
         assert one.token_ids.tolist() == other.token_ids.tolist()
         assert one.finish_reason == other.finish_reason
@@ -120,7 +120,7 @@ def test_a_continued_sample_goes_on_by_the_models_probabilities(fleet):
 
 
 def test_a_continuation_does_not_draw_again_what_its_first_turn_drew(fleet):
-    """The same context, reached by a prompt or by a turn, is sampled independently."""
+    """The same context, reached by a prompt or by a segment, is sampled independently."""
     fleet.reference.serve(fleet.recompute, 1)
     first = continued_tokens(fleet.recompute, "first", (5, 6, 7), (), num_requests=4)
     again = continued_tokens(fleet.recompute, "again", (5, 6), (7,), num_requests=4)

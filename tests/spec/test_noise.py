@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from paceline.spec.history import History
 from paceline.spec.noise import draw, gumbel, position_streams
-from tests.spec.test_history import count
+from tests.spec.history_model import count
 
 NUM_DRAWS = 200_000
 SUSPICIOUS = 1e-4

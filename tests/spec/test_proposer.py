@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from paceline.configs.schema.rollout import DraftingConfig
-from paceline.configs.vocabulary import DRAFTED_FROM_HISTORY, DRAFTED_FROM_SIBLINGS, Trace
+from paceline.configs.vocabulary import DRAFTED_FROM_HISTORY, DRAFTED_FROM_SIBLINGS, DraftText
 from paceline.spec.budget.cost_model import Prediction, StepCosts
+from paceline.spec.draft_text import problem_name
 from paceline.spec.noise import gumbel, position_streams
 from paceline.spec.proposer import DraftRequest, SuffixProposer
-from paceline.spec.traces import problem_name
 
 ONE, TWO = (1, 2), (3,)
 STOP = 99
@@ -57,12 +57,12 @@ class Batch:
 
 
 def given(prompt, *tokens, version=-1):
-    return Trace(prompt, version, np.array(tokens, dtype=np.int32))
+    return DraftText(prompt, version, np.array(tokens, dtype=np.int32))
 
 
 def test_a_draft_continues_what_samples_of_the_same_prompt_said():
     batch = Batch()
-    batch.proposer.learn([given(ONE, 7, 8, 9, 10, 11)])
+    batch.proposer.add_draft_text([given(ONE, 7, 8, 9, 10, 11)])
     batch.begin("a", ONE)
     batch.begin("b", TWO)
     assert batch.step(a=[8], b=[8]) == {"a": [9, 10, 11], "b": []}
@@ -80,14 +80,14 @@ def test_a_draft_continues_what_a_sibling_is_saying():
 
 def test_a_sample_that_was_begun_elsewhere_is_matched_by_what_it_had():
     batch = Batch()
-    batch.proposer.learn([given(ONE, 6, 7, 8, 9), given(ONE, 5, 7, 3, 3)])
+    batch.proposer.add_draft_text([given(ONE, 6, 7, 8, 9), given(ONE, 5, 7, 3, 3)])
     batch.begin("a", ONE, context=[5])
     assert batch.step(a=[7]) == {"a": [3, 3]}
 
 
 def test_drafts_end_where_the_sample_must():
     batch = Batch()
-    batch.proposer.learn([given(ONE, *range(7, 20))])
+    batch.proposer.add_draft_text([given(ONE, *range(7, 20))])
     batch.begin("a", ONE, max_tokens=4)
     assert batch.step(a=[7]) == {"a": [8, 9]}, "the verifier adds the fourth"
     assert batch.step(a=[8, 9]) == {"a": []}
@@ -96,7 +96,7 @@ def test_drafts_end_where_the_sample_must():
 
 def test_a_row_that_still_reads_its_prompt_gets_none():
     batch = Batch()
-    batch.proposer.learn([given(ONE, 7, 8, 9)])
+    batch.proposer.add_draft_text([given(ONE, 7, 8, 9)])
     batch.begin("a", ONE)
     batch.begin("b", ONE)
     assert batch.step(b=[7]) == {"a": [], "b": [8, 9]}
@@ -130,7 +130,7 @@ def test_tokens_after_a_switch_are_of_the_new_version_with_a_little_before_it():
 )
 def test_accepted_tokens_are_known_by_position_and_source(version, source, name):
     batch = Batch()
-    batch.proposer.learn([given(ONE, 7, 8, 9, 10, version=version)])
+    batch.proposer.add_draft_text([given(ONE, 7, 8, 9, 10, version=version)])
     batch.begin("a", ONE, context=[6])
     batch.begin("b", TWO)
     batch.step(a=[7], b=[7])
@@ -144,7 +144,7 @@ def test_accepted_tokens_are_known_by_position_and_source(version, source, name)
 
 def test_accepted_tokens_beyond_the_end_of_a_sample_have_no_place_in_it():
     batch = Batch()
-    batch.proposer.learn([given(ONE, 7, STOP, 9, 10, version=5)])
+    batch.proposer.add_draft_text([given(ONE, 7, STOP, 9, 10, version=5)])
     batch.begin("a", ONE)
     batch.step(a=[7])
     batch.step(a=[STOP, 9, 4])
@@ -153,7 +153,7 @@ def test_accepted_tokens_beyond_the_end_of_a_sample_have_no_place_in_it():
 
 def test_a_budget_learns_from_steps_that_only_decoded():
     batch = Batch(budget="throughput")
-    batch.proposer.learn([given(ONE, *range(7, 60))])
+    batch.proposer.add_draft_text([given(ONE, *range(7, 60))])
     batch.begin("a", ONE, max_tokens=50)
     drafted = 0
     for token in range(7, 40):
@@ -179,7 +179,7 @@ def test_under_coupled_sampling_drafts_are_guessed_with_the_noise_of_their_place
 
     def first_guesses(seed_of):
         batch = Batch(max_tokens=1)
-        batch.proposer.learn([given(ONE, 7, token) for token in (8, 9)])
+        batch.proposer.add_draft_text([given(ONE, 7, token) for token in (8, 9)])
         for seed in seeds:
             batch.begin(str(seed), ONE, seed=seed_of(seed))
         drafts = batch.step(**{str(seed): [7] for seed in seeds})
@@ -219,7 +219,7 @@ def test_drafts_of_a_sample_that_was_preempted_count_for_nothing(budget):
         planner.costs.costs = lambda num_requests, drafted: StepCosts(1.0, 0.001)
         planner.costs.predict = lambda num_tokens, num_requests: Prediction(1.0, 0.0)
     for prompt in prompts:
-        batch.proposer.learn([given(prompt, *range(7, 40))])
+        batch.proposer.add_draft_text([given(prompt, *range(7, 40))])
         batch.begin(f"of {prompt[0]}", prompt)
     names = list(batch.texts)
     for token in (7, 8, 9):
@@ -237,7 +237,7 @@ def test_drafts_of_a_sample_that_was_preempted_count_for_nothing(budget):
 
 def test_drafts_of_a_sample_that_waited_a_step_count_when_they_hold():
     batch = Batch()
-    batch.proposer.learn([given(ONE, *range(7, 40))])
+    batch.proposer.add_draft_text([given(ONE, *range(7, 40))])
     batch.begin("a", ONE)
     batch.begin("b", ONE)
     assert batch.step(a=[7], b=[7])["b"] == [8, 9, 10]

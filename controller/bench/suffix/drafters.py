@@ -11,8 +11,8 @@ import numpy as np
 
 from paceline.controller.bench.harness.result import BenchError
 from paceline.controller.bench.suffix.streams import Tokens
+from paceline.spec.draft_text import OVERLAP_TOKENS
 from paceline.spec.history import History
-from paceline.spec.traces import OVERLAP_TOKENS
 
 MAX_DRAFT = 8
 MIN_PROBABILITY = 0.1

@@ -1,4 +1,4 @@
-"""Traces given at the start: read as the run's tokens, or refused in one line."""
+"""Draft texts from files: read as the run's tokens, or refused in one line."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import pytest
 
 from paceline.configs.errors import DataError
 from paceline.controller.data.tokenizer import characters_tokenizer, encode
-from paceline.controller.drafts.files import TraceReader
+from paceline.controller.drafts.files import DraftFileReader
 from paceline.controller.observe.files.records import SampleRecord
-from paceline.spec.traces import given_trace
 
 TOKENIZER = characters_tokenizer()
 
@@ -20,17 +19,17 @@ def encoded(text):
 
 
 def read(path):
-    reader = TraceReader(encoded, encoded, TOKENIZER.eos_token_id, len(TOKENIZER), given_trace)
+    reader = DraftFileReader(encoded, encoded, TOKENIZER.eos_token_id, len(TOKENIZER))
     return list(reader.read(path))
 
 
 def written(tmp_path, *lines):
-    path = tmp_path / "traces.jsonl"
+    path = tmp_path / "corpus.jsonl"
     path.write_text("\n".join(lines))
     return path
 
 
-def test_texts_and_ids_are_the_same_trace(tmp_path):
+def test_texts_and_ids_are_the_same_text(tmp_path):
     ids = {
         "prompt_token_ids": encoded("2+2="),
         "token_ids": [*encoded("4"), TOKENIZER.eos_token_id],
@@ -76,8 +75,8 @@ def test_a_bad_line_is_named(tmp_path, line, got):
 
 
 def test_a_missing_file_and_one_that_is_no_text_are_named(tmp_path):
-    with pytest.raises(DataError, match="nowhere in rollout.drafting.traces cannot be read"):
+    with pytest.raises(DataError, match="nowhere in rollout.drafting.corpus cannot be read"):
         read(tmp_path / "nowhere")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match="binary in rollout.drafting.traces cannot be read"):
+    with pytest.raises(DataError, match="binary in rollout.drafting.corpus cannot be read"):
         read(tmp_path / "binary")

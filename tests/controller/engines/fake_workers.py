@@ -38,7 +38,7 @@ class FakeWorker:
         self.requests = []
         self.interrupted = []
         self.running = {}
-        self.known, self.forgotten = [], None
+        self.known, self.dropped_before = [], None
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -70,11 +70,11 @@ class FakeWorker:
         self.version = handle.version
         return self.acknowledges(handle)
 
-    async def learn(self, block, reader):
+    async def add_draft_text(self, block, subscriber):
         await asyncio.sleep(0)
         await self._answers(self.stuck)
-        self.known += block.read(reader)
-        self.forgotten = block.forget_before or self.forgotten
+        self.known += block.read(subscriber)
+        self.dropped_before = block.drop_before or self.dropped_before
 
     async def counters(self):
         await self._answers()
@@ -117,7 +117,9 @@ def request(name, num_samples=1, prompt=(1,), max_tokens=64, partial=(), segment
     )
 
 
-def pool_of(workers, spares=(), max_restarts=3, max_samples=1000, section="rollout", exchange=None):
+def pool_of(
+    workers, spares=(), max_restarts=3, max_samples=1000, section="rollout", draft_publisher=None
+):
     spares = list(spares)
 
     async def start(index):
@@ -131,7 +133,7 @@ def pool_of(workers, spares=(), max_restarts=3, max_samples=1000, section="rollo
         max_samples=max_samples,
         limits=TimeLimits(CLAIM_SECONDS, ANSWER_SECONDS),
         section=section,
-        exchange=exchange,
+        draft_publisher=draft_publisher,
     )
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: every prompt is sampled to its end, whatever becomes of workers and turns."""
+"""Evaluation: every prompt is sampled to its end, whatever becomes of workers and segments."""
 
 import asyncio
 import functools
@@ -12,7 +12,7 @@ from tests.controller.engines.fake_workers import tokens_of
 
 
 class Engine:
-    """Adds a token a turn until there are three; every fifth call finds the worker dead."""
+    """Adds a token a segment until there are three; every fifth call finds the worker dead."""
 
     def __init__(self):
         self.calls = 0

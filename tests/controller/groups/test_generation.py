@@ -103,7 +103,7 @@ def test_a_turn_is_asked_for_with_what_there_is_and_its_own_budget():
 
 
 def test_sampling_to_the_end_asks_until_every_sample_is_finished():
-    turns = iter(
+    answers = iter(
         [
             (tokens_of(2, reason="abort"), tokens_of(2, reason="stop")),
             (tokens_of(4, reason="segment"), tokens_of(2, reason="stop")),
@@ -112,18 +112,18 @@ def test_sampling_to_the_end_asks_until_every_sample_is_finished():
     )
     asked = []
 
-    async def sample(turn):
-        asked.append(turn)
-        return next(turns)
+    async def sample(segment):
+        asked.append(segment)
+        return next(answers)
 
     completions = asyncio.run(sample_to_end(sample, request("a", 2)))
     assert [len(each.token_ids) for each in completions] == [5, 2]
-    assert [[len(each.token_ids) for each in turn.partial] for turn in asked] == [
+    assert [[len(each.token_ids) for each in segment.partial] for segment in asked] == [
         [],
         [2, 2],
         [4, 2],
     ]
-    assert len({turn.request_id for turn in asked}) == 3
+    assert len({segment.request_id for segment in asked}) == 3
 
 
 def test_a_grader_error_ends_the_run():

@@ -100,7 +100,7 @@ class Interleavings(RuleBasedStateMachine):
     @precondition(lambda self: self.claimed)
     @rule(data=st.data(), partial=st.booleans())
     def give_back(self, data, partial):
-        """A worker dies, or a turn ends with part of the group sampled."""
+        """A worker dies, or a segment ends with part of the group sampled."""
         work, version = self.claimed.pop(data.draw(st.integers(0, len(self.claimed) - 1)))
         oldest = min([version, *(c.versions[0].version for c in work.partial)])
         self.buffer.give_back(work, (make_completion(oldest),) if partial else None)

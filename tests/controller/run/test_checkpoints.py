@@ -43,9 +43,9 @@ def names(root):
 
 
 def test_what_was_saved_is_what_is_resumed_from(tmp_path):
-    found, folder = save(tmp_path / "checkpoints", 3, traces=write_shards).latest()
+    found, folder = save(tmp_path / "checkpoints", 3, draft_corpus=write_shards).latest()
     assert found == STATE
-    for part in ("learner", "traces"):
+    for part in ("learner", "draft_corpus"):
         assert (folder / part / "shard-0").read_text() == "weights"
 
 

@@ -15,11 +15,11 @@ from paceline.controller.ledger.memory import MemoryStore
 from paceline.controller.run.progress import RunProgress
 from paceline.controller.run.recovery import Recovered
 from paceline.controller.run.session import Session
-from paceline.controller.wiring.drafting import trace_exchange
+from paceline.controller.wiring.drafting import draft_publisher
 from paceline.controller.wiring.preparation import prompt_set
 from paceline.controller.wiring.services import Services
-from paceline.spec.trace_file import load_traces, save_traces
-from paceline.spec.traces import traces_of
+from paceline.spec.draft_file import load_draft_texts, save_draft_texts
+from paceline.spec.draft_text import external_text, sampled_texts
 from tests.controller.builders import make_completion, make_group
 
 
@@ -32,7 +32,7 @@ def session(tmp_path):
     )
     unused = SimpleNamespace(generate=None)
     session = Session(
-        Services(config, inputs, unused, unused, unused, exchange=trace_exchange(config, ())),
+        Services(config, inputs, unused, unused, unused, None, draft_publisher(config, ())),
         SimpleNamespace(checkpoints=tmp_path),
         SimpleNamespace(message=(messages := []).append),
         RunProgress(),
@@ -44,14 +44,14 @@ def session(tmp_path):
 
 
 def versions(session):
-    return [trace.version for trace in session._services.exchange.sampled()]
+    return [text.version for text in session._services.draft_publisher.sampled_texts()]
 
 
 def test_engines_know_what_the_checkpoint_and_the_ledger_have(session, tmp_path):
-    save_traces(traces_of((1, 2), make_completion(3)), tmp_path / "traces")
+    save_draft_texts(sampled_texts((1, 2), make_completion(3)), tmp_path / "draft_corpus")
     group = make_group(0, version=4)
     recovered = Recovered(works=(Work(0, group.prompt, State.FINISHED, group),))
-    asyncio.run(session._restore_drafting(tmp_path / "traces", recovered.groups))
+    asyncio.run(session._restore_drafting(tmp_path / "draft_corpus", recovered.groups))
     assert versions(session) == [3, 4, 4]
     assert session.messages == []
 
@@ -61,16 +61,17 @@ def test_without_what_the_checkpoint_had_drafting_starts_cold_and_says_so(
     session, tmp_path, content
 ):
     if content is not None:
-        (tmp_path / "traces").write_bytes(content)
-    asyncio.run(session._restore_drafting(tmp_path / "traces", ()))
+        (tmp_path / "draft_corpus").write_bytes(content)
+    asyncio.run(session._restore_drafting(tmp_path / "draft_corpus", ()))
     assert versions(session) == []
     (message,) = session.messages
     assert message.startswith("drafting starts cold: ") and "\n" not in message
 
 
-def test_what_was_given_is_not_saved_with_what_was_sampled(session, tmp_path):
-    """It is given anew, by the files that the configuration then names."""
-    sampled, given = (list(traces_of((1, 2), make_completion(version))) for version in (3, -1))
-    session._services.exchange.give([*sampled, *given])
-    asyncio.run(session._services.save_traces(str(tmp_path / "traces")))
-    assert [trace.version for trace in load_traces(tmp_path / "traces")] == [3]
+def test_texts_of_files_are_not_saved_with_what_was_sampled(session, tmp_path):
+    """They are read anew, from the files that the configuration then names."""
+    sampled = list(sampled_texts((1, 2), make_completion(3)))
+    external = [external_text((1, 2), make_completion(3).token_ids)]
+    session._services.draft_publisher.preload([*sampled, *external])
+    asyncio.run(session._services.save_draft_corpus(str(tmp_path / "draft_corpus")))
+    assert [text.version for text in load_draft_texts(tmp_path / "draft_corpus")] == [3]

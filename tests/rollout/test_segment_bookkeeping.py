@@ -1,4 +1,4 @@
-"""Turns without an engine: whatever happens between them, a sample is whole and its spans tile."""
+"""Segments without an engine: whatever comes between them, a sample is whole, its spans tile."""
 
 import itertools
 from dataclasses import replace
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.configs.vocabulary import Completion, VersionSpan, WeightVersion
-from paceline.rollout.turns import Turn, continuation_seed
+from paceline.rollout.segments import SegmentRequest, continuation_seed
 from tests.rollout.conftest import assert_spans_tile, make_request
 
 
@@ -16,12 +16,12 @@ class FakeEngine:
     """Samples, as token and as log-probability, the version that samples: truth is in the token."""
 
     def __init__(self, request, version):
-        self.turn, self.version = Turn(request), version
-        self.tokens = {index: [] for index in self.turn.open_samples}
-        self.limits = {index: self.turn.task(index).max_tokens for index in self.tokens}
+        self.active, self.version = SegmentRequest(request), version
+        self.tokens = {index: [] for index in self.active.open_samples}
+        self.limits = {index: self.active.task(index).max_tokens for index in self.tokens}
 
     def step(self, stops):
-        for index in self.turn.open_samples:
+        for index in self.active.open_samples:
             tokens = self.tokens[index]
             tokens.append(self.version)
             if index in stops:
@@ -30,9 +30,9 @@ class FakeEngine:
                 self.close(index, "length")
 
     def abort(self):
-        for index in self.turn.open_samples:
+        for index in self.active.open_samples:
             self.close(index, "abort")
-        return self.turn.result().completions
+        return self.active.result().completions
 
     def close(self, index, reason):
         tokens = np.array(self.tokens[index], dtype=np.int32)
@@ -43,16 +43,16 @@ class FakeEngine:
             if end > start
         )
         new = Completion(tokens, -tokens.astype(np.float32), spans, reason)
-        self.turn.close_sample(index, new)
+        self.active.close_sample(index, new)
 
 
-turn_events = st.lists(
+engine_events = st.lists(
     st.one_of(st.just("swap"), st.just("abort"), st.sets(st.integers(0, 2), max_size=1)),
     max_size=25,
 )
 
 
-@given(turn_events, st.integers(1, 12), st.integers(0, 4))
+@given(engine_events, st.integers(1, 12), st.integers(0, 4))
 def test_spans_tile_and_name_who_sampled_each_token_whatever_happens(events, max_tokens, segment):
     request = make_request("r", num_samples=3, max_tokens=max_tokens, segment_tokens=segment)
     engine = FakeEngine(request, version=0)
@@ -62,7 +62,7 @@ def test_spans_tile_and_name_who_sampled_each_token_whatever_happens(events, max
             engine.version += 1
         elif event != "abort":
             engine.step(stops=event)
-        if event == "abort" or engine.turn.is_over:
+        if event == "abort" or engine.active.is_finished:
             before, completions = completions, engine.abort()
             for earlier, whole in zip(before, completions, strict=bool(before)):
                 grown = len(whole.token_ids) - len(earlier.token_ids)
@@ -88,12 +88,12 @@ def test_a_sample_without_budget_left_is_finished_however_it_ended():
     engine = FakeEngine(make_request("r", num_samples=3, max_tokens=8), version=0)
     for _ in range(5):
         engine.step(stops=())
-    turn = Turn(make_request("r", num_samples=3, max_tokens=4, partial=engine.abort()))
-    assert turn.is_over
-    assert {c.finish_reason for c in turn.result().completions} == {"length"}
+    active = SegmentRequest(make_request("r", num_samples=3, max_tokens=4, partial=engine.abort()))
+    assert active.is_finished
+    assert {c.finish_reason for c in active.result().completions} == {"length"}
 
 
-def test_no_turn_of_a_sample_draws_from_a_stream_that_another_drew_from():
+def test_no_segment_of_a_sample_draws_from_a_stream_that_another_drew_from():
     seeds = {
         continuation_seed(1000 + sample, tokens) for sample in range(16) for tokens in range(64)
     }

@@ -1,4 +1,4 @@
-"""Traces come back as they were packed; a damaged file is refused in one line."""
+"""Draft texts come back as they were packed; a damaged file is refused in one line."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paceline.configs.errors import CheckpointError
-from paceline.configs.vocabulary import Trace
-from paceline.spec.trace_file import load_traces, pack, save_traces, unpack
+from paceline.configs.vocabulary import DraftText
+from paceline.spec.draft_file import load_draft_texts, pack, save_draft_texts, unpack
 
 Known = tuple[tuple[int, ...], int, list[int]]
 SOME: list[Known] = [
@@ -25,20 +25,21 @@ SOME: list[Known] = [
 tokens = st.integers(-(2**31), 2**31 - 1)
 
 
-def traces(known: list[Known]) -> list[Trace]:
+def texts(known: list[Known]) -> list[DraftText]:
     return [
-        Trace(prompt, version, np.array(text, dtype=np.int32)) for prompt, version, text in known
+        DraftText(prompt, version, np.array(tokens, dtype=np.int32))
+        for prompt, version, tokens in known
     ]
 
 
-def contents(found: list[Trace]) -> list[Known]:
-    return [(trace.prompt_token_ids, trace.version, trace.token_ids.tolist()) for trace in found]
+def contents(found: list[DraftText]) -> list[Known]:
+    return [(text.prompt_token_ids, text.version, text.token_ids.tolist()) for text in found]
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    save_traces(traces(SOME), tmp_path / "traces")
-    return tmp_path / "traces"
+    save_draft_texts(texts(SOME), tmp_path / "draft_texts")
+    return tmp_path / "draft_texts"
 
 
 @given(
@@ -52,29 +53,29 @@ def saved(tmp_path: Path) -> Path:
     )
 )
 def test_what_was_packed_is_unpacked(known: list[Known]) -> None:
-    assert contents(unpack(pack(traces(known)), "a test")) == known
+    assert contents(unpack(pack(texts(known)), "a test")) == known
 
 
 @given(st.lists(st.sampled_from(SOME), max_size=4))
 def test_what_was_saved_is_loaded(
     tmp_path_factory: pytest.TempPathFactory, known: list[Known]
 ) -> None:
-    path = tmp_path_factory.mktemp("saved") / "traces"
-    save_traces(traces(known), path)
-    found = load_traces(path)
+    path = tmp_path_factory.mktemp("saved") / "draft_texts"
+    save_draft_texts(texts(known), path)
+    found = load_draft_texts(path)
     assert contents(found) == known
-    assert all(trace.token_ids.dtype == np.int32 for trace in found)
-    assert [file.name for file in path.parent.iterdir()] == ["traces"]
+    assert all(text.token_ids.dtype == np.int32 for text in found)
+    assert [file.name for file in path.parent.iterdir()] == ["draft_texts"]
 
 
 def test_a_token_costs_four_bytes_and_a_prompt_is_written_once() -> None:
     prompt = tuple(range(1000))
-    size = len(pack(traces([(prompt, 0, [1] * 500)] * 100)))
+    size = len(pack(texts([(prompt, 0, [1] * 500)] * 100)))
     assert size < 4 * (1000 + 100 * 500) + 100 * 16 + 300
 
 
 def test_any_changed_byte_is_noticed() -> None:
-    whole = pack(traces(SOME))
+    whole = pack(texts(SOME))
     for at in range(len(whole)):
         with pytest.raises(CheckpointError) as refused:
             unpack(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :], "there")
@@ -83,23 +84,23 @@ def test_any_changed_byte_is_noticed() -> None:
 
 
 def test_any_cut_and_anything_appended_is_noticed() -> None:
-    whole = pack(traces(SOME))
+    whole = pack(texts(SOME))
     for damaged in [whole[:size] for size in range(len(whole))] + [whole + b"\0"]:
-        with pytest.raises(CheckpointError, match="no whole saved traces"):
+        with pytest.raises(CheckpointError, match="no whole saved draft texts"):
             unpack(damaged, "there")
 
 
 def test_a_missing_file_and_another_format_say_what_to_do(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot be read \(No such file.*starts cold"):
-        load_traces(tmp_path / "nowhere")
-    saved.write_bytes(saved.read_bytes().replace(b"traces 1", b"traces 2"))
-    with pytest.raises(CheckpointError, match="format 'paceline traces 2', expected"):
-        load_traces(saved)
+        load_draft_texts(tmp_path / "nowhere")
+    saved.write_bytes(saved.read_bytes().replace(b"texts 1", b"texts 2"))
+    with pytest.raises(CheckpointError, match="format 'paceline draft texts 2', expected"):
+        load_draft_texts(saved)
 
 
 def test_a_save_that_fails_leaves_the_last_one(saved: Path) -> None:
     before = saved.read_bytes()
-    (saved.parent / "traces.tmp").mkdir()
+    (saved.parent / "draft_texts.tmp").mkdir()
     with pytest.raises(OSError, match="directory"):
-        save_traces([], saved)
+        save_draft_texts([], saved)
     assert saved.read_bytes() == before

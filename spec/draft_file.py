@@ -1,10 +1,10 @@
-"""Traces in one piece: on their way to engines, and on disk, so that a resumed run is warm.
+"""Draft texts as bytes: on their way to engines, and on disk, so that a resumed run is warm.
 
-Kept are the tokens, not automata: four bytes each, and a file cannot bring a structure that does
-not hold together. The piece is a line of JSON (format, how much follows, checksum of these numbers
-and of the rest), then the length of each prompt (int32), then of each trace its version (int64),
-prompt (int32, counted from 0) and length (int32), then the tokens of all prompts and of all traces
-(int32); little-endian.
+Tokens are kept, not automata: four bytes each, and a file cannot hold an inconsistent structure.
+The bytes are a line of JSON (format, how much follows, checksum of these numbers and of the rest),
+then the length of each prompt (int32), then of each text its version (int64), prompt (int32,
+counted from 0) and length (int32), then the tokens of all prompts and of all texts (int32);
+little-endian.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import xxhash
 from numpy.typing import NDArray
 
 from paceline.configs.errors import CheckpointError
-from paceline.configs.vocabulary import Trace
+from paceline.configs.vocabulary import DraftText
 
-FORMAT = "paceline traces 1"
+FORMAT = "paceline draft texts 1"
 MAX_HEADER_BYTES = 4096
-TRACE = np.dtype([("version", "<i8"), ("prompt", "<i4"), ("num_tokens", "<i4")])
+ROW = np.dtype([("version", "<i8"), ("prompt", "<i4"), ("num_tokens", "<i4")])
 TOKEN = np.dtype("<i4")
 
 
 class _Header(NamedTuple):
     num_prompts: int
-    num_traces: int
+    num_texts: int
     num_prompt_tokens: int
     num_tokens: int
     checksum: str
@@ -40,23 +40,23 @@ class _Header(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """How much follows it."""
+        """Size of what follows the header."""
         num_ids = self.num_prompts + self.num_prompt_tokens + self.num_tokens
-        return self.num_traces * TRACE.itemsize + num_ids * TOKEN.itemsize
+        return self.num_texts * ROW.itemsize + num_ids * TOKEN.itemsize
 
 
-def pack(traces: Iterable[Trace]) -> bytes:
-    """All traces in one piece, in order; a prompt that several have is in it once."""
+def pack(texts: Iterable[DraftText]) -> bytes:
+    """Return all texts as bytes, in order; a prompt that several have is written once."""
     places: dict[tuple[int, ...], int] = {}
     rows: list[tuple[int, int, int]] = []
-    texts: list[bytes] = []
-    for trace in traces:
-        place = places.setdefault(trace.prompt_token_ids, len(places))
-        rows.append((trace.version, place, len(trace.token_ids)))
-        texts.append(trace.token_ids.astype(TOKEN, copy=False).tobytes())
+    contents: list[bytes] = []
+    for text in texts:
+        place = places.setdefault(text.prompt_token_ids, len(places))
+        rows.append((text.version, place, len(text.token_ids)))
+        contents.append(text.token_ids.astype(TOKEN, copy=False).tobytes())
     lengths = np.array([len(prompt) for prompt in places], TOKEN)
     prompts = [np.array(prompt, TOKEN).tobytes() for prompt in places]
-    parts = [lengths.tobytes(), np.array(rows, TRACE).tobytes(), *prompts, *texts]
+    parts = [lengths.tobytes(), np.array(rows, ROW).tobytes(), *prompts, *contents]
     num_tokens = sum(length for _, _, length in rows)
     header = _Header(len(places), len(rows), int(lengths.sum()), num_tokens, "")
     header = header._replace(checksum=_checksum(header, parts))
@@ -64,8 +64,8 @@ def pack(traces: Iterable[Trace]) -> bytes:
     return b"".join((line, *parts))
 
 
-def unpack(content: bytes, where: str) -> list[Trace]:
-    """What was packed; ``where`` it comes from is for the error.
+def unpack(content: bytes, where: str) -> list[DraftText]:
+    """Return what was packed; ``where`` names its place in errors.
 
     Raises:
         CheckpointError: it is damaged or of another format.
@@ -77,29 +77,29 @@ def unpack(content: bytes, where: str) -> list[Trace]:
     if _checksum(header, [body]) != header.checksum:
         raise _damaged(where, "its checksum does not match")
     lengths = np.frombuffer(body, TOKEN, header.num_prompts)
-    rows = np.frombuffer(body, TRACE, header.num_traces, lengths.nbytes)
+    rows = np.frombuffer(body, ROW, header.num_texts, lengths.nbytes)
     tokens = np.frombuffer(body, TOKEN, offset=lengths.nbytes + rows.nbytes)
     tokens = tokens.astype(np.int32, copy=False)
     prompts = [tuple(prompt.tolist()) for prompt in _split(tokens, lengths)]
     texts = _split(tokens[header.num_prompt_tokens :], rows["num_tokens"])
     return [
-        Trace(prompts[prompt], version, text)
+        DraftText(prompts[prompt], version, text)
         for (version, prompt, _), text in zip(rows.tolist(), texts, strict=True)
     ]
 
 
-def save_traces(traces: Iterable[Trace], path: Path) -> None:
-    """Write them to ``path``, whole or not at all."""
+def save_draft_texts(texts: Iterable[DraftText], path: Path) -> None:
+    """Write texts to ``path``, whole or not at all."""
     unfinished = path.with_name(path.name + ".tmp")
     with unfinished.open("wb") as file:
-        file.write(pack(traces))
+        file.write(pack(texts))
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
 
 
-def load_traces(path: Path) -> list[Trace]:
-    """What was saved.
+def load_draft_texts(path: Path) -> list[DraftText]:
+    """Return what was saved.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another format.
@@ -108,7 +108,7 @@ def load_traces(path: Path) -> list[Trace]:
         content = path.read_bytes()
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read ({error.strerror}): expected saved traces; without them "
+            f"{path} cannot be read ({error.strerror}): expected saved draft texts; without them "
             "drafting starts cold"
         ) from error
     return unpack(content, str(path))
@@ -123,7 +123,7 @@ def _header(line: bytes, where: str) -> _Header:
         raise _damaged(where, "they do not begin with the header of such") from error
     if found != FORMAT:
         raise CheckpointError(
-            f"{where}: traces of format {found!r}, expected {FORMAT!r}: use the Paceline that "
+            f"{where}: draft texts of format {found!r}, expected {FORMAT!r}: use the Paceline that "
             "wrote them, or remove them to start cold"
         )
     numbers = header.numbers()
@@ -133,7 +133,7 @@ def _header(line: bytes, where: str) -> _Header:
 
 
 def _split(tokens: NDArray[np.int32], lengths: NDArray[np.int32]) -> list[NDArray[np.int32]]:
-    """The first tokens of ``tokens`` in pieces of these lengths."""
+    """Return the first tokens of ``tokens`` in pieces of these lengths."""
     ends = np.cumsum(lengths, dtype=np.int64).tolist()
     return [tokens[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True)]
 
@@ -147,6 +147,6 @@ def _checksum(header: _Header, parts: Iterable[bytes]) -> str:
 
 def _damaged(where: str, why: str) -> CheckpointError:
     return CheckpointError(
-        f"{where}: no whole saved traces, {why}; restore them from a copy, or remove them to "
+        f"{where}: no whole saved draft texts, {why}; restore them from a copy, or remove them to "
         "start cold"
     )
