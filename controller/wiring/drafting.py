@@ -26,7 +26,7 @@ DRAFTER_BYTES_PER_TOKEN = 60
 
 
 def given_traces(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Trace, ...]:
-    """What engines are to draft from at the start.
+    """Return what engines are to draft from at the start.
 
     Raises:
         DataError: a file is missing, or a line of it holds no trace.
@@ -46,7 +46,7 @@ def given_traces(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def trace_exchange(config: RunConfig, given: Sequence[Trace]) -> TraceExchange | None:
-    """What tells engines of each other's samples, where they draft; it knows what was given."""
+    """Build what tells drafting engines of each other's samples; it knows what was given."""
     drafting = config.rollout.drafting
     if drafting is None:
         return None
@@ -62,7 +62,7 @@ def trace_exchange(config: RunConfig, given: Sequence[Trace]) -> TraceExchange |
 
 
 def with_draft_budget(config: RunConfig) -> RolloutConfig:
-    """The engines' settings; what drafts are to shorten is a matter of how the run is paced.
+    """Return the engines' settings; what drafts are to shorten follows from how the run is paced.
 
     Where training waits for its batch, that is the batch's makespan. Where it runs behind, what
     ends is followed by other prompts, and every token that comes sooner is trained sooner.
