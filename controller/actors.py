@@ -67,7 +67,7 @@ async def result_of(reference: Awaitable[T], died: type[Exception], who: str) ->
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: Python's and numpy's error, torch's on GPU, torch's on CPU."""
+    """Return whether an allocation failed, by an error of Python, numpy, or torch on GPU or CPU."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -76,7 +76,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The beginning of what an error says."""
+    """Return the first line of what an error says."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 

@@ -113,7 +113,7 @@ class Loop:
             await self._batches.put(None)
 
     async def _train(self) -> None:
-        """The one finite task: step v trains version v and makes version v + 1.
+        """Train: the one finite task. Step v trains version v and makes version v + 1.
 
         Waits for a batch; then, gradients in hand, until version v has left the learner.
         """

@@ -11,7 +11,7 @@ from paceline.weights_sync.layout import Layout
 
 @dataclass(frozen=True)
 class WeightHandle:
-    """Where version ``version`` can be read, and the checksum its bytes must have (xxh3-64)."""
+    """The place where a version can be read, and the checksum its bytes must have (xxh3-64)."""
 
     version: WeightVersion
     path: str

@@ -18,7 +18,7 @@ SETTLING_SECONDS = 60.0
 
 @contextmanager
 def shared_folder(root: Path | None = None) -> Iterator[str]:
-    """A new folder for one run, removed when the block ends.
+    """Make a new folder for one run, removed when the block ends.
 
     A killed run cannot remove its own, and weights are large: the next run on the machine removes
     what it left. A folder is locked for as long as its run lives; unlike a process id, a lock means
@@ -39,7 +39,7 @@ def shared_folder(root: Path | None = None) -> Iterator[str]:
 def remove_abandoned(root: Path) -> None:
     """Remove the folders of runs that were killed; other users' and living runs' stay."""
     for folder in root.glob(f"{PREFIX}*"):
-        with suppress(OSError):  # somebody else's, or just removed by another run
+        with suppress(OSError):  # another user's, or just removed by another run
             if time.time() - folder.stat().st_mtime < SETTLING_SECONDS:
                 continue
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -51,6 +51,6 @@ def remove_abandoned(root: Path) -> None:
 
 
 def memory_root() -> Path:
-    """Where files live in memory, if the system has such a place."""
+    """Return where files live in memory, if the system has such a place."""
     shared = Path("/dev/shm")
     return shared if shared.is_dir() else Path(tempfile.gettempdir())

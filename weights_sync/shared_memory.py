@@ -119,7 +119,7 @@ def map_file(path: Path, num_bytes: int, *, create: bool) -> torch.Tensor:
 
 
 def tensor_views(buffer: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor]:
-    """Views of a flat uint8 buffer as the layout's tensors."""
+    """Return views of a flat uint8 buffer as the layout's tensors."""
     views = {}
     for spec in layout.tensors:
         start = layout.offsets[spec.name]
@@ -129,5 +129,5 @@ def tensor_views(buffer: torch.Tensor, layout: Layout) -> dict[str, torch.Tensor
 
 
 def buffer_checksum(buffer: torch.Tensor) -> int:
-    """xxh3-64 of a flat uint8 tensor."""
+    """Return the xxh3-64 of a flat uint8 tensor."""
     return xxhash.xxh3_64_intdigest(buffer.numpy().data)

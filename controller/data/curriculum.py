@@ -19,7 +19,7 @@ from paceline.configs.vocabulary import Prompt
 
 
 class GroupOutcome(NamedTuple):
-    """How a group went: its prompt and the mean of its samples' rewards."""
+    """The outcome of a group: its prompt and the mean of its samples' rewards."""
 
     prompt: Prompt
     reward: float
@@ -53,7 +53,7 @@ class Curriculum:
         self._reset()
 
     def admits(self, position: int, prompt: Prompt, num_passed: int) -> bool:
-        """Whether to sample the prompt here, ``num_passed`` having been passed over before it."""
+        """Return whether to sample the prompt here, after ``num_passed`` that were passed over."""
         admitted = (
             num_passed >= self._config.max_passed
             or self._is_wanted(self._estimates.get(difficulty(self._config, prompt)))
@@ -76,7 +76,7 @@ class Curriculum:
                 self._estimates.popitem(last=False)
 
     def read_and_reset(self) -> dict[str, float]:
-        """As metrics, since the last call: positions passed over, groups that were on target.
+        """Return metrics since the last call: positions passed over, groups that were on target.
 
         Both as shares; and how many difficulties are known.
         """
@@ -89,7 +89,7 @@ class Curriculum:
         return metrics
 
     def state(self) -> list[list[Any]]:
-        """The estimates as plain values for JSON, the one observed last at the end."""
+        """Return the estimates as plain values for JSON, the one observed last at the end."""
         return [[key, found.mean, found.count] for key, found in self._estimates.items()]
 
     def restore(self, state: Iterable[Sequence[Any]]) -> None:
@@ -112,7 +112,7 @@ class Curriculum:
 
 
 def difficulty(config: CurriculumConfig, prompt: Prompt) -> str:
-    """The key under which prompts of one difficulty are counted together.
+    """Return the key under which prompts of one difficulty are counted together.
 
     Records that lack the field named by ``key`` are one difficulty of their own.
     """
@@ -144,5 +144,5 @@ def require_fitting(
 
 
 def _coin(seed: int, position: int) -> float:
-    """A number in [0, 1) that belongs to the position: thrown again, it falls the same way."""
+    """Return a number in [0, 1) that belongs to the position: thrown again, it is the same."""
     return (xxhash.xxh3_64_intdigest(f"{seed}/{position}".encode()) >> 11) / 2**53

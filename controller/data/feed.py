@@ -62,7 +62,7 @@ class PromptSet:
             require_fitting(curriculum, source.num_records, fields)
 
     def feed(self) -> PromptFeed:
-        """A new feed of training prompts, at their beginning; no outcome is known to it."""
+        """Return a new feed of training prompts, at their beginning; no outcome is known to it."""
         chosen = self._curriculum
         return PromptFeed(
             self._source,
@@ -73,11 +73,11 @@ class PromptSet:
         )
 
     def demonstration(self, prompt: Prompt) -> tuple[Demonstration]:
-        """The prompt's gold completion; see `PromptRenderer`."""
+        """Return the prompt's gold completion; see `PromptRenderer`."""
         return (self._renderer.demonstration(prompt),)
 
     def preference(self, prompt: Prompt) -> tuple[Demonstration, Demonstration]:
-        """Its better and its worse completion; see `PromptRenderer`."""
+        """Return its better and its worse completion; see `PromptRenderer`."""
         return self._renderer.preference(prompt)
 
 
@@ -105,7 +105,7 @@ class PromptFeed(Iterator[tuple[int, Prompt]]):
         self.position = position
 
     def __next__(self) -> tuple[int, Prompt]:
-        """The next training prompt and its position.
+        """Return the next training prompt and its position.
 
         Raises:
             DataError: no prompt is left besides those kept apart, or one cannot be rendered.
@@ -135,7 +135,7 @@ class PromptFeed(Iterator[tuple[int, Prompt]]):
         )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, in plain values."""
+        """Return what a checkpoint keeps, in plain values."""
         state: dict[str, Any] = {"position": self.position, "kept_apart": self._fingerprint}
         if self._curriculum is not None:
             state["curriculum"] = self._curriculum.state()
@@ -161,7 +161,7 @@ class PromptFeed(Iterator[tuple[int, Prompt]]):
         self.position = position
 
     def at(self, position: int) -> Prompt:
-        """The prompt at a position, drawn before or not."""
+        """Return the prompt at a position, drawn before or not."""
         return self._renderer.prompt(self._source.record(position))
 
 
@@ -199,7 +199,7 @@ def _draw(
 
 
 def _patience(source: PromptSource) -> int:
-    """Indices without anything new after which there is nothing: a whole epoch lies in any two."""
+    """Return how many indices may hold nothing new: a whole epoch lies in any two."""
     return _PATIENCE if source.num_records is None else 2 * source.num_records
 
 

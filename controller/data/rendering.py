@@ -66,7 +66,7 @@ class PromptRenderer:
         return Prompt(record.id, text, token_ids, record.reference, record.fields)
 
     def demonstration(self, prompt: Prompt) -> Demonstration:
-        """The gold completion.
+        """Return the gold completion.
 
         Raises:
             ConfigError: `answer_template` names a field that the record lacks.
@@ -75,7 +75,7 @@ class PromptRenderer:
         return self._completion(prompt, "answer_template")
 
     def preference(self, prompt: Prompt) -> tuple[Demonstration, Demonstration]:
-        """The better and the worse completion.
+        """Return the better and the worse completion.
 
         Raises:
             ConfigError: a template names a field that the record lacks.

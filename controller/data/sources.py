@@ -32,7 +32,7 @@ class PromptSource(Protocol):
     num_records: int | None
 
     def record(self, index: int) -> Record:
-        """The record with this index, from 0."""
+        """Return the record with this index, from 0."""
         ...
 
 
@@ -59,7 +59,7 @@ class DatasetPromptSource:
         self._require_columns()
 
     def record(self, index: int) -> Record:
-        """The row at this place of the endless sequence of shuffled epochs.
+        """Return the row at this place of the endless sequence of shuffled epochs.
 
         Raises:
             DataError: the row has no question, or `answer_pattern` finds nothing in its answer.

@@ -23,7 +23,7 @@ _PAD, _EOS = "<pad>", "<eos>"
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer that ``model`` names: `characters`, or one of a local folder or the hub.
+    """Return the tokenizer that ``model`` names: `characters`, or one of a local folder or the hub.
 
     Raises:
         ModelError: it is missing or unreadable, or has no end-of-sequence token.
@@ -42,7 +42,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def characters_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each printable ASCII character, tab and newline; 128 ids in all.
+    """Return one token for each printable ASCII character, tab and newline; 128 ids in all.
 
     The id of a character is its ASCII code. Id 0 is ``<pad>`` and id 1 ``<eos>``; the other control
     codes are reserved: no text encodes to them, and they decode to visible names, so that a
@@ -64,7 +64,7 @@ def characters_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool) -> tuple[int, ...]:
-    """Token ids of ``text``; with ``special_tokens`` the tokenizer adds those it begins texts with.
+    """Return token ids of ``text``, with ``special_tokens`` those the tokenizer begins texts with.
 
     Raises:
         DataError: the text holds characters that the tokenizer has no token for.
@@ -81,8 +81,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool) 
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model_folder: str) -> tuple[int, ...]:
-    """Ids that end a completion: the tokenizer's end of sequence and those of the model's own
-    ``generation_config.json``, where it has one (chat models end a turn and a text differently)."""
+    """Return the ids that end a completion: the tokenizer's end of sequence and the model's own.
+
+    The model has some in ``generation_config.json``: chat models end a turn and a text differently.
+    """
     from transformers import GenerationConfig
 
     try:
@@ -98,7 +100,7 @@ def decode_completion(
     stop_ids: Collection[int],
     token_ids: Sequence[int] | NDArray[np.int32],
 ) -> str:
-    """The text of a completion without the stop token that ends it.
+    """Return the text of a completion without the stop token that ends it.
 
     Special tokens before the end stay visible: a grader must not see a right answer where the model
     wrote one with padding inside.

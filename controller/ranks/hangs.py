@@ -1,9 +1,9 @@
 """Who holds up whom: from what every learner rank says of itself to the one to name (pure).
 
 A collective ends on all its ranks or on none. So where one rank stands still, the others soon wait
-for it, or for one that waits for it; whoever has begun fewer collectives than its neighbours, and
-has no neighbour that began fewer still, is where the chain ends. A rank that nobody waits for may
-work as long as it likes; one that stands still in Python then neither computes nor reads or writes.
+for it, or for one that waits for it. The chain ends at a rank that began fewer collectives than its
+neighbours, and has no neighbour that began fewer still. A rank that no other waits for may work as
+long as it likes; one that stands still in Python then neither computes nor reads or writes.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class RankStatus:
 
     @property
     def mark(self) -> tuple[object, ...]:
-        """What changes as long as the rank gets on."""
+        """The mark that changes as long as the rank gets on."""
         return (self.number, self.progress.doing, tuple(sorted(self.progress.collectives.items())))
 
     def works_since(self, before: RankStatus, seconds: float) -> bool:
-        """Whether it computed or used the disk in the ``seconds`` since ``before``."""
+        """Return whether it computed or used the disk in the ``seconds`` since ``before``."""
         busy = self.busy_seconds - before.busy_seconds
         return busy >= BUSY_SHARE * seconds or self.disk_blocks != before.disk_blocks
 
@@ -59,7 +59,7 @@ class Hang:
     statuses: Mapping[int, RankStatus | None]
 
     def message(self) -> str:
-        """One line: who, where, since when, and who waits for it."""
+        """Return one line: who, where, since when, and who waits for it."""
         said = [self._describe(rank) for rank in self.ranks]
         waiting = [
             f"rank {rank} in {status.waits_in} {_where(status)}"
@@ -87,7 +87,7 @@ class Hang:
         )
 
     def report(self) -> str:
-        """What every rank said last, with the stacks of its threads."""
+        """Return what every rank said last, with the stacks of its threads."""
         parts = [self.message()]
         for rank, status in sorted(self.statuses.items()):
             if status is None:
@@ -121,9 +121,9 @@ class HangWatch:
         self._answered: dict[int, float] = {}
 
     def observe(self, now: float, look: Mapping[int, RankStatus | None]) -> Hang | None:
-        """What a look at ``now`` shows; None is a rank that did not answer.
+        """Return the hang that a look at ``now`` shows; None is a rank that did not answer.
 
-        Ranks that work long are no hang as long as nobody waits for them in a collective; those
+        Ranks that work long are no hang as long as no other waits for them in a collective; those
         that do nothing are.
         """
         for rank, status in look.items():
@@ -159,9 +159,9 @@ class HangWatch:
 
 
 def held_up_by(statuses: Mapping[int, RankStatus]) -> list[int]:
-    """Ranks for whom the others wait, when nothing moves any more; none where nobody is behind.
+    """Return the ranks that the others wait for when nothing moves; none where none is behind.
 
-    One that is in a call and in no collective, while another is, is held up by nobody.
+    One that is in a call and in no collective, while another is, is held up by none.
     """
     active = [rank for rank, status in statuses.items() if status.call is not None]
     free = [rank for rank in active if not statuses[rank].waits_in]
@@ -180,5 +180,5 @@ def held_up_by(statuses: Mapping[int, RankStatus]) -> list[int]:
 
 
 def _is_behind(mine: Mapping[str, int], theirs: Mapping[str, int]) -> bool:
-    """Whether they began a collective that I did not come to."""
+    """Return whether they began a collective that I did not come to."""
     return any(mine[group] < theirs[group] for group in mine.keys() & theirs.keys())

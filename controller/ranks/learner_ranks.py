@@ -227,7 +227,7 @@ class LearnerRanks:
                 return self._lost
 
     async def _look(self, seconds: float) -> dict[int, RankStatus | BaseException | None]:
-        """What every rank says of itself within ``seconds``, its death, or None."""
+        """Ask what every rank says of itself within ``seconds``, its death, or None."""
         asked = [
             asyncio.ensure_future(result_of(actor.status.remote(), ClusterError, named(rank)))
             for rank, actor in enumerate(self._actors)
@@ -242,7 +242,7 @@ class LearnerRanks:
         }
 
     async def _blame_the_dead(self, error: Exception) -> None:
-        """A dead rank fails its neighbours' collectives before Ray tells of the death.
+        """Raise the death of a rank: it fails its neighbours' collectives before Ray tells of it.
 
         Raises:
             ClusterError: a rank is dead.
@@ -310,5 +310,5 @@ class RanksUpdate:
 
 
 def named(rank: int) -> str:
-    """What a rank is called in messages."""
+    """Name a rank in messages."""
     return f"learner rank {rank}"

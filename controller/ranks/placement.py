@@ -19,7 +19,7 @@ PLACEMENT_SECONDS = 120.0
 async def reserve(
     num_ranks: int, cpus: float, gpus: float, placement: Placement
 ) -> PlacementGroup | None:
-    """Room for all ranks at once, a bundle each; None for ranks that reserve nothing.
+    """Reserve room for all ranks at once, a bundle each; None for ranks that reserve nothing.
 
     Raises:
         ClusterError: no nodes have it.
@@ -43,7 +43,7 @@ async def reserve(
 
 
 def in_bundle(room: PlacementGroup | None, rank: int) -> dict[str, Any]:
-    """A rank's place in what was reserved, as options of its actor."""
+    """Return a rank's place in what was reserved, as options of its actor."""
     if room is None:
         return {}
     return {"scheduling_strategy": PlacementGroupSchedulingStrategy(room, rank)}

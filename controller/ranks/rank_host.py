@@ -63,7 +63,7 @@ class RankHost:
         return await asyncio.to_thread(getattr(self._rank, method), *arguments)
 
     async def status(self) -> RankStatus:
-        """Where the rank is now, with the stacks of all threads."""
+        """Say where the rank is now, with the stacks of all threads."""
         frames = sys._current_frames()
         mine = frames.get(self._thread) if self._call is not None else None
         return RankStatus(
@@ -93,7 +93,7 @@ class RankHost:
 
 
 def collective_of(frame: FrameType) -> str | None:
-    """The function of torch.distributed that a thread is in, None where it computes.
+    """Return the function of torch.distributed that a thread is in, None where it computes.
 
     A collective waits in compiled code, so the innermost Python line is the one that called it.
     """
@@ -105,7 +105,7 @@ def collective_of(frame: FrameType) -> str | None:
 
 
 def line_of(frame: FrameType) -> str:
-    """The innermost line of a thread, and the innermost of Paceline that led to it."""
+    """Return the innermost line of a thread, and the innermost of Paceline that led to it."""
     ours = (f for f in outwards(frame) if f.f_globals.get("__name__", "").startswith("paceline."))
     caller = next(ours, frame)
     innermost = f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"
@@ -115,7 +115,7 @@ def line_of(frame: FrameType) -> str:
 
 
 def outwards(frame: FrameType) -> Iterator[FrameType]:
-    """A frame and its callers."""
+    """Return a frame and its callers."""
     each: FrameType | None = frame
     while each is not None:
         yield each
@@ -123,9 +123,9 @@ def outwards(frame: FrameType) -> Iterator[FrameType]:
 
 
 def busy_seconds(thread: int) -> float:
-    """Seconds that this process ran, and that one thread of it, by its number in the kernel, stood
-    in line for a CPU of a busy machine, where the kernel tells.
+    """Return the seconds that this process ran, and that a thread of it waited for a busy CPU.
 
+    ``thread`` is its number in the kernel; where the kernel does not tell, waiting counts nothing.
     Of one thread only: beside Python at work, each file that is read costs a turn at the GIL.
     """
     try:
@@ -136,13 +136,13 @@ def busy_seconds(thread: int) -> float:
 
 
 def disk_blocks() -> int:
-    """Blocks that this process read and wrote."""
+    """Return the blocks that this process read and wrote."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_inblock + used.ru_oublock
 
 
 def stacks_of(frames: dict[int, FrameType]) -> str:
-    """Every thread's stack, by its name, the innermost line last."""
+    """Return every thread's stack, by its name, the innermost line last."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     return "\n".join(
         f"thread {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}"

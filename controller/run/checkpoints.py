@@ -113,11 +113,11 @@ class CheckpointFolder:
         settle(self.oldest_step())
 
     def oldest_step(self) -> int:
-        """The step of the oldest checkpoint: training before it is final."""
+        """Return the step of the oldest checkpoint: training before it is final."""
         return int(self._whole()[0].name.removeprefix("step-"))
 
     def latest(self) -> tuple[RunState, Path] | None:
-        """The newest checkpoint's state and its folder; None without any.
+        """Return the newest checkpoint's state and its folder; None without any.
 
         Raises:
             CheckpointError: it is unreadable, or was written by another version of Paceline.

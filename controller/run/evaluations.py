@@ -65,7 +65,7 @@ class RunEvaluations:
         self._folder.write_examples(self._examples())
 
     async def _whole(self, label: EvaluationLabel, step: int) -> dict[str, Any]:
-        """Greedy and T=1 accuracy, and example generations for the report."""
+        """Return greedy and T=1 accuracy, and example generations for the report."""
         self._recorder.message(f"evaluating {len(self._held_out)} held-out prompts")
         with self._progress.spending("evaluation"):
             greedy = await self._evaluator.greedy(self._held_out)

@@ -41,13 +41,13 @@ class RunTotals:
         self.trained_tokens += report.num_trained_tokens
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         # Not dataclasses.asdict: it rebuilds a Counter from pairs, and so counts the pairs.
         return {**vars(self), "groups_dropped": dict(self.groups_dropped)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunTotals:
-        """What `as_dict` wrote."""
+        """Return the totals that `as_dict` wrote."""
         return cls(**{**values, "groups_dropped": Counter(values["groups_dropped"])})
 
 
@@ -107,7 +107,7 @@ class StepMeter:
 
 
 def drafting_metrics(done: Mapping[str, float], totals: Mapping[str, float]) -> dict[str, float]:
-    """How drafting went, from what engines ``done`` in a step and their totals after it.
+    """Return how drafting went, from what engines ``done`` in a step and their totals after it.
 
     ``accepted_per_draft`` are tokens a round, ``draft_acceptance_…`` shares of what was drafted
     from a source, ``draft_cold`` the share of rounds in which nothing was known;
@@ -133,7 +133,7 @@ def drafting_metrics(done: Mapping[str, float], totals: Mapping[str, float]) -> 
 
 
 def drafted_tokens(sources: NDArray[np.uint8] | None) -> tuple[int, int] | None:
-    """How many tokens of a sample came from drafts of siblings and of the history."""
+    """Return how many tokens of a sample came from drafts of siblings and of the history."""
     if sources is None:
         return None
     siblings, history = (
@@ -143,7 +143,7 @@ def drafted_tokens(sources: NDArray[np.uint8] | None) -> tuple[int, int] | None:
 
 
 def summed(engines: Engines) -> Counter[str]:
-    """Running totals of all engines together."""
+    """Return running totals of all engines together."""
     totals: Counter[str] = Counter()
     for counters in engines:
         totals.update(counters)
@@ -151,7 +151,7 @@ def summed(engines: Engines) -> Counter[str]:
 
 
 def sample_records(batch: AssembledBatch, count: int) -> list[SampleRecord]:
-    """The first sample of each of ``count`` groups of a batch, spread over it."""
+    """Return the first sample of each of ``count`` groups of a batch, spread over it."""
     chosen = np.linspace(0, len(batch.groups) - 1, min(count, len(batch.groups))).astype(int)
     step = batch.step
     records = []

@@ -56,7 +56,7 @@ def plan_rows(config: RunConfig) -> list[tuple[str, str]]:
 
 
 def algorithm_of(config: AlgorithmConfig) -> str:
-    """Its name and the parts it is a choice of."""
+    """Return an algorithm's name and the parts it is a choice of."""
     if not isinstance(config, PolicyAlgorithm):
         return config.type
     parts: list[str] = [config.advantage.type, config.loss.type, config.aggregation]
@@ -68,7 +68,7 @@ def algorithm_of(config: AlgorithmConfig) -> str:
 
 
 def teacher_rows(config: RunConfig) -> list[tuple[str, str]]:
-    """The teacher's line, where there is one."""
+    """Return the teacher's line, where there is one."""
     teacher = config.teacher
     if teacher is None:
         return []
@@ -77,26 +77,26 @@ def teacher_rows(config: RunConfig) -> list[tuple[str, str]]:
 
 
 def host_rows(found: Estimate) -> list[tuple[str, str]]:
-    """The line of a learner rank's host memory, where it computes on a GPU."""
+    """Return the line of a learner rank's host memory, where it computes on a GPU."""
     if found.learner_host is None:
         return []
     return [("memory, its host", memory(found.learner_host))]
 
 
 def placed(count: int, gpus: float) -> str:
-    """How many actors, and what each runs on."""
+    """Say how many actors there are, and what each runs on."""
     return f"{count} on " + (f"{gpus:g} GPUs each" if gpus else "the CPU")
 
 
 def parameters(found: Estimate) -> str:
-    """The parameter count in words."""
+    """Return the parameter count in words."""
     if found.num_parameters is None:
         return "parameters unknown (not a local folder)"
     return f"{found.num_parameters / 1e6:,.2f}M parameters"
 
 
 def memory(found: MemoryEstimate | None) -> str:
-    """An estimate with its larger parts."""
+    """Return an estimate with its larger parts."""
     if found is None:
         return "unknown (not a local folder)"
     parts = ", ".join(f"{name} {size_of(size)}" for name, size in found.parts if size >= 1 << 20)
@@ -104,7 +104,7 @@ def memory(found: MemoryEstimate | None) -> str:
 
 
 def size_of(num_bytes: int) -> str:
-    """Bytes in MiB or GiB."""
+    """Return a number of bytes in MiB or GiB."""
     if num_bytes < 1 << 30:
         return f"{num_bytes / (1 << 20):.0f} MiB"
     return f"{num_bytes / (1 << 30):.1f} GiB"

@@ -31,7 +31,7 @@ class RunProgress:
     _since: float = field(default_factory=time.perf_counter)
 
     def enter(self, part: str) -> None:
-        """From now on time is counted for a part of the run."""
+        """Count time for a part of the run from now on."""
         self.settle()
         self._part = part
 
@@ -53,6 +53,6 @@ class RunProgress:
 
     @property
     def began(self) -> float:
-        """When an uninterrupted run would have begun, by ``time.perf_counter``."""
+        """The time at which an uninterrupted run would have begun, by ``time.perf_counter``."""
         self.settle()
         return self._since - sum(self.seconds.values())

@@ -133,7 +133,7 @@ def require_nothing_trained_since(step: int, state: LedgerState) -> None:
 def recovered_without_ledger(
     journal: Journal, checkpoint: RunState, prompt_at: PromptAt
 ) -> Recovered:
-    """All that was in flight at the checkpoint is to be sampled again: nothing else is known."""
+    """Return what was in flight at the checkpoint, to be sampled again: nothing else is known."""
     journal.begin(checkpoint.step)
     works = tuple(Work(position, prompt_at(position)) for position in checkpoint.pending)
     for work in works:
@@ -142,7 +142,7 @@ def recovered_without_ledger(
 
 
 def groups_fit(previous: RunConfig, config: RunConfig) -> bool:
-    """Whether groups sampled under one configuration may be trained under the other."""
+    """Return whether groups sampled under one configuration may be trained under the other."""
     before, now = previous.loop, config.loop
     return (
         (previous.rollout.sampling, previous.reward) == (config.rollout.sampling, config.reward)
@@ -156,5 +156,5 @@ def groups_fit(previous: RunConfig, config: RunConfig) -> bool:
 
 
 def teacher_path(config: RunConfig) -> str | None:
-    """The model whose scores are part of finished groups."""
+    """Return the model whose scores are part of finished groups."""
     return None if config.teacher is None else config.teacher.path

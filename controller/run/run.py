@@ -42,7 +42,7 @@ FIXED_SECTIONS = ("seed", "model", "data", "warm_start")
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """How a run ended: its summary, its report, and the error if it failed."""
+    """The end of a run: its summary, its report, and the error if it failed."""
 
     summary: RunSummary
     report: Path
@@ -138,7 +138,7 @@ async def conduct(
 
 
 def is_revocable(store: Store, config: RunConfig) -> bool:
-    """Whether steps may be done again: there will be checkpoints, and a ledger that outlives us."""
+    """Return whether steps may be done again: by checkpoints and a ledger that outlives the run."""
     return store.survives and config.checkpoint.every_steps is not None
 
 
@@ -166,7 +166,7 @@ def keep_previous_config(folder: RunFolder, previous: RunConfig, config: RunConf
 
 
 def restored_progress(folder: RunFolder, state: RunState | None) -> RunProgress:
-    """What a resumed run knows, with its records cut back to the checkpoint."""
+    """Return what a resumed run knows, with its records cut back to the checkpoint."""
     if state is None:
         folder.rewind("warm_start", RESUME_STEP_OF_NOTHING)
         return RunProgress()
@@ -187,7 +187,7 @@ def summarise(
     versions: dict[str, Any],
     error: BaseException | None,
 ) -> RunSummary:
-    """The outcome on one page."""
+    """Return the outcome on one page."""
     progress.settle()
     totals, before, after = progress.totals, progress.before, progress.after
     accuracies = {
@@ -231,7 +231,7 @@ def summarise(
 
 
 def error_line(error: BaseException) -> str:
-    """An error as one line: a user's by its message, any other with its type.
+    """Return an error as one line: a user's by its message, any other with its type.
 
     What failed inside an actor arrives wrapped, with its whole traceback as the message.
     """

@@ -106,7 +106,7 @@ class Session:
         self._buffer = WorkBuffer(self._budget, journal, loop.buffer_mb << 20, group_bytes)
 
     async def run(self, resume_from: Resumption | None) -> None:
-        """Everything between started services and a finished run.
+        """Do everything between started services and a finished run.
 
         Raises:
             RunInterrupted: a stop was asked for; the run was saved as far as it got.
@@ -140,7 +140,7 @@ class Session:
         return phase
 
     async def _warm_start(self, config: WarmStartConfig) -> None:
-        """Supervised steps of the same loop, until validation is good enough."""
+        """Take supervised steps of the same loop, until validation is good enough."""
         began = time.perf_counter()
         self._recorder.message(
             f"warm start: supervised until greedy accuracy reaches {config.target_accuracy:.0%}"
@@ -190,7 +190,7 @@ class Session:
             )
 
     async def _train(self, phase: LearnerPhase, recovered: Recovered) -> None:
-        """Reinforcement learning: the loop with everything in its place."""
+        """Run reinforcement learning: the loop with everything in its place."""
         config, services, progress = self._config, self._services, self._progress
         if progress.step >= config.loop.num_steps:
             self._recorder.message(
@@ -262,7 +262,7 @@ class Session:
             progress.solved = True
 
     def _step_metrics(self) -> tuple[MetricsHook, ...]:
-        """What sees how each step's groups went, and how far it took the policy."""
+        """Return hooks that see how each step's groups went, and how far it took the policy."""
 
         def outcomes(step: StepView) -> Mapping[str, float]:
             return self._feed.observe(step.batch.outcomes)
@@ -304,7 +304,7 @@ class Session:
             publisher.drop_before(oldest)
 
     async def _begin_training(self) -> LearnerPhase:
-        """Fresh optimiser and, where the algorithm has one, the reference policy.
+        """Begin with a fresh optimiser and, where the algorithm has one, the reference policy.
 
         The policy as it is now, unless the reference is configured, becomes the reference; it is
         kept in the run's folder, where a resumed run finds it.

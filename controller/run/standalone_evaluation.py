@@ -37,7 +37,7 @@ def evaluate_model(config: RunConfig, model_folder: Path) -> dict[str, float]:
 
 
 async def measure(config: RunConfig) -> dict[str, float]:
-    """Both accuracies of the configured model."""
+    """Return both accuracies of the configured model."""
     inputs = prepare(config, Path(config.model.path or ""))
     with ray_cluster(config.cluster):
         async with started_services(config, inputs) as services:

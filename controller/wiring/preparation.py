@@ -31,7 +31,7 @@ from paceline.reward.reasoning_gym_task import ReasoningGymTaskSource
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What can be known, and can be wrong, before any process is started."""
+    """The inputs of a run, which can be known, and be wrong, before any process is started."""
 
     tokenizer: PreTrainedTokenizerBase
     model_folder: str
@@ -62,7 +62,7 @@ def prepare(config: RunConfig, initial_folder: Path) -> RunInputs:
 
 
 def prompt_set(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-    """Held-out, validation and training prompts."""
+    """Draw held-out and validation prompts; those for training come after them."""
     source = config.data.source
     held_out_split = source.held_out_split if isinstance(source, DatasetSource) else None
     max_tokens = config.rollout.sampling.max_tokens
@@ -78,7 +78,7 @@ def prompt_set(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PromptS
 
 
 def prompt_source(config: RunConfig, split: str | None = None) -> PromptSource:
-    """The configured source; ``split`` names another split of a dataset."""
+    """Return the configured source; ``split`` names another split of a dataset."""
     source = config.data.source
     if isinstance(source, ReasoningGymSource):
         return ReasoningGymTaskSource(source.task, source.parameters, config.data.seed)

@@ -43,7 +43,7 @@ CPU_LEARNER_ENVIRONMENT = {
 
 
 def grader_pool(config: RunConfig) -> GraderPool:
-    """The configured grader in processes of its own."""
+    """Return the configured grader in processes of its own."""
     reward, source = config.reward, config.data.source
     factory: Callable[[], Grader]
     if isinstance(reward, ReasoningGymGrader):
@@ -163,7 +163,7 @@ async def start_engines(
 
 
 def max_claims(config: RunConfig) -> int:
-    """Groups that may be with the workers: twice what their engines decode together.
+    """Return how many groups may be with the workers: twice what their engines decode together.
 
     What does not run yet is being sent, waiting in the pool, or being graded.
     """

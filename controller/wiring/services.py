@@ -55,14 +55,14 @@ class EngineWeights:
 
 
 class NoEngines:
-    """Nobody samples: demonstrations need no weights."""
+    """The weights of a run without engines: demonstrations need none."""
 
     async def publish(self, version: int) -> WeightHandle | None:
-        """Nothing to write."""
+        """Do nothing: there is no reader."""
         return None
 
     async def push(self, handle: WeightHandle | None) -> None:
-        """Nobody to serve."""
+        """Do nothing: there is no engine."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Services:
         segment_tokens: int = 0,
         teach: Teacher | None = None,
     ) -> Rollouts:
-        """Sampling on the workers and grading by the pool."""
+        """Build the sampling on the workers and the grading by the pool."""
         return Rollouts(
             sample=sample,
             grade=self.grader.grade,
@@ -109,7 +109,7 @@ class Services:
         )
 
     def training_rollouts(self) -> Rollouts:
-        """Rollouts as the configuration's training wants them."""
+        """Build rollouts as the configuration's training wants them."""
         rollout = self.config.rollout
         return self.rollouts(
             self.pool.generate,
@@ -121,11 +121,11 @@ class Services:
         )
 
     def demonstrations(self) -> Demonstrations:
-        """Gold completions of the data source."""
+        """Look up gold completions of the data source."""
         return Demonstrations(self.inputs.prompts.demonstration)
 
     def training_groups(self) -> Generate:
-        """What fills groups in training: samples, or completions of the data source."""
+        """Choose what fills groups in training: samples, or completions of the data source."""
         if self.config.algorithm.type == "sft":
             return self.demonstrations()
         if self.config.algorithm.type == "dpo":
@@ -133,7 +133,7 @@ class Services:
         return self.training_rollouts()
 
     def evaluator(self) -> Evaluator:
-        """Held-out evaluation on the same workers."""
+        """Build the held-out evaluation, on the same workers."""
         to_the_end = functools.partial(sample_to_end, self.pool.generate)
         return Evaluator(
             functools.partial(self.rollouts, to_the_end),
@@ -157,7 +157,7 @@ class Services:
         self.draft_publisher.preload(await asyncio.to_thread(load_draft_texts, path))
 
     async def self_check(self, label: str) -> int:
-        """How many greedy tokens of every engine were found equal to the learner's.
+        """Count the greedy tokens of every engine that were found equal to the learner's.
 
         Raises:
             WeightSyncError: one was not.
