@@ -13,7 +13,7 @@ FIXTURES = {
     "engine": {"drafters", "engine", "engine_and_reference", "engines", "fleet", "subject"},
     "ranks": {"deepspeed_processes", "on_ranks", "processes", "rank_processes"},
     "run": {"local_ray", "ray_cluster"},
-    "redis": {"own_redis", "server", "shared_redis"},
+    "redis": {"own_redis", "redis_server", "shared_redis"},
 }
 """Fixtures that start vLLM, ranks' processes, Ray or Redis."""
 

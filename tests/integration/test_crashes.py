@@ -64,24 +64,26 @@ def what_was_trained(record: StepRecord) -> tuple:
 
 
 @pytest.fixture
-def server(tmp_path) -> Iterator[RedisServer]:
+def redis_server(tmp_path) -> Iterator[RedisServer]:
     (tmp_path / "redis").mkdir()
-    server = RedisServer(tmp_path / "redis")
-    yield server
-    server.kill()
+    redis_server = RedisServer(tmp_path / "redis")
+    yield redis_server
+    redis_server.kill()
 
 
-def test_a_killed_run_trains_again_what_it_had_though_its_redis_was_killed_too(tmp_path, server):
+def test_a_killed_run_trains_again_what_it_had_though_its_redis_was_killed_too(
+    tmp_path, redis_server
+):
     """Redis is killed twice under the run and comes back from its file; then the run is killed."""
     result = run_in(tmp_path, "killed")
-    arguments = train("killed", *settings("store.type=redis", f"store.url={server.url}"))
+    arguments = train("killed", *settings("store.type=redis", f"store.url={redis_server.url}"))
     with Command(*arguments, cwd=tmp_path) as command:
         for moment in (3, 7):
             command.wait_until(
                 lambda moment=moment: result.has_done(moment), "the moment to kill Redis"
             )
-            server.kill()
-            server.start()
+            redis_server.kill()
+            redis_server.start()
         command.wait_until(lambda: result.has_done(KILLED_AFTER), "the moment to kill it")
         command.kill()
         command.wait_until_nothing_is_left()
