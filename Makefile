@@ -3,6 +3,8 @@
 PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
+# whole runs mostly wait: the other process has everything else meanwhile (tests/conftest.py)
+BESIDE := --numprocesses=2 --dist=loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 
@@ -21,7 +23,10 @@ quickstart: install ## Train a small model from scratch: install, warm start, GR
 
 test: install ## Run the whole test suite
 	@$(PYTHON) scripts/install_system_packages.py
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(BESIDE)
+
+test-fast: install ## Run the tests that start no engine, ranks, run or Redis, in about two minutes
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(BESIDE) -m "not (engine or ranks or run or redis or slow)"
 
 lint: install ## Check style, formatting, types and the import rules
 	$(BIN)/ruff check .
@@ -32,4 +37,4 @@ lint: install ## Check style, formatting, types and the import rules
 bench-quick: install ## Compare a training step with a peer's, roughly, in about a minute
 	$(BIN)/paceline bench e2e --quick
 
-.PHONY: help install install-gpu quickstart test lint bench-quick
+.PHONY: help install install-gpu quickstart test test-fast lint bench-quick

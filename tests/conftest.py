@@ -1,10 +1,13 @@
-"""The environment every test runs in; set before anything imports torch or vLLM."""
+"""The environment every test runs in, set before anything imports torch or vLLM; its reasons."""
 
 import os
 
+import pytest
 from hypothesis import settings
 
 from paceline.rollout.process_environment import engine_environment
+from tests.reasons import group_of, mark_reasons
+from tests.redis_server import INSTALL, find_program
 
 os.environ.update(engine_environment(on_gpu=False))
 
@@ -12,3 +15,28 @@ os.environ.update(engine_environment(on_gpu=False))
 settings.register_profile("ci", max_examples=30, deadline=None)
 settings.register_profile("nightly", max_examples=400, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects, and pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with the reasons why it takes long, and whole runs come first.
+
+    Beside each other (`pytest -n 2`) one process then has the runs, which mostly wait, while the
+    other has everything else.
+    """
+    for item in items:
+        mark_reasons(item)
+    items.sort(key=lambda item: group_of(item) != "run")
+    for item in items:
+        if group := group_of(item):
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Say once that redis-server is missing, rather than in each test that needs it."""
+    needing = sum(item.get_closest_marker("redis") is not None for item in session.items)
+    if needing and not session.config.option.collectonly and find_program() is None:
+        raise pytest.UsageError(
+            f"{needing} of these tests need redis-server: {INSTALL}; "
+            "leave them out with -m 'not redis'"
+        )

@@ -11,16 +11,20 @@ from pathlib import Path
 
 import redis
 
+INSTALL = "run `make test`, which installs it, or `apt-get install redis-server`"
+
+
+def find_program() -> str | None:
+    """Return the path of redis-server, if there is one."""
+    return shutil.which("redis-server")
+
 
 class RedisServer:
     """A redis-server of our own: it can be killed, and started again from its file."""
 
     def __init__(self, folder: Path, *settings: str) -> None:
-        self.program = shutil.which("redis-server")
-        assert self.program, (
-            "these tests need redis-server: run `make test`, which installs it, or "
-            "`apt-get install redis-server`"
-        )
+        self.program = find_program()
+        assert self.program, f"these tests need redis-server: {INSTALL}"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]

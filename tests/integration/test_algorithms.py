@@ -10,8 +10,6 @@ import pytest
 from tests.integration.commands import run, run_in
 from tests.integration.conftest import LEARNS_QUICKLY, train
 
-pytestmark = pytest.mark.slow
-
 PAGE = Path(__file__).parents[2] / "docs" / "algorithms.md"
 
 BROKEN = """

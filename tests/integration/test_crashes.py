@@ -7,6 +7,8 @@ rank).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from paceline.configs.load import load_config
@@ -18,7 +20,7 @@ from tests.integration.commands import PATIENCE_SECONDS, Command, Run, run, run_
 from tests.integration.conftest import train
 from tests.redis_server import RedisServer
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * PATIENCE_SECONDS)]
+pytestmark = pytest.mark.timeout(3 * PATIENCE_SECONDS)
 
 NUM_STEPS = 26
 CHECKPOINT_EVERY = 10
@@ -61,10 +63,27 @@ def what_was_trained(record: StepRecord) -> tuple:
     return record.step, record.reward, record.loss, record.age_mean, record.metrics["grad_norm"]
 
 
-def test_a_killed_controller_trains_again_what_it_had_and_samples_nothing_finished_twice(tmp_path):
+@pytest.fixture
+def redis_server(tmp_path) -> Iterator[RedisServer]:
+    (tmp_path / "redis").mkdir()
+    redis_server = RedisServer(tmp_path / "redis")
+    yield redis_server
+    redis_server.kill()
+
+
+def test_a_killed_run_trains_again_what_it_had_though_its_redis_was_killed_too(
+    tmp_path, redis_server
+):
+    """Redis is killed twice under the run and comes back from its file; then the run is killed."""
     result = run_in(tmp_path, "killed")
-    arguments = train("killed", *settings())
+    arguments = train("killed", *settings("store.type=redis", f"store.url={redis_server.url}"))
     with Command(*arguments, cwd=tmp_path) as command:
+        for moment in (3, 7):
+            command.wait_until(
+                lambda moment=moment: result.has_done(moment), "the moment to kill Redis"
+            )
+            redis_server.kill()
+            redis_server.start()
         command.wait_until(lambda: result.has_done(KILLED_AFTER), "the moment to kill it")
         command.kill()
         command.wait_until_nothing_is_left()
@@ -79,34 +98,5 @@ def test_a_killed_controller_trains_again_what_it_had_and_samples_nothing_finish
     assert_whole(result, resumptions=1)
     again = result.steps[: len(before)]
     assert [what_was_trained(r) for r in again] == [what_was_trained(r) for r in before]
-    finished = ledger_of(result).events[Kind.FINISHED]
-    admitted = ledger_of(result).events[Kind.ADMITTED]
-    assert finished <= admitted, "a finished group was sampled again"
-
-
-def test_a_run_survives_its_redis_and_its_redis_survives_the_run(tmp_path):
-    """Redis is killed twice under the run and comes back from its file; then the run is killed."""
-    (tmp_path / "redis").mkdir()
-    server = RedisServer(tmp_path / "redis")
-    result = run_in(tmp_path, "durable")
-    store = ("store.type=redis", f"store.url={server.url}")
-    arguments = train("durable", *settings(*store))
-    try:
-        with Command(*arguments, cwd=tmp_path) as command:
-            for moment in (3, 7):
-                command.wait_until(
-                    lambda moment=moment: result.has_done(moment), "the moment to kill Redis"
-                )
-                server.kill()
-                server.start()
-            command.wait_until(lambda: result.has_done(KILLED_AFTER), "the moment to kill it")
-            command.kill()
-            command.wait_until_nothing_is_left()
-        assert ledger_of(result).faults == []
-        ended = run(*arguments, "--resume", cwd=tmp_path)
-        assert ended.code == 0, ended.errors
-        assert_whole(result, resumptions=1)
-        checked = run("ledger", "runs/durable", cwd=tmp_path)
-        assert checked.code == 0 and "balanced" in checked.output, checked
-    finally:
-        server.kill()
+    events = ledger_of(result).events
+    assert events[Kind.FINISHED] <= events[Kind.ADMITTED], "a finished group was sampled again"

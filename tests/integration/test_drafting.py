@@ -22,7 +22,7 @@ from paceline.controller.wiring.services import Services, started_services
 from tests.integration.commands import PATIENCE_SECONDS, Command, run, run_in
 from tests.integration.conftest import train
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE_SECONDS)]
+pytestmark = pytest.mark.timeout(2 * PATIENCE_SECONDS)
 
 DRAFTING = "rollout.drafting={budget: none}"
 NUM_TOKENS = 16

@@ -17,7 +17,7 @@ from paceline.controller.observe.files.jsonl import read_json, read_lines
 from paceline.controller.run.checkpoints import CheckpointFolder
 from tests.integration.commands import PATIENCE_SECONDS, run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2 * PATIENCE_SECONDS)]
+pytestmark = pytest.mark.timeout(2 * PATIENCE_SECONDS)
 
 NUM_STEPS, GROUPS_PER_STEP, SAMPLES_PER_GROUP, MAX_LAG = 12, 8, 16, 1
 

@@ -90,7 +90,6 @@ def test_a_recipe_that_is_not_there(tmp_path):
     assert_one_line(run("train", "quikstart", cwd=tmp_path), "quikstart", "quickstart")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
@@ -118,7 +117,6 @@ def test_a_run_that_cannot_start(tmp_path, overrides, parts):
     assert_failed_intact(tmp_path, "bad", ended)
 
 
-@pytest.mark.slow
 def test_a_run_folder_that_is_in_use_stays_as_it_is(tmp_path):
     used = tmp_path / "runs" / "mine"
     used.mkdir(parents=True)
@@ -129,14 +127,12 @@ def test_a_run_folder_that_is_in_use_stays_as_it_is(tmp_path):
     assert (used / "metrics.jsonl").read_text() == "precious\n"
 
 
-@pytest.mark.slow
 def test_resuming_what_is_not_there(tmp_path):
     ended = run(*train("nothing"), "--resume", cwd=tmp_path)
     assert_one_line(ended, "runs/nothing", "check its name and output_dir")
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.slow
 def test_evaluating_what_is_not_there(tmp_path):
     ended = run("eval", "debug", "--model", "final", cwd=tmp_path)
     assert_one_line(ended, "final", "Hugging Face format")
@@ -146,7 +142,6 @@ def test_reporting_what_is_not_there(tmp_path):
     assert_one_line(run("report", "runs/nothing", cwd=tmp_path), "runs/nothing")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [

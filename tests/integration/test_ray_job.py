@@ -15,7 +15,7 @@ import pytest
 from tests.integration.commands import PATIENCE_SECONDS, SCRIPTS, Command, run, run_in
 from tests.integration.conftest import train
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3 * PATIENCE_SECONDS)]
+pytestmark = pytest.mark.timeout(3 * PATIENCE_SECONDS)
 
 NUM_CPUS = 77
 """No machine of ours: who names this number has asked the test's cluster."""

@@ -17,7 +17,7 @@ from paceline.controller.observe.files.jsonl import read_lines
 from tests.integration.commands import PATIENCE_SECONDS, Command, Ended, Run, run, run_in
 from tests.integration.conftest import LEARNS_QUICKLY, train
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * PATIENCE_SECONDS)]
+pytestmark = pytest.mark.timeout(4 * PATIENCE_SECONDS)
 
 NUM_STEPS = 8
 TOLERANCE = 1e-5
@@ -56,6 +56,7 @@ class ResumedRun:
     run: Run
     after_ctrl_c: Interruption
     steps_when_killed: int
+    ledger_when_killed: Ended
     last: Ended
 
 
@@ -84,7 +85,9 @@ def resumed(tmp_path_factory) -> ResumedRun:
         command.kill()
         command.wait_until_nothing_is_left()
         steps_when_killed = len(result.steps)
-    return ResumedRun(result, after_ctrl_c, steps_when_killed, run(*resume, cwd=root))
+    ledger_when_killed = run("ledger", "runs/run", cwd=root)
+    last = run(*resume, cwd=root)
+    return ResumedRun(result, after_ctrl_c, steps_when_killed, ledger_when_killed, last)
 
 
 def test_ctrl_c_saves_the_steps_it_finished_and_leaves_nothing_running(resumed):
@@ -104,6 +107,12 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(resumed):
     (_, first), (_, second) = resumptions(resumed.run)
     assert first == resumed.after_ctrl_c.steps
     assert resumed.steps_when_killed - 1 <= second <= resumed.steps_when_killed
+
+
+def test_the_ledger_balances_when_the_run_was_killed_and_when_it_is_over(resumed):
+    whole = run("ledger", "runs/run", cwd=resumed.run.folder.root.parents[1])
+    for ended in (resumed.ledger_when_killed, whole):
+        assert ended.code == 0 and "balanced" in ended.output, ended
 
 
 def resumptions(run: Run) -> list[tuple[str, int]]:

@@ -12,7 +12,6 @@ import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
-import pytest
 import torch
 
 from paceline.configs.schema.learner import LearnerConfig, OptimizerConfig
@@ -42,8 +41,6 @@ from paceline.learner.objective.objective import Objective
 from paceline.learner.worker import LearnerWorker
 from paceline.rollout.worker import RolloutWorker
 from tests.rollout.conftest import STOP, build_engine, tiny_model_config
-
-pytestmark = pytest.mark.slow
 
 STEPS, GROUPS, SAMPLES, SEED, VOCABULARY = 5, 4, 4, 11, 128
 SAMPLING = SamplingParameters(max_tokens=12, stop_token_ids=(STOP,))

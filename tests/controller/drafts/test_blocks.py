@@ -12,8 +12,6 @@ from paceline.controller.actors import kill, start_actor
 from paceline.controller.drafts.blocks import Block, put_block
 from paceline.controller.engines.worker_actor import RolloutActor
 
-pytestmark = pytest.mark.slow
-
 TEXTS = {
     0: [
         DraftText((1, 2), 3, np.arange(5, dtype=np.int32)),

@@ -21,7 +21,7 @@ from paceline.controller.ranks.learner_ranks import start_learner_ranks
 from paceline.controller.ranks.rank import Rank
 from paceline.rollout.worker import RolloutWorker
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 RESOURCES = {"cpus": 0, "gpus": 0}
 LIMIT_SECONDS = 120.0

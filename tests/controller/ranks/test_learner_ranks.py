@@ -14,7 +14,7 @@ from paceline.configs.errors import ClusterError
 from paceline.controller.ranks import placement
 from paceline.controller.ranks.learner_ranks import start_learner_ranks
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+pytestmark = pytest.mark.usefixtures("local_ray")
 
 HANG_SECONDS = 4.0
 LIMIT_SECONDS = 120.0

@@ -1,0 +1,44 @@
+"""Why tests take long: what they start, by the fixtures that start it.
+
+A test that starts such a thing by itself says so with a mark of the same name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+FIXTURES = {
+    "engine": {"drafters", "engine", "engine_and_reference", "engines", "fleet", "subject"},
+    "ranks": {"deepspeed_processes", "on_ranks", "processes", "rank_processes"},
+    "run": {"local_ray", "ray_cluster"},
+    "redis": {"own_redis", "redis_server", "shared_redis"},
+}
+"""Fixtures that start vLLM, ranks' processes, Ray or Redis."""
+
+REASONS = tuple(FIXTURES)
+_INTEGRATION = Path(__file__).parent / "integration"
+
+
+def mark_reasons(item: pytest.Item) -> None:
+    """Add the mark of everything that ``item``'s fixtures and parameters start."""
+    fixtures = set(getattr(item, "fixturenames", ()))
+    callspec = getattr(item, "callspec", None)
+    parameters = callspec.params.values() if callspec else ()
+    for reason, starting in FIXTURES.items():
+        if fixtures & starting or any(isinstance(p, str) and p == reason for p in parameters):
+            item.add_marker(reason)
+    if item.path.is_relative_to(_INTEGRATION):
+        item.add_marker("run")
+
+
+def group_of(item: pytest.Item) -> str | None:
+    """Return the group of tests that share a process with ``item``, and what they start there.
+
+    A folder's tests share its engines. A test that starts nothing may run in any process.
+    """
+    for reason in ("run", "ranks"):
+        if item.get_closest_marker(reason):
+            return reason
+    return item.path.parent.name if item.get_closest_marker("engine") else None
