@@ -191,7 +191,7 @@ def shard(
     stages = divide_layers(policy, mesh) if mesh.sizes["pipeline"] > 1 else []
     parts: Sequence[PolicyModel] = stages or [policy]
     for part in parts:
-        part.sequence_ranks = sequence_ranks(whole.config, mesh)
+        part.divide_tokens(sequence_ranks(whole.config, mesh))
         if mesh.sizes["tensor"] > 1:
             divide_matrices(part, mesh)
         if mesh.devices is not None:

@@ -70,8 +70,7 @@ class PolicyModel(nn.Module):
     """A causal language model whose vocabulary logits exist only inside the ``head`` it is handed.
 
     The head runs within ``forward`` because the output embedding, sharded over ranks, is whole
-    only there. ``has_values`` adds a scalar head: what the critic expects of a state. Where there
-    are ``sequence_ranks``, each has its share of the tokens, and all outputs.
+    only there. ``has_values`` adds a scalar head: what the critic expects of a state.
 
     ``expert_counts`` of a mixture of experts are over the predictors of rows it ran with gradients.
     """
@@ -79,7 +78,7 @@ class PolicyModel(nn.Module):
     def __init__(self, causal_lm: PreTrainedModel, *, has_values: bool = False) -> None:
         super().__init__()
         self.causal_lm = causal_lm
-        self.sequence_ranks: SequenceRanks | None = None
+        self._sequence_ranks: SequenceRanks | None = None
         self.expert_counts = ExpertCounts()
         self._has_experts = has_experts(causal_lm.config)
         if self._has_experts:
@@ -91,6 +90,13 @@ class PolicyModel(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
+    def divide_tokens(self, ranks: SequenceRanks | None) -> None:
+        """Give each of these ranks its share of a row's tokens, and all outputs; None: all to each.
+
+        Called before the first row.
+        """
+        self._sequence_ranks = ranks
+
     def forward(self, row: PackedRow, head: Head) -> tuple[Tensor, ...]:
         """Apply ``head`` to the hidden states at ``row.predictors``.
 
@@ -101,15 +107,15 @@ class PolicyModel(nn.Module):
     def hidden_states(self, row: PackedRow, before: Tensor | None = None) -> Tensor:
         """What the layers make of a row, or of what earlier ones made of it: [1, T, H]."""
         token_ids, positions = row.token_ids, row.positions
-        if self.sequence_ranks is not None:
-            token_ids, positions = map(self.sequence_ranks.share, (token_ids, positions))
+        if self._sequence_ranks is not None:
+            token_ids, positions = map(self._sequence_ranks.share, (token_ids, positions))
         source = {"input_ids": token_ids} if before is None else {"inputs_embeds": before}
         routing = self._routing(row) if self._has_experts else {}
         output = self.causal_lm.base_model(
             **source,
             position_ids=positions,
             packed_segments=row.segments,
-            sequence_ranks=self.sequence_ranks,
+            sequence_ranks=self._sequence_ranks,
             use_cache=False,
             **routing,
         )
@@ -131,7 +137,7 @@ class PolicyModel(nn.Module):
 
     def outputs(self, hidden: Tensor, row: PackedRow, head: Head) -> tuple[Tensor, ...]:
         """What ``forward`` returns, from the last hidden states [1, T, H]."""
-        ranks = self.sequence_ranks
+        ranks = self._sequence_ranks
         if ranks is None:
             return self._outputs(hidden[0].index_select(0, row.predictors), row.targets, head)
         which, places = ranks.own_places(row.predictors, hidden.shape[1])
