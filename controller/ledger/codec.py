@@ -1,19 +1,19 @@
-"""A finished group as bytes: safetensors arrays, the rest as JSON in their header, a checksum."""
+"""A finished group as bytes, by `packed_arrays`."""
 
 from __future__ import annotations
 
-import json
-import math
-import struct
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors import numpy as safetensors
 
+from paceline.configs.packed_arrays import (
+    UnreadableError,
+    is_whole,
+    pack_arrays,
+    unpack_arrays,
+)
 from paceline.configs.vocabulary import (
     NOT_ROUTED,
     Completion,
@@ -25,17 +25,15 @@ from paceline.configs.vocabulary import (
 )
 from paceline.controller.ledger.events import LedgerError
 
-_CHECKSUM = struct.Struct("<Q")
-_LENGTH = struct.Struct("<Q")
-_ALIGNMENT = 8
-_ARRAYS: dict[str, tuple[np.dtype[Any], str]] = {
-    "token_ids": (np.dtype("<i4"), "I32"),
-    "logprobs": (np.dtype("<f4"), "F32"),
-    "teacher_logprobs": (np.dtype("<f4"), "F32"),
-    "routed_experts": (np.dtype("<i2"), "I16"),
-    "draft_sources": (np.dtype(np.uint8), "U8"),
+_KIND = "group"
+_ARRAYS: dict[str, np.dtype[Any]] = {
+    "token_ids": np.dtype("<i4"),
+    "logprobs": np.dtype("<f4"),
+    "teacher_logprobs": np.dtype("<f4"),
+    "routed_experts": np.dtype("<i2"),
+    "draft_sources": np.dtype(np.uint8),
 }
-"""Types of a sample's arrays, in numpy and in safetensors; the widest come first."""
+"""Types of a sample's arrays; the widest come first."""
 _OF_PROMPT_TOO = "routed_experts"
 """Has entries for the prompt's tokens before those of the completion's."""
 _UNKNOWN = {"draft_sources": 0, "routed_experts": NOT_ROUTED}
@@ -44,18 +42,25 @@ _WHAT_TO_DO = "restore the ledger from a copy, or start the run anew under anoth
 
 
 def encode_group(group: Group) -> bytes:
-    """Samples of a group in one piece; its prompt is named, not kept: the feed has it."""
+    """Return the samples of a group in one piece; its prompt is named, not kept."""
+    facts = {
+        "group_id": group.group_id,
+        "prompt": group.prompt.id,
+        "prompt_tokens": _checksum(group.prompt),
+        "fault": group.fault,
+        "lengths": [sample.num_tokens for sample in group.samples],
+        "samples": [_facts(sample) for sample in group.samples],
+    }
     shapes = {name: _shape_of_token(group, name) for name in _present(group)}
     num_prompt = len(group.prompt.token_ids)
-    arrays: list[memoryview] = [
-        np.ascontiguousarray(_array(sample, name, shape, num_prompt), _ARRAYS[name][0]).data
+    arrays = {
+        name: [
+            np.asarray(_array(sample, name, shape, num_prompt), _ARRAYS[name])
+            for sample in group.samples
+        ]
         for name, shape in shapes.items()
-        for sample in group.samples
-    ]
-    header = _header(group, shapes)
-    # Our own safetensors writer: the library's would copy every byte four times.
-    body = b"".join((_LENGTH.pack(len(header)), header, *arrays))
-    return _CHECKSUM.pack(xxhash.xxh3_64_intdigest(body)) + body
+    }
+    return pack_arrays(_KIND, facts, arrays)
 
 
 def decode_group(content: bytes, prompt: Prompt, group_id: int) -> Group:
@@ -65,7 +70,12 @@ def decode_group(content: bytes, prompt: Prompt, group_id: int) -> Group:
         LedgerError: the bytes are missing or damaged, or of another group or prompt.
     """
     verify(content, group_id)
-    arrays, facts = _read(content[_CHECKSUM.size :], group_id)
+    try:
+        facts, arrays = unpack_arrays(_KIND, content)
+    except UnreadableError as error:
+        raise LedgerError(f"the stored samples of group {group_id} are unreadable: {error}") from (
+            error
+        )
     if (facts["group_id"], facts["prompt"]) != (group_id, prompt.id):
         raise LedgerError(
             f"the ledger holds group {facts['group_id']} of prompt {facts['prompt']} where group "
@@ -97,10 +107,7 @@ def verify(content: bytes, group_id: int) -> None:
     """
     if not content:
         raise LedgerError(f"the samples of group {group_id} are missing: {_WHAT_TO_DO}")
-    body = memoryview(content)[_CHECKSUM.size :]
-    if len(content) < _CHECKSUM.size or _CHECKSUM.unpack_from(content)[0] != (
-        xxhash.xxh3_64_intdigest(body)
-    ):
+    if not is_whole(content):
         raise LedgerError(
             f"the stored samples of group {group_id} are damaged, their checksum does not match: "
             f"{_WHAT_TO_DO}"
@@ -137,43 +144,8 @@ def _array(sample: Sample, name: str, shape: tuple[int, ...], num_prompt: int) -
     array = _stored(sample, name)
     if array is None:
         (length,) = _lengths(name, np.array([sample.num_tokens]), num_prompt)
-        return np.full((length, *shape), _UNKNOWN[name], _ARRAYS[name][0])
+        return np.full((length, *shape), _UNKNOWN[name], _ARRAYS[name])
     return array
-
-
-def _header(group: Group, shapes: Mapping[str, tuple[int, ...]]) -> bytes:
-    """What safetensors says before the arrays, padded so that they are aligned."""
-    lengths = [sample.num_tokens for sample in group.samples]
-    facts = {
-        "group_id": group.group_id,
-        "prompt": group.prompt.id,
-        "prompt_tokens": _checksum(group.prompt),
-        "fault": group.fault,
-        "lengths": lengths,
-        "samples": [_facts(sample) for sample in group.samples],
-    }
-    text = f'{{"__metadata__":{{"group":{json.dumps(json.dumps(facts))}}}'
-    start = 0
-    for name, of_token in shapes.items():
-        dtype, code = _ARRAYS[name]
-        of_samples = _lengths(name, np.array(lengths), len(group.prompt.token_ids))
-        shape = [int(of_samples.sum()), *of_token]
-        end = start + math.prod(shape) * dtype.itemsize
-        text += f',"{name}":{{"dtype":"{code}","shape":{shape},"data_offsets":[{start},{end}]}}'
-        start = end
-    text += "}"
-    return text.encode().ljust(-(-len(text) // _ALIGNMENT) * _ALIGNMENT)
-
-
-def _read(body: bytes, group_id: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    header_length = _LENGTH.unpack_from(body)[0]
-    header = json.loads(body[_LENGTH.size : _LENGTH.size + header_length])
-    try:
-        return safetensors.load(body), json.loads(header["__metadata__"]["group"])
-    except (SafetensorError, KeyError) as error:  # whole, but not written by `encode_group`
-        raise LedgerError(f"the stored samples of group {group_id} are unreadable: {error}") from (
-            error
-        )
 
 
 def _facts(sample: Sample) -> dict[str, Any]:
