@@ -10,7 +10,7 @@ from ray.actor import ActorHandle
 
 from paceline.configs.errors import ClusterError
 from paceline.configs.vocabulary import Completion, RolloutRequest
-from paceline.controller.actors import kill, result_of, start_actor
+from paceline.controller.cluster.actors import kill, result_of, start_actor
 from paceline.controller.groups.buffer import WorkerLost
 from paceline.weights_sync.handle import Acknowledgement, WeightHandle
 

@@ -18,10 +18,10 @@ from ray.util.placement_group import PlacementGroup
 from paceline.configs.errors import ClusterError, UserError
 from paceline.configs.schema.learner import OptimizerConfig
 from paceline.configs.vocabulary import Group, StepReport, TrainBatch, WeightVersion
-from paceline.controller.actors import kill, result_of, start_actor
+from paceline.controller.cluster.actors import kill, result_of, start_actor
+from paceline.controller.cluster.placement import Placement, in_bundle, release, reserve
 from paceline.controller.parts import Algorithm, Finish
 from paceline.controller.ranks.hangs import Hang, HangWatch, RankStatus
-from paceline.controller.ranks.placement import Placement, in_bundle, release, reserve
 from paceline.controller.ranks.rank import Rank
 from paceline.controller.ranks.rank_host import RankHost
 from paceline.weights_sync.handle import WeightHandle

@@ -15,6 +15,7 @@ from paceline.configs.errors import ConfigError, RunInterrupted, UserError
 from paceline.configs.limits.model_limits import require_usable_models
 from paceline.configs.load import dump_config, load_config
 from paceline.configs.schema import RunConfig
+from paceline.controller.cluster.ray_cluster import ray_cluster, require_resources
 from paceline.controller.ledger.journal import Journal
 from paceline.controller.ledger.opening import open_store
 from paceline.controller.ledger.store import Store
@@ -27,7 +28,6 @@ from paceline.controller.observe.report.report import write_report
 from paceline.controller.observe.view.state import RunPlan
 from paceline.controller.observe.view.view import open_view
 from paceline.controller.run.checkpoints import LEARNER, CheckpointFolder, RunState
-from paceline.controller.run.cluster import ray_cluster, require_resources
 from paceline.controller.run.metering import RunTotals
 from paceline.controller.run.progress import RunProgress
 from paceline.controller.run.recovery import groups_fit

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from paceline.configs.errors import ModelError
 from paceline.configs.schema import RunConfig
+from paceline.controller.cluster.ray_cluster import ray_cluster
 from paceline.controller.groups.evaluation import accuracy
 from paceline.controller.observe.files.records import standard_error
-from paceline.controller.run.cluster import ray_cluster
 from paceline.controller.wiring.preparation import prepare
 from paceline.controller.wiring.services import started_services
 

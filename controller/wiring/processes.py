@@ -13,7 +13,7 @@ from paceline.configs.schema.algorithm import critic_of
 from paceline.configs.schema.data import ReasoningGymSource
 from paceline.configs.schema.reward import ExactGrader, MathGrader, ReasoningGymGrader
 from paceline.configs.schema.rollout import RolloutConfig
-from paceline.controller.actors import LateClass
+from paceline.controller.cluster.actors import LateClass
 from paceline.controller.drafts.publisher import DraftPublisher
 from paceline.controller.engines.pool import WorkerPool
 from paceline.controller.engines.routing import most_samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from paceline.configs.schema.run import ClusterConfig
-from paceline.controller.run.cluster import ray_cluster
+from paceline.controller.cluster.ray_cluster import ray_cluster
 
 
 @pytest.fixture(scope="package")

@@ -13,10 +13,10 @@ import pytest
 
 from paceline.configs.load import load_config
 from paceline.configs.vocabulary import RolloutRequest, SamplingParameters
+from paceline.controller.cluster.ray_cluster import ray_cluster
 from paceline.controller.engines.routing import demand_of
 from paceline.controller.observe.files.jsonl import read_lines
 from paceline.controller.run.checkpoints import DRAFT_CORPUS
-from paceline.controller.run.cluster import ray_cluster
 from paceline.controller.wiring.preparation import prepare
 from paceline.controller.wiring.services import Services, started_services
 from tests.integration.commands import PATIENCE_SECONDS, Command, run, run_in

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from paceline.configs.vocabulary import DraftText
-from paceline.controller.actors import kill, start_actor
+from paceline.controller.cluster.actors import kill, start_actor
 from paceline.controller.drafts.blocks import Block, put_block
 from paceline.controller.engines.worker_actor import RolloutActor
 

@@ -14,7 +14,7 @@ import ray
 from paceline.configs.errors import ClusterError, DataError
 from paceline.configs.schema.learner import OptimizerConfig
 from paceline.configs.vocabulary import RankProgress, StepReport, TrainBatch, WeightVersion
-from paceline.controller.actors import LateClass, is_out_of_memory, result_of, start_actor
+from paceline.controller.cluster.actors import LateClass, is_out_of_memory, result_of, start_actor
 from paceline.controller.engines.worker_actor import RolloutActor, start_rollout_worker
 from paceline.controller.groups.buffer import WorkerLost
 from paceline.controller.ranks.learner_ranks import start_learner_ranks
