@@ -13,7 +13,7 @@ import ray
 from paceline.configs.errors import ClusterError
 from paceline.configs.load import load_config
 from paceline.configs.schema.run import ClusterConfig
-from paceline.controller.run import cluster
+from paceline.controller.cluster import ray_cluster
 
 
 class FakeRay:
@@ -42,7 +42,7 @@ def start_fake(monkeypatch):
 
     def start(*arguments, **resources):
         fake = FakeRay(*arguments, **resources)
-        monkeypatch.setattr(cluster, "ray", fake)
+        monkeypatch.setattr(ray_cluster, "ray", fake)
         return fake
 
     return start
@@ -60,7 +60,7 @@ def unused_port():
 
 
 def enter(**settings):
-    with cluster.ray_cluster(ClusterConfig(**settings)):
+    with ray_cluster.ray_cluster(ClusterConfig(**settings)):
         pass
 
 
@@ -94,7 +94,7 @@ def test_an_address_where_nothing_listens_is_refused_at_once(start_fake, scheme)
     began = time.monotonic()
     with pytest.raises(ClusterError, match=f"no Ray cluster at {address}.*ray start --head"):
         enter(address=address)
-    assert time.monotonic() - began < 3 * cluster.PROBE_SECONDS
+    assert time.monotonic() - began < 3 * ray_cluster.PROBE_SECONDS
     assert fake.started_with == []
 
 
@@ -110,7 +110,7 @@ def test_a_cluster_is_left_however_its_block_ends(start_fake):
     fake = start_fake()
 
     def fails():
-        with cluster.ray_cluster(ClusterConfig()):
+        with ray_cluster.ray_cluster(ClusterConfig()):
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -133,12 +133,12 @@ def test_more_than_the_cluster_has_is_refused_before_anything_waits(
 ):
     start_fake(**resources)
     with pytest.raises(ClusterError, match=complaint):
-        cluster.require_resources(load_config("debug", overrides))
+        ray_cluster.require_resources(load_config("debug", overrides))
 
 
 def test_what_the_cluster_just_has_is_enough(start_fake):
     start_fake(CPU=2.0)
-    cluster.require_resources(load_config("debug", ["rollout.cpus_per_worker=2"]))
+    ray_cluster.require_resources(load_config("debug", ["rollout.cpus_per_worker=2"]))
 
 
 def test_a_local_cluster_that_is_slow_to_start_is_started_again(start_fake):
@@ -151,7 +151,7 @@ def test_a_local_cluster_that_is_slow_to_start_is_started_again(start_fake):
         start(**arguments)
 
     fake.init = second_time_lucky
-    with cluster.ray_cluster(ClusterConfig()):
+    with ray_cluster.ray_cluster(ClusterConfig()):
         assert len(fake.started_with) == 2
 
 
@@ -159,10 +159,10 @@ def test_a_local_cluster_that_never_starts_is_one_line(start_fake):
     fake = start_fake(Exception("The current node timed out during startup."))
     with (
         pytest.raises(ClusterError, match="a local Ray cluster did not start .*timed out"),
-        cluster.ray_cluster(ClusterConfig()),
+        ray_cluster.ray_cluster(ClusterConfig()),
     ):
         pass
-    assert len(fake.started_with) == cluster.LOCAL_START_ATTEMPTS
+    assert len(fake.started_with) == ray_cluster.LOCAL_START_ATTEMPTS
 
 
 def test_workers_of_a_local_cluster_run_at_the_priority_of_the_run_itself(local_ray):

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from paceline.configs.errors import ClusterError
-from paceline.controller.ranks import placement
+from paceline.controller.cluster import placement
 from paceline.controller.ranks.learner_ranks import start_learner_ranks
 
 pytestmark = pytest.mark.usefixtures("local_ray")
