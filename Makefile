@@ -3,8 +3,9 @@
 PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
-# whole runs mostly wait: the other process has everything else meanwhile (tests/conftest.py)
-BESIDE := --numprocesses=2 --dist=loadgroup --no-loadscope-reorder
+# a file at a time, in the order of tests/conftest.py: what its tests share is started once
+# (not loadgroup: pytest 9.2 ignores the names that pytest-xdist 3.8 gives groups)
+BESIDE := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 

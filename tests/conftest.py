@@ -6,7 +6,7 @@ import pytest
 from hypothesis import settings
 
 from paceline.rollout.process_environment import engine_environment
-from tests.reasons import group_of, mark_reasons
+from tests.reasons import mark_reasons
 from tests.redis_server import INSTALL, find_program
 
 os.environ.update(engine_environment(on_gpu=False))
@@ -17,19 +17,17 @@ settings.register_profile("nightly", max_examples=400, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m selects, and pytest-xdist reads the groups
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with the reasons why it takes long, and whole runs come first.
+    """Mark each test with the reasons why it takes long; files with whole runs come first.
 
-    Beside each other (`pytest -n 2`) one process then has the runs, which mostly wait, while the
-    other has everything else.
+    Processes beside each other (`make test`) take a file at a time, so the short ones at the end
+    keep both busy.
     """
     for item in items:
         mark_reasons(item)
-    items.sort(key=lambda item: group_of(item) != "run")
-    for item in items:
-        if group := group_of(item):
-            item.add_marker(pytest.mark.xdist_group(group))
+    running = {item.path for item in items if item.get_closest_marker("run")}
+    items.sort(key=lambda item: item.path not in running)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

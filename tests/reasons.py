@@ -31,14 +31,3 @@ def mark_reasons(item: pytest.Item) -> None:
             item.add_marker(reason)
     if item.path.is_relative_to(_INTEGRATION):
         item.add_marker("run")
-
-
-def group_of(item: pytest.Item) -> str | None:
-    """Return the group of tests that share a process with ``item``, and what they start there.
-
-    A folder's tests share its engines. A test that starts nothing may run in any process.
-    """
-    for reason in ("run", "ranks"):
-        if item.get_closest_marker(reason):
-            return reason
-    return item.path.parent.name if item.get_closest_marker("engine") else None

@@ -29,7 +29,7 @@ def run(tmp_path_factory) -> tuple[Path, list[StepRecord]]:
     return folder / "lag-0", train("lag-0", folder, start)
 
 
-@pytest.mark.slow
+@pytest.mark.run
 def test_the_parts_of_a_step_account_for_it_and_all_samples_are_counted(run) -> None:
     _, records = run
     figures = paceline_figures(records, 1, TINY.samples_per_group, overlapping=False)
@@ -42,7 +42,7 @@ def test_the_parts_of_a_step_account_for_it_and_all_samples_are_counted(run) -> 
     assert figures["padding"] >= 1
 
 
-@pytest.mark.slow
+@pytest.mark.run
 def test_ages_are_those_of_the_ledger_and_lag_zero_trains_no_old_group(run) -> None:
     folder, records = run
     ages = asynchrony.ages_of(folder)
@@ -54,7 +54,7 @@ def test_ages_are_those_of_the_ledger_and_lag_zero_trains_no_old_group(run) -> N
     assert 1 <= figures["ideal ratio"] <= 2
 
 
-@pytest.mark.slow
+@pytest.mark.run
 def test_accuracies_are_those_of_the_runs_evaluations(run) -> None:
     figures = algorithms.figures_of(*run)
     accuracies = {name: value for name, value in figures.items() if name.startswith("step ")}
