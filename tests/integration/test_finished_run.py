@@ -35,6 +35,11 @@ def test_it_leaves_nothing_running_and_nothing_in_shared_memory(finished_run):
     assert finished_run.shared_folders == []
 
 
+def test_no_worker_of_ray_idles_beside_it(finished_run):
+    assert sum(title.startswith("ray::RolloutWorker") for title in finished_run.at_work) == 1
+    assert not any(title.startswith("ray::IDLE") for title in finished_run.at_work)
+
+
 def test_every_step_is_recorded_once_and_in_order(finished_run):
     assert [record.step for record in finished_run.run.steps] == list(range(1, NUM_STEPS + 1))
     seconds = [record.seconds for record in finished_run.run.steps]
