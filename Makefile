@@ -3,8 +3,8 @@
 PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
-# whole runs mostly wait: the other process has everything else meanwhile (tests/conftest.py)
-BESIDE := --numprocesses=2 --dist=loadgroup --no-loadscope-reorder
+# a module's tests stay in one process, and the longest come first (tests/conftest.py)
+BESIDE := --numprocesses=2 --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 

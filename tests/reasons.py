@@ -18,6 +18,8 @@ FIXTURES = {
 """Fixtures that start vLLM, ranks' processes, Ray or Redis."""
 
 REASONS = tuple(FIXTURES)
+SHARING = ("tests/controller/verify", "tests/learner/engines", "tests/rollout")
+"""Folders whose modules share engines or ranks' processes."""
 _INTEGRATION = Path(__file__).parent / "integration"
 
 
@@ -33,12 +35,11 @@ def mark_reasons(item: pytest.Item) -> None:
         item.add_marker("run")
 
 
-def group_of(item: pytest.Item) -> str | None:
-    """Return the group of tests that share a process with ``item``, and what they start there.
+def unit_of(nodeid: str) -> str:
+    """Return the name of the tests that run in one process with this one: mostly its module's.
 
-    A folder's tests share its engines. A test that starts nothing may run in any process.
+    What a module's fixtures start is then started once; so are the engines and ranks of a folder.
     """
-    for reason in ("run", "ranks"):
-        if item.get_closest_marker(reason):
-            return reason
-    return item.path.parent.name if item.get_closest_marker("engine") else None
+    module = nodeid.partition("::")[0]
+    folders = (folder for folder in SHARING if module.startswith(f"{folder}/"))
+    return next(folders, module)
