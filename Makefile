@@ -3,9 +3,8 @@
 PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
-# a file at a time, in the order of tests/conftest.py: what its tests share is started once
-# (not loadgroup: pytest 9.2 ignores the names that pytest-xdist 3.8 gives groups)
-BESIDE := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+# a module's tests stay in one process, and the longest come first (tests/conftest.py)
+BESIDE := --numprocesses=2 --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 

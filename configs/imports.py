@@ -1,7 +1,9 @@
-"""Classes of users, named in a configuration as `package.module:ClassName`."""
+"""Imports of large libraries, and of users' classes, named as `package.module:ClassName`."""
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import os
 import sys
@@ -37,6 +39,25 @@ def build_imported(
     if not callable(getattr(built, required_method, None)):
         raise ConfigError(f"{key}: {import_path} must offer a method {required_method}, has none")
     return built
+
+
+@contextmanager
+def imports_uncollected() -> Iterator[None]:
+    """Import large libraries while the garbage collector pauses, and never look at them again.
+
+    Modules live as long as the process. Looking through them for garbage while they grow takes a
+    sixth of the time to import torch and vLLM, and a fifth of a second in each later collection.
+    The collection at the process's end sees them: compiled modules complain of what is left.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        atexit.register(gc.unfreeze)
+        if was_enabled:
+            gc.enable()
 
 
 def _find(key: str, module_name: str, attribute: str) -> Any:

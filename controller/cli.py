@@ -56,14 +56,16 @@ def train(
 
     Example: paceline train quickstart seed=1 name=quickstart-1
     """
+    from paceline.configs.imports import imports_uncollected
     from paceline.configs.limits.model_limits import require_usable_models
     from paceline.configs.load import load_config
 
     config = load_config(recipe, overrides or ())
     require_usable_models(config)  # what is wrong shows before torch is imported
 
-    from paceline.controller.observe.files.summary import print_summary
-    from paceline.controller.run.run import run_training
+    with imports_uncollected():
+        from paceline.controller.observe.files.summary import print_summary
+        from paceline.controller.run.run import run_training
 
     outcome = run_training(config, resume=resume)
     print_summary(outcome.summary, outcome.report)
@@ -105,11 +107,13 @@ def evaluate(
 
     Example: paceline eval quickstart --model runs/quickstart/final
     """
+    from paceline.configs.imports import imports_uncollected
     from paceline.configs.load import load_config
 
     config = load_config(recipe, overrides or ())
 
-    from paceline.controller.run.standalone_evaluation import evaluate_model
+    with imports_uncollected():
+        from paceline.controller.run.standalone_evaluation import evaluate_model
 
     evaluate_model(config, model)
 

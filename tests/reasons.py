@@ -18,6 +18,8 @@ FIXTURES = {
 """Fixtures that start vLLM, ranks' processes, Ray or Redis."""
 
 REASONS = tuple(FIXTURES)
+SHARING = ("tests/controller/verify", "tests/learner/engines", "tests/rollout")
+"""Folders whose modules share engines or ranks' processes."""
 _INTEGRATION = Path(__file__).parent / "integration"
 
 
@@ -31,3 +33,13 @@ def mark_reasons(item: pytest.Item) -> None:
             item.add_marker(reason)
     if item.path.is_relative_to(_INTEGRATION):
         item.add_marker("run")
+
+
+def unit_of(nodeid: str) -> str:
+    """Return the name of the tests that run in one process with this one: mostly its module's.
+
+    What a module's fixtures start is then started once; so are the engines and ranks of a folder.
+    """
+    module = nodeid.partition("::")[0]
+    folders = (folder for folder in SHARING if module.startswith(f"{folder}/"))
+    return next(folders, module)

@@ -3,7 +3,7 @@
 Counted is what torch allocates, tensor by tensor, as the code is: what transformers' layers keep
 for the backward pass, our own head that never holds logits whole, FSDP's gathered layers. Not
 counted are the allocator's slack, the libraries' own buffers and what communication takes.
-`tests/learner/engines/test_memory_forecast.py` measures ranks beside it.
+`tests/learner/test_memory_forecast.py` measures ranks beside it.
 """
 
 from __future__ import annotations

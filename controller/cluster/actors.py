@@ -13,6 +13,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayTaskError
 
 from paceline.configs.errors import ClusterError, UserError
+from paceline.configs.imports import imports_uncollected
 
 T = TypeVar("T")
 SAVE_MEMORY = "lower learner.tokens_per_microbatch, rollout.max_num_seqs or rollout.kv_cache_mb"
@@ -27,7 +28,9 @@ class LateClass:
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """Import the class and construct it."""
         module, _, name = self.path.partition(":")
-        return getattr(importlib.import_module(module), name)(*arguments, **keywords)
+        with imports_uncollected():
+            imported = importlib.import_module(module)
+        return getattr(imported, name)(*arguments, **keywords)
 
 
 def start_actor(

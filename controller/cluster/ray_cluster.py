@@ -17,9 +17,10 @@ from paceline.configs.schema.run import ClusterConfig, RunConfig
 
 PROBE_SECONDS = 5.0
 LOCAL_START_ATTEMPTS = 3
-OWN_PRIORITY = {"worker_niceness": 0}
+LOCAL_SYSTEM = {"worker_niceness": 0, "prestart_worker_first_driver": False}
 """Ray starts workers at niceness 15. On a machine with other work, engines and learner would get
-what that leaves of a core, while the process that waits for them keeps its priority."""
+what that leaves of a core, while the process that waits for them keeps its priority. It also starts
+an idle one for every CPU beforehand, which a run's actors, with an environment each, cannot use."""
 QUIET: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def start_local_cluster(config: ClusterConfig) -> None:
                 address="local",
                 include_dashboard=False,
                 object_store_memory=config.object_store_mb << 20,
-                _system_config=OWN_PRIORITY,
+                _system_config=LOCAL_SYSTEM,
                 **QUIET,
             )
             return

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,6 +63,17 @@ def test_a_build_without_a_compiler_says_what_to_install(tmp_path: Path) -> None
     assert "/nonexistent" in done.stderr
 
 
+def run_alone(*command: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command that finds no Paceline but the wheel's, whatever this process finds."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    arguments = [str(part) for part in command]
+    done = subprocess.run(
+        arguments, env=environment, capture_output=True, text=True, check=False, **options
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 @pytest.fixture(scope="module")
 def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of an environment that holds the wheel; dependencies come from this one."""
@@ -71,12 +83,11 @@ def installed_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy_checkout(source, "pyproject.toml", "setup.py", "README.md", "LICENSE")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     build = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*build, "--wheel-dir", str(folder), str(source)], check=True)
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "env")], check=True)
+    run_alone(*build, "--wheel-dir", folder, source)
+    run_alone(sys.executable, "-m", "venv", "--without-pip", folder / "env")
     python = folder / "env" / "bin" / "python"
     (wheel,) = folder.glob("*.whl")
-    into = [*pip, "--python", str(python), "install", "-q", "--no-deps", "--no-index", str(wheel)]
-    subprocess.run(into, check=True)
+    run_alone(*pip, "--python", python, "install", "-q", "--no-deps", "--no-index", wheel)
     # A path line makes this environment's packages visible and leaves their .pth files, the
     # editable installation of Paceline among them, unread.
     (site_packages,) = (folder / "env" / "lib").glob("python*/site-packages")
@@ -108,13 +119,7 @@ print(json.dumps([failed, files]))
 @pytest.mark.slow
 def test_every_module_imports_from_the_wheel(installed_wheel: Path) -> None:
     names = json.dumps([*modules_on_disk(), "paceline.spec._native"])
-    done = subprocess.run(
-        [installed_wheel, "-I", "-c", IMPORT_ALL, names],
-        cwd=installed_wheel.parent,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_alone(installed_wheel, "-I", "-c", IMPORT_ALL, names, cwd=installed_wheel.parent)
     failed, files = json.loads(done.stdout.splitlines()[-1])
     assert failed == {}
     environment = str(installed_wheel.parents[1])
@@ -133,9 +138,7 @@ def test_the_wheel_carries_the_recipes_and_the_type_stubs(installed_wheel: Path)
 
 @pytest.mark.slow
 def test_a_report_is_written_from_the_wheel(installed_wheel: Path, tmp_path: Path) -> None:
-    command = [installed_wheel, "-I", "-c", WRITE_REPORT, tmp_path / "run"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run_alone(installed_wheel, "-I", "-c", WRITE_REPORT, tmp_path / "run", cwd=tmp_path)
     assert "How to reproduce it" in done.stdout
 
 
@@ -151,6 +154,5 @@ def test_every_folder_with_python_files_is_in_the_wheel_and_nothing_else(
 @pytest.mark.slow
 def test_the_command_line_of_the_wheel_starts(installed_wheel: Path) -> None:
     command = installed_wheel.parent / "paceline"
-    done = subprocess.run([command, "--help"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run_alone(command, "--help")
     assert "train" in done.stdout

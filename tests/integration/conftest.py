@@ -24,9 +24,11 @@ def train(name: str, *overrides: str) -> list[str]:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run that went to its end, what it said, and what was left of it on the machine."""
+    """A run that went to its end: what Ray's workers were called in its midst, what it said, and
+    what was left of it on the machine."""
 
     run: Run
+    at_work: list[str]
     ended: Ended
     processes: list[Process]
     shared_folders: list[Path]
@@ -46,12 +48,17 @@ def finished_run(tmp_path_factory) -> FinishedRun:
         *LEARNS_QUICKLY,
     )
     began = time.monotonic()
+    run = run_in(root, "finished")
     with Command(*arguments, cwd=root) as command:
+        command.wait_until(lambda: run.has_done(1), "a step was done")
+        titles = [process.title for process in command.processes()]
+        at_work = [title for title in titles if title.startswith("ray::")]
         code = command.wait()
         seconds = time.monotonic() - began
         command.wait_until_nothing_is_left()
         return FinishedRun(
-            run_in(root, "finished"),
+            run,
+            at_work,
             Ended(code, command.output, command.errors),
             command.processes(),
             command.shared_folders(),

@@ -100,21 +100,3 @@ def test_runs_without_sampling_learn_in_the_same_loop(tmp_path, name, overrides,
     unmeasured = {(step.age_max, step.reward) for step in steps}
     assert unmeasured == {(None, None)}, "what nobody sampled has neither age nor reward"
     assert run("ledger", str(run_folder.folder.root), cwd=tmp_path).code == 0
-
-
-def test_a_student_comes_closer_to_its_teacher(tmp_path, finished_run):
-    """The teacher is another run's model; the ledger balances with its scores in it."""
-    teacher = finished_run.run.folder.final
-    arguments = train(
-        "taught",
-        "loop.num_steps=12",
-        "seed=7",
-        "algorithm={type: distillation}",
-        f"teacher={{path: '{teacher}', kv_cache_mb: 16}}",
-        *LEARNS_QUICKLY,
-    )
-    assert completed(tmp_path, *arguments) == (0, "")
-    run_folder = run_in(tmp_path, "taught")
-    gaps = [step.metrics["teacher_reverse_kl"] for step in run_folder.steps]
-    assert gaps[-1] < 0.5 * gaps[0]
-    assert run("ledger", str(run_folder.folder.root), cwd=tmp_path).code == 0

@@ -15,7 +15,8 @@ from tensorboardX.proto.event_pb2 import Event
 from paceline.configs.load import load_config
 from paceline.controller.observe.files.jsonl import read_json, read_lines
 from paceline.controller.run.checkpoints import CheckpointFolder
-from tests.integration.commands import PATIENCE_SECONDS, run
+from tests.integration.commands import PATIENCE_SECONDS, run, run_in
+from tests.integration.conftest import LEARNS_QUICKLY, train
 
 pytestmark = pytest.mark.timeout(2 * PATIENCE_SECONDS)
 
@@ -33,6 +34,11 @@ def test_it_ends_well_and_says_so(finished_run):
 def test_it_leaves_nothing_running_and_nothing_in_shared_memory(finished_run):
     assert finished_run.processes == []
     assert finished_run.shared_folders == []
+
+
+def test_no_worker_of_ray_idles_beside_it(finished_run):
+    assert sum(title.startswith("ray::RolloutWorker") for title in finished_run.at_work) == 1
+    assert not any(title.startswith("ray::IDLE") for title in finished_run.at_work)
 
 
 def test_every_step_is_recorded_once_and_in_order(finished_run):
@@ -187,3 +193,22 @@ def test_metrics_are_plain_json_lines(finished_run):
     assert len(lines) == NUM_STEPS + 2
     for line in lines:
         json.loads(line, parse_constant=pytest.fail)
+
+
+def test_a_student_comes_closer_to_its_teacher(tmp_path, finished_run):
+    """The teacher is another run's model; the ledger balances with its scores in it."""
+    teacher = finished_run.run.folder.final
+    arguments = train(
+        "taught",
+        "loop.num_steps=12",
+        "seed=7",
+        "algorithm={type: distillation}",
+        f"teacher={{path: '{teacher}', kv_cache_mb: 16}}",
+        *LEARNS_QUICKLY,
+    )
+    ended = run(*arguments, cwd=tmp_path)
+    assert (ended.code, ended.errors) == (0, "")
+    run_folder = run_in(tmp_path, "taught")
+    gaps = [step.metrics["teacher_reverse_kl"] for step in run_folder.steps]
+    assert gaps[-1] < 0.5 * gaps[0]
+    assert run("ledger", str(run_folder.folder.root), cwd=tmp_path).code == 0

@@ -183,7 +183,7 @@ def fleet(tmp_path_factory) -> Fleet:
 ALWAYS = {"budget": "none", "max_tokens": 4}
 SCRIPTED = {
     "method": "custom_class",
-    "model": "tests.rollout.drafters.ScriptedDrafter",
+    "model": "tests.rollout.speculation.drafters.ScriptedDrafter",
     "num_speculative_tokens": 4,
 }
 PEAKED = {

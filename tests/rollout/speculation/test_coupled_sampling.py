@@ -15,8 +15,8 @@ from tests.rollout.conftest import (
     run_to_end,
     steps,
 )
-from tests.rollout.drafters import ScriptedDrafter
-from tests.rollout.test_drafted_distribution import (
+from tests.rollout.speculation.drafters import ScriptedDrafter
+from tests.rollout.speculation.test_drafted_distribution import (
     SUSPICIOUS,
     chi_square_probability,
     constrained,
