@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 from paceline.rollout.process_environment import engine_environment
 from tests.reasons import mark_reasons
@@ -14,6 +14,8 @@ os.environ.update(engine_environment(on_gpu=False))
 # a busy machine is no failure
 settings.register_profile("ci", max_examples=30, deadline=None)
 settings.register_profile("nightly", max_examples=400, deadline=None)
+# of scripts/mutants.py: the same examples every time, and a failure is all it wants
+settings.register_profile("mutants", derandomize=True, deadline=None, phases=[Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
