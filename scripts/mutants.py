@@ -1,10 +1,9 @@
-#!/usr/bin/env python3
 """Break the code on purpose, one place at a time, and see that the tests notice.
 
-    make mutants                        everything in tests/mutations/
-    scripts/mutants.py --only sign      mutations whose names contain a word
-    scripts/mutants.py --list           their names and laws
-    scripts/mutants.py --table          docs/laws.md
+    make mutants                                    everything in tests/mutations/
+    make mutants ONLY=sign                          mutations whose names contain a word
+    .venv/bin/python scripts/mutants.py --list      their names and laws
+    .venv/bin/python scripts/mutants.py --table     docs/laws.md
 
 It works in copies of the checkout and never changes the checkout itself. First the named tests must
 pass in a copy as it is. Exit code 1: a break that no test noticed, or a table that is wrong.

@@ -19,12 +19,12 @@ PAGE = "docs/laws.md"
 HEAD = """\
 # Laws, and what happens where they are broken
 
-`make mutants` breaks the code on purpose, one place at a time, in a copy of the checkout, and runs \
-the tests that are to notice. Each row below is one such break: the law, the tests that hold it \
-(every one of them must fail), and what is broken. A break that no test notices fails the target. \
-`scripts/mutants.py --only NAME` runs one, `--list` names all; they are written down in \
-`{folder}/`, from which `scripts/mutants.py --table` writes this page. How much each law promises \
-is in [ARCHITECTURE.md](../ARCHITECTURE.md#laws-and-the-tests-that-hold-them).
+`make mutants` breaks the code on purpose, one place at a time, in a copy of the checkout, and \
+runs the tests that are to notice. Each row below is one such break: the law, the tests that hold \
+it (every one of them must fail), and what is broken. A break that no test notices fails the \
+target; `make mutants ONLY=name` runs those whose names contain a word. They are written down in \
+`{folder}/`, and `python scripts/mutants.py --table` makes this page of it. What each law \
+promises is in [ARCHITECTURE.md](../ARCHITECTURE.md#laws-and-the-tests-that-hold-them).
 
 There are {count}.
 """
