@@ -34,7 +34,11 @@ lint: install ## Check style, formatting, types and the import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+mutants: install ## Break the code on purpose and see that the tests notice (ONLY=name)
+	@$(PYTHON) scripts/install_system_packages.py
+	$(BIN)/python scripts/mutants.py $(ONLY:%=--only=%)
+
 bench-quick: install ## Compare a training step with a peer's, roughly, in about a minute
 	$(BIN)/paceline bench e2e --quick
 
-.PHONY: help install install-gpu quickstart test test-fast lint bench-quick
+.PHONY: help install install-gpu quickstart test test-fast lint mutants bench-quick

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
@@ -20,6 +20,8 @@ os.environ.update(engine_environment(on_gpu=False))
 # a busy machine is no failure
 settings.register_profile("ci", max_examples=30, deadline=None)
 settings.register_profile("nightly", max_examples=400, deadline=None)
+# of scripts/mutants.py: the same examples every time, and a failure is all it wants
+settings.register_profile("mutants", derandomize=True, deadline=None, phases=[Phase.generate])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

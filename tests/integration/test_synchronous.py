@@ -2,7 +2,7 @@
 
 Both use the real vLLM engine and the real learner, each pair of its own, in this process. The hand
 loop knows no buffer, no tasks and no ledger: it samples, grades, scores, trains and updates, one
-thing after the other.
+thing after the other. What the loop made of a policy is looked at, too.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pytest
 import torch
 
+from paceline.configs.load import load_config
 from paceline.configs.schema.learner import LearnerConfig, OptimizerConfig
 from paceline.configs.vocabulary import (
     Completion,
@@ -34,19 +36,20 @@ from paceline.controller.groups.pacing import Pacer
 from paceline.controller.ledger.journal import Journal
 from paceline.controller.ledger.memory import MemoryStore
 from paceline.controller.loop import Loop
+from paceline.controller.wiring.algorithms import build_algorithm
 from paceline.learner.model.model import write_initial_model
-from paceline.learner.objective.advantages import GroupRelative, Outcome
-from paceline.learner.objective.losses.policy import Clip
-from paceline.learner.objective.objective import Objective
+from paceline.learner.objective.advantages import Outcome
 from paceline.learner.worker import LearnerWorker
 from paceline.rollout.worker import RolloutWorker
 from tests.rollout.conftest import STOP, build_engine, tiny_model_config
 
-STEPS, GROUPS, SAMPLES, SEED, VOCABULARY = 5, 4, 4, 11, 128
-SAMPLING = SamplingParameters(max_tokens=12, stop_token_ids=(STOP,))
-OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=1)
-ALGORITHM = Objective(GroupRelative(), Clip(0.2, 0.28), "token_mean", SAMPLING.max_tokens)
-GIVEN_ADVANTAGES = Objective(Outcome(), Clip(0.2, 0.28), "token_mean", SAMPLING.max_tokens)
+STEPS, GROUPS, SAMPLES, SEED, VOCABULARY = 12, 4, 4, 11, 128
+MAX_TOKENS = 12
+SAMPLING = SamplingParameters(max_tokens=MAX_TOKENS, stop_token_ids=(STOP,))
+OPTIMIZER = OptimizerConfig(learning_rate=3e-2, warmup_steps=1)
+_, ALGORITHM = build_algorithm(load_config("debug", (f"rollout.sampling.max_tokens={MAX_TOKENS}",)))
+"""GRPO as it is configured."""
+GIVEN_ADVANTAGES = replace(ALGORITHM, advantage=Outcome())
 """For the loop by hand, which finds the advantages itself and hands them in as rewards."""
 
 
@@ -185,17 +188,61 @@ async def sampled_by_hand(pair: Pair, position: int) -> tuple[Completion, ...]:
     return await pair.worker.generate(request)
 
 
-def test_without_lag_the_loop_makes_the_weights_of_a_synchronous_loop_written_by_hand(tmp_path):
-    outcomes = []
-    for name, train in (("loop", train_with_the_loop), ("hand", train_by_hand)):
-        (tmp_path / name).mkdir()
-        pair = Pair(tmp_path / name)
-        before = pair.weights()
-        outcomes.append((asyncio.run(train(pair)), pair.weights()))
-        asyncio.run(pair.worker.close())
-    (order, mine), (hand_order, hand) = outcomes
-    assert order == hand_order
-    assert max(group for step in order for group in step) >= STEPS * GROUPS, "none was replaced"
-    for name in hand:
-        torch.testing.assert_close(mine[name], hand[name], rtol=0, atol=1e-6)
-        assert (hand[name] - before[name]).abs().max() > 1e-3, f"{name} was hardly trained"
+def expected_reward(learner: LearnerWorker) -> float:
+    """The mean reward of what the learner's policy samples, computed rather than sampled."""
+    rewarded = [token for token in range(VOCABULARY) if reward_of([token])]
+    completions = [
+        Completion(np.array([token], np.int32), np.zeros(1, np.float32), (), "stop")
+        for token in rewarded
+    ]
+    samples = tuple(Sample(completion, 1.0) for completion in completions)
+    prompts = range(STEPS * GROUPS)
+    logprobs = learner.logprobs([Group(i, prompt_at(i), samples) for i in prompts])
+    return float(np.exp(np.concatenate(logprobs)).sum()) / len(prompts)
+
+
+@dataclass
+class Trained:
+    """What a loop made of a fresh pair."""
+
+    order: list[tuple[int, ...]]
+    before: dict[str, torch.Tensor]
+    after: dict[str, torch.Tensor]
+    rewards: tuple[float, float]
+
+
+def trained_by(train, root) -> Trained:
+    pair = Pair(root)
+    before, reward = pair.weights(), expected_reward(pair.learner)
+    order = asyncio.run(train(pair))
+    asyncio.run(pair.worker.close())
+    return Trained(order, before, pair.weights(), (reward, expected_reward(pair.learner)))
+
+
+@pytest.fixture(scope="module")
+def by_the_loop(tmp_path_factory) -> Trained:
+    return trained_by(train_with_the_loop, tmp_path_factory.mktemp("loop"))
+
+
+@pytest.fixture(scope="module")
+def by_hand(tmp_path_factory) -> Trained:
+    return trained_by(train_by_hand, tmp_path_factory.mktemp("hand"))
+
+
+def test_a_run_makes_what_is_rewarded_likelier(by_the_loop):
+    """Wrong in the sign of the loss or of the advantages, it would make it rarer."""
+    before, after = by_the_loop.rewards
+    assert before == pytest.approx(0.25, abs=0.02), "a new model knows nothing"
+    assert after > 0.5
+
+
+def test_without_lag_the_loop_makes_the_weights_of_a_synchronous_loop_written_by_hand(
+    by_the_loop, by_hand
+):
+    assert by_the_loop.order == by_hand.order
+    last = max(group for step in by_the_loop.order for group in step)
+    assert last >= STEPS * GROUPS, "none was replaced"
+    for name, weights in by_hand.after.items():
+        torch.testing.assert_close(by_the_loop.after[name], weights, rtol=0, atol=1e-6)
+        moved = (weights - by_hand.before[name]).abs().max()
+        assert moved > 1e-3, f"{name} was hardly trained"

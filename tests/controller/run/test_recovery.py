@@ -22,12 +22,13 @@ from hypothesis import strategies as st
 from paceline.configs.errors import ConfigError
 from paceline.configs.load import load_config
 from paceline.controller.groups.assembly import Collector, SignalFilter
-from paceline.controller.groups.buffer import WorkBuffer
+from paceline.controller.groups.buffer import State, WorkBuffer
 from paceline.controller.groups.freshness import freshness_budget
 from paceline.controller.groups.pacing import Pacer
 from paceline.controller.ledger.events import LedgerError
 from paceline.controller.ledger.journal import Journal
 from paceline.controller.ledger.memory import MemoryStore
+from paceline.controller.ledger.state import Status
 from paceline.controller.loop import Loop
 from paceline.controller.run.checkpoints import RunState
 from paceline.controller.run.recovery import groups_fit, recover, require_empty
@@ -245,6 +246,18 @@ def recovered(story, checkpoint, fits=True):
         return await recover(journal, checkpoint, make_prompt, fits=fits), journal
 
     return asyncio.run(scenario())
+
+
+def test_what_was_finished_and_not_yet_batched_waits_in_the_buffer_again():
+    num_waiting = 0
+    for ticks in range(20, 140, 20):
+        story = Story(5, groups=3, dropped=0.0)
+        asyncio.run(story.live(ticks))
+        found, journal = recovered(story, story.checkpoints[-1])
+        finished = [work.group_id for work in found.works if work.state is State.FINISHED]
+        assert finished == journal.state.with_status(Status.FINISHED)
+        num_waiting += len(finished)
+    assert num_waiting > 3
 
 
 def test_a_lost_ledger_means_sampling_what_the_checkpoint_had_in_flight():

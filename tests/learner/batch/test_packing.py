@@ -25,6 +25,12 @@ def test_everything_is_packed_exactly_once_and_no_microbatch_exceeds_its_capacit
     assert all(sum(sizes[i] for i in m) <= capacity for rank in plan for m in rank)
 
 
+def test_what_is_large_and_cheap_finds_room_though_the_costly_are_spread_first():
+    """Balancing by cost leaves it none: the microbatches of first fit are divided instead."""
+    plan = plan_packing([1, 1, 1, 10], [3, 2, 1, 0.5], num_ranks=1, capacity=10, fewest=3)
+    assert sorted(map(sorted, plan[0])) == [[0, 2], [1], [3]]
+
+
 @given(sizes_strategy, ranks_strategy, capacity_strategy)
 def test_all_ranks_run_equally_many_microbatches(sizes, num_ranks, capacity):
     plan = plan_packing(sizes, sizes, num_ranks, capacity)

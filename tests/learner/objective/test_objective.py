@@ -116,6 +116,13 @@ def test_a_masked_token_has_no_gradient_though_its_loss_be_infinite():
     assert outputs.metrics["masked_fraction"].item() == 1
 
 
+def test_a_correction_weighs_and_is_not_differentiated():
+    """REINFORCE of samples of another policy: the gradient is the ratio times the advantage."""
+    objective = replace(PLAIN, policy_loss=Reinforce(), corrections=(Truncate(cap=3.0),))
+    _, found = gradient(objective, inputs_of([2.0, 0.5, 4.0], [1.0, -2.0, 1.0]))
+    assert found == pytest.approx([-2.0 / 3, 1.0 / 3, -3.0 / 3])
+
+
 def test_the_loss_divides_by_all_tokens_also_where_some_are_masked():
     masking = replace(PLAIN, old_policy="recomputed", corrections=(MaskOutside(0.5, 5.0),))
     _, found = gradient(masking, inputs_of([1.0, 9.0], [1.0, 1.0]))
