@@ -219,7 +219,7 @@ class SupervisedAlgorithm(Section):
 
 
 class ImportedAlgorithm(Section):
-    """Somebody else's algorithm."""
+    """An algorithm of your own, imported by name."""
 
     type: Literal["import"]
     import_path: str
@@ -248,12 +248,12 @@ AlgorithmConfig = Annotated[
 
 
 def critic_of(algorithm: AlgorithmConfig) -> CriticConfig | None:
-    """The critic that an algorithm asks for."""
+    """Return the critic that an algorithm asks for."""
     return algorithm.critic if isinstance(algorithm, PolicyAlgorithm | ImportedAlgorithm) else None
 
 
 def reference_of(algorithm: AlgorithmConfig) -> FrozenPolicyConfig | None:
-    """The frozen policy that an algorithm asks for."""
+    """Return the frozen policy that an algorithm asks for."""
     return None if isinstance(algorithm, SupervisedAlgorithm) else algorithm.reference
 
 

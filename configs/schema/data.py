@@ -10,7 +10,7 @@ from paceline.configs.schema.base import Section
 
 
 class PromptFormat(Section):
-    """How a source's record becomes the text the model sees."""
+    """The way from a source's record to the text that the model sees."""
 
     prompt_template: str = "{question}"
     """Python format string over the record's fields (`question`, `answer` and the source's own)."""
@@ -69,7 +69,7 @@ class DatasetSource(PromptFormat):
 
 
 class ImportedSource(PromptFormat):
-    """Somebody else's prompt source."""
+    """A prompt source of your own, imported by name."""
 
     type: Literal["import"]
     import_path: str

@@ -11,7 +11,7 @@ from paceline.configs.vocabulary import SamplingParameters
 
 
 class SamplingConfig(Section):
-    """How completions are drawn in training; evaluation uses its own temperatures."""
+    """Sampling of completions in training; evaluation uses its own temperatures."""
 
     temperature: float = Field(default=1.0, gt=0)
     """Softmax temperature. Training needs randomness: 0 is refused."""
@@ -26,7 +26,7 @@ class SamplingConfig(Section):
     """Longest completion, the stop token included."""
 
     def parameters(self, stop_token_ids: tuple[int, ...]) -> SamplingParameters:
-        """These settings as the plain record that requests carry."""
+        """Return these settings as the plain record that requests carry."""
         return SamplingParameters(
             self.temperature, self.top_p, self.top_k, self.max_tokens, stop_token_ids
         )

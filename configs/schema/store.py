@@ -11,13 +11,14 @@ from paceline.configs.schema.base import Section
 
 
 class MemoryStoreConfig(Section):
-    """In the controller's memory: a killed run samples anew what its checkpoint had in flight."""
+    """Ledger in the controller's memory: a killed run resamples what its checkpoint had in
+    flight."""
 
     type: Literal["memory"]
 
 
 class SQLiteStoreConfig(Section):
-    """In `ledger.sqlite` in the run's folder."""
+    """Ledger in `ledger.sqlite` in the run's folder."""
 
     type: Literal["sqlite"] = "sqlite"
 
@@ -27,7 +28,7 @@ class SQLiteStoreConfig(Section):
 
 
 class RedisStoreConfig(Section):
-    """In Redis Streams, under the run's name."""
+    """Ledger in Redis Streams, under the run's name."""
 
     type: Literal["redis"]
 
