@@ -1,4 +1,4 @@
-"""A rollout worker under watch: each call ends in bounded time, with its answer or `WorkerLost`."""
+"""Supervision of a rollout worker: each call ends in time, with its answer or `WorkerLost`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Worker(Protocol):
         """Draft from a published block but for the subscriber's own; see `DraftPublisher`."""
 
     async def counters(self) -> dict[str, float]:
-        """Running totals of its engine."""
+        """Return running totals of its engine."""
 
     async def close(self) -> None:
         """End it, even if it hangs; never raises."""
@@ -87,13 +87,13 @@ class WatchedWorker:
 
     @property
     def fate(self) -> str | None:
-        """How it was lost; None while it lives."""
+        """The way it was lost; None while it lives."""
         return self._lost.result() if self._lost.done() else None
 
     async def generate(self, request: RolloutRequest) -> Answer:
-        """Completions of a request, unfinished ones where it took too long.
+        """Return completions of a request, unfinished ones if it took too long.
 
-        A request that nobody waits for any more is taken back, so that it holds up no other.
+        A request whose caller gave up is interrupted, so that it holds up no other.
 
         Raises:
             WorkerLost: it is lost, or was before.
@@ -134,7 +134,7 @@ class WatchedWorker:
         await self._answer(addition, "a block of draft text", self._limits.update_seconds)
 
     async def counters(self) -> dict[str, float]:
-        """Running totals of its engine.
+        """Return running totals of its engine.
 
         Raises:
             WorkerLost: it is lost, or was before.
@@ -142,7 +142,7 @@ class WatchedWorker:
         return await self._answer(self._worker.counters(), "a look at its counters")
 
     async def close(self) -> None:
-        """End it; pending calls raise `WorkerLost`, of which nobody is told."""
+        """End it; pending calls raise `WorkerLost`, and ``on_lost`` is not called."""
         if not self._lost.done():
             self._lost.set_result("was closed")
         for errand in self._errands:
@@ -164,7 +164,7 @@ class WatchedWorker:
             )
 
     async def _answer(self, call: Awaitable[T], what: str, limit: float | None = None) -> T:
-        """The answer, within ``answer_seconds`` unless told otherwise, or the worker is lost."""
+        """Return the answer; a worker that takes over ``limit`` (``answer_seconds``) is lost."""
         seconds = limit or self._limits.answer_seconds
         task = asyncio.ensure_future(call)
         try:
@@ -175,7 +175,7 @@ class WatchedWorker:
             task.cancel()
 
     async def _has_answered(self, call: asyncio.Future[Any], seconds: float) -> bool:
-        """Wait so long for an answer.
+        """Wait at most ``seconds`` for an answer.
 
         In two parts: where it was this process that stood still (Ctrl-Z, a long computation), the
         first is over when it wakes, and the second is time to read what has arrived meanwhile.
@@ -199,7 +199,7 @@ class WatchedWorker:
             raise self._loss("died") from error
 
     def _loss(self, fate: str) -> WorkerLost:
-        """What to raise; who is the first to find it lost says how."""
+        """Return what to raise; the first to find the worker lost says how."""
         if not self._lost.done():
             self._lost.set_result(fate)
             self._on_lost()

@@ -68,7 +68,7 @@ class RolloutActor:
 
     @classmethod
     def named(cls, index: int) -> str:
-        """What a worker is called in messages."""
+        """Return a worker's name in messages."""
         return f"{cls.section} worker {index}"
 
     async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
@@ -88,7 +88,7 @@ class RolloutActor:
         await self._call(self._actor.add_draft_text.remote(block, subscriber))
 
     async def counters(self) -> dict[str, float]:
-        """Running totals of its engine."""
+        """Return running totals of its engine."""
         return await self._call(self._actor.counters.remote())
 
     async def close(self) -> None:
