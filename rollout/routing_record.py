@@ -1,4 +1,4 @@
-"""Which experts vLLM sent every token to, kept for the learner to send it there again.
+"""Record of the experts that vLLM routed every token to, for the learner to replay.
 
 vLLM 0.32 has an interface for this (``enable_return_routed_experts``), of its second model runner
 alone, which needs Triton: no engine on a CPU has it. This uses the same hook of vLLM's routers in
@@ -54,7 +54,7 @@ class Known:
     num_tokens: int = 0
 
     def add(self, experts: Experts) -> None:
-        """Of the tokens that come next."""
+        """Append the experts of the tokens that come next."""
         self.pieces.append(experts)
         self.num_tokens += len(experts)
 
@@ -90,12 +90,14 @@ class RoutingRecord:
         bind_routed_experts_capturer(runner.get_model(), self)
 
     def capture(self, layer_id: int, topk_ids: Tensor) -> None:
-        """Called by every router in a step: ``topk_ids`` [T, K] of all of its tokens."""
+        """Store ``topk_ids`` [T, K] of all tokens of a step; every router calls it."""
         self._of_step[: len(topk_ids), layer_id] = topk_ids.cpu().numpy()
 
     def take(self, vllm_id: str, num_tokens: int) -> Experts:
-        """Of a request that is over, right after its last step, and then forgotten: [num_tokens,
-        layers, K]."""
+        """Return and forget the experts of a finished request, int16 [num_tokens, layers, K].
+
+        Call it right after the request's last step.
+        """
         self._end_step()
         known = self._of_requests.pop(vllm_id, Known())
         unread = np.full((num_tokens, *self._of_step.shape[1:]), NOT_ROUTED, np.int16)
@@ -105,7 +107,7 @@ class RoutingRecord:
         return unread
 
     def _begin_step(self, scheduler_output: Any, counts: NDArray[np.int32]) -> Any:
-        """Called by the runner once it knows who is in the step, with how many tokens."""
+        """Place the step's requests; the runner calls it once it knows their numbers of tokens."""
         self._end_step()
         batch = self._runner.input_batch
         row = 0
@@ -136,7 +138,8 @@ class RoutingRecord:
         self._step.clear()
 
     def _slots(self, index: int, start: int, stop: int) -> NDArray[np.int64]:
-        """Where in the KV cache tokens ``[start, stop)`` of the batch's request ``index`` lie."""
+        """Return the KV cache slots of tokens ``[start, stop)`` of the batch's request at
+        ``index``."""
         places = np.arange(start, stop)
         blocks = self._table.block_table.np[index, places // self._table.block_size]
         return blocks.astype(np.int64) * self._table.block_size + places % self._table.block_size

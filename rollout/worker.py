@@ -71,7 +71,7 @@ class RolloutWorker:
         await asyncio.wrap_future(self._engine.add_draft_text(texts))
 
     async def counters(self) -> dict[str, float]:
-        """Running totals of the engine, and the seconds the worker has been up."""
+        """Return running totals of the engine, and the seconds the worker has been up."""
         up = {"up_seconds": time.perf_counter() - self._started}
         return asdict(self._engine.counters) | dict(self._engine.draft_counters) | up
 
