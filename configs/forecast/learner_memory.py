@@ -31,7 +31,7 @@ MOST_GATHERED = 1_000_000_000
 
 @dataclass(frozen=True)
 class LearnerMemory:
-    """``rank``: where it computes; ``host``: in host memory beside its GPU, nothing without one."""
+    """Bytes where a rank computes (``rank``), and in host memory beside its GPU (``host``)."""
 
     rank: Parts
     host: Parts

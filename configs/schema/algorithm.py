@@ -1,4 +1,4 @@
-"""What is optimised: an algorithm is a choice of orthogonal parts, and its name is their defaults.
+"""Algorithms: each is a choice of orthogonal parts, and its name stands for their defaults.
 
 ``PRESETS`` is the whole difference between the named algorithms. Whatever a configuration says
 beside ``type`` is laid over the preset, part by part.
@@ -82,7 +82,7 @@ class PolicyAlgorithm(Section):
 
     zero_signal: Literal["drop", "keep"] = "drop"
     """Groups whose rewards are all equal carry no gradient: drop them and take another group, or
-    train on them all the same."""
+    train on them anyway."""
 
     max_draws: int = Field(default=8, ge=1)
     """With `drop`: a step looks at this many times its groups before it trains on fewer."""
@@ -202,7 +202,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 class PreferenceAlgorithm(Section):
-    """Learn from pairs of completions which is better (DPO, arXiv 2305.18290), without sampling."""
+    """Preference optimisation on pairs of completions (DPO, arXiv 2305.18290), without sampling."""
 
     type: Literal["dpo"]
     beta: float = Field(default=0.1, gt=0)
@@ -213,7 +213,7 @@ class PreferenceAlgorithm(Section):
 
 
 class SupervisedAlgorithm(Section):
-    """Learn demonstrations by heart: the mean negative log-likelihood of their tokens."""
+    """Supervised fine-tuning: the mean negative log-likelihood of the demonstrations' tokens."""
 
     type: Literal["sft"]
 

@@ -1,4 +1,4 @@
-"""Where prompts come from, and which are held out for evaluation."""
+"""Sources of prompts, and which prompts are held out for evaluation."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ class CurriculumConfig(Section):
     taken to lie there."""
 
     keep_outside: float = Field(default=0.1, ge=0, le=1)
-    """Probability with which a prompt outside of the target is sampled all the same: what was too
-    hard is so found to have become easier."""
+    """Probability with which a prompt outside of the target is sampled anyway: this finds prompts
+    that were too hard and have become easier."""
 
     max_passed: int = Field(default=64, ge=1)
     """After so many prompts passed over the next is sampled, whatever is known of it."""

@@ -1,4 +1,4 @@
-"""How completions are graded."""
+"""Grading of completions."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class SamplingConfig(Section):
 
 
 class DraftingConfig(Section):
-    """Guess tokens from other samples of the same prompt; the engine verifies them.
+    """Drafting of tokens from other samples of the same prompt; the engine verifies them.
 
     What is sampled keeps its distribution; a step may yield several tokens of a sequence. How much
     is drafted is decided step by step by what it costs and saves on this machine.
@@ -104,7 +104,7 @@ class RolloutConfig(Section):
     0 samples to the end in one segment."""
 
     claim_seconds: float = Field(default=600.0, gt=0)
-    """Longest a worker may hold a request: what it has by then is taken back and continued
+    """Longest a worker may hold a request. Then it is interrupted, and what it has is continued
     elsewhere."""
 
     answer_seconds: float = Field(default=60.0, gt=0)

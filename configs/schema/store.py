@@ -1,4 +1,4 @@
-"""Where a run's ledger is kept."""
+"""The store of a run's ledger."""
 
 from __future__ import annotations
 
