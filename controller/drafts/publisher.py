@@ -122,7 +122,7 @@ class Subscription:
 
 
 class DraftPublisher:
-    """Publishes what was sampled to subscribed workers, and the corpus to new ones.
+    """Publisher of sampled text to subscribed workers, and of the corpus to new ones.
 
     ``max_tokens`` is the most that waits for slow workers: beyond it they miss the oldest block.
     """

@@ -54,7 +54,7 @@ class Ticket:
 
 
 class WorkerPool:
-    """Spreads requests over the workers that serve the current version.
+    """Workers of one model, and the spreading of requests over those at the current version.
 
     A worker serves from the moment it acknowledged the current version and its checksum. A lost one
     is replaced in its seat, at most ``max_restarts`` times, and brought to the current version

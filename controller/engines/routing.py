@@ -94,7 +94,7 @@ class Affinity:
         seat, was_slow = self._seats.get(prompt, (None, False))
         return None if was_slow else seat
 
-    def shunned(self, prompt: int) -> int | None:
+    def slow_seat(self, prompt: int) -> int | None:
         """Return the seat that had the prompt for too long."""
         seat, was_slow = self._seats.get(prompt, (None, False))
         return seat if was_slow else None
@@ -112,7 +112,7 @@ def acceptable(demand: Demand, serving: Iterable[int], affinity: Affinity) -> se
     seats = set(serving)
     if demand.only is not None:
         return seats & {demand.only}
-    return seats - {affinity.shunned(demand.prompt)} or seats
+    return seats - {affinity.slow_seat(demand.prompt)} or seats
 
 
 def choose(

@@ -52,14 +52,14 @@ class TimeLimits:
 
 @dataclass(frozen=True)
 class Answer:
-    """Completions of a request; ``overdue`` where they were taken back from a slow worker."""
+    """Completions of a request; ``overdue`` if a slow worker was interrupted."""
 
     completions: tuple[Completion, ...]
     overdue: bool
 
 
 class WatchedWorker:
-    """A worker whose silence is its death.
+    """A worker that counts as lost once it leaves a call unanswered for too long.
 
     - Its process owes a sign of life, asked for every half ``answer_seconds``, within as long.
     - ``generate`` may take ``claim_seconds``. Then the worker is interrupted, and must answer with
@@ -82,7 +82,7 @@ class WatchedWorker:
         self._on_lost = on_lost
         self._is_updating = False
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._errands: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._send(self._watch(), "watch")
 
     @property
@@ -106,7 +106,7 @@ class WatchedWorker:
             await self._answer(self._worker.interrupt(request.request_id), "an interrupt", limit)
             return Answer(await self._answer(call, "an interrupted request"), overdue=True)
         except asyncio.CancelledError:
-            self._send(self._take_back(request.request_id), "take back")
+            self._send(self._interrupt(request.request_id), "interrupt")
             raise
         finally:
             call.cancel()
@@ -145,8 +145,8 @@ class WatchedWorker:
         """End it; pending calls raise `WorkerLost`, and ``on_lost`` is not called."""
         if not self._lost.done():
             self._lost.set_result("was closed")
-        for errand in self._errands:
-            errand.cancel()
+        for task in self._tasks:
+            task.cancel()
         await self._worker.close()
 
     async def _watch(self) -> None:
@@ -157,7 +157,7 @@ class WatchedWorker:
                 await asyncio.wait((self._lost,), timeout=half)
                 await self._answer(self._worker.counters(), "a sign of life", half)
 
-    async def _take_back(self, request_id: str) -> None:
+    async def _interrupt(self, request_id: str) -> None:
         with contextlib.suppress(WorkerLost):
             await self._answer(
                 self._worker.interrupt(request_id), "an interrupt", self._limits.update_seconds
@@ -205,7 +205,7 @@ class WatchedWorker:
             self._on_lost()
         return WorkerLost(f"{self._name} {self.fate}")
 
-    def _send(self, errand: Coroutine[Any, Any, None], what: str) -> None:
-        task = asyncio.create_task(errand, name=f"{what}: {self._name}")
-        self._errands.add(task)
-        task.add_done_callback(self._errands.discard)
+    def _send(self, coroutine: Coroutine[Any, Any, None], what: str) -> None:
+        task = asyncio.create_task(coroutine, name=f"{what}: {self._name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

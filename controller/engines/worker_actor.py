@@ -32,7 +32,7 @@ async def start_rollout_worker(
 ) -> RolloutActor:
     """Start a rollout worker for ``max_requests`` at a time; returns once its engine is up.
 
-    ``worker_class`` is `RolloutWorker`, which this room does not know.
+    ``worker_class`` is `RolloutWorker`, which this package must not import.
 
     Raises:
         UserError: the engine cannot be built as configured.

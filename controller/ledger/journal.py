@@ -51,14 +51,14 @@ class Journal:
         key: int,
         detail: Mapping[str, Any] | None = None,
         *,
-        at: Group | None = None,
+        group: Group | None = None,
     ) -> None:
         """Note an event; it is durable soon, and before anything noted later.
 
         Raises:
             LedgerError: it cannot follow what came before, or an earlier event was not written.
         """
-        event = Event(kind, key, time.time(), detail or {}, at)
+        event = Event(kind, key, time.time(), detail or {}, group)
         self.state.apply(event)
         self._append(event)
         if kind is Kind.TRAINED and not self._revocable:
@@ -70,10 +70,10 @@ class Journal:
         key: int,
         detail: Mapping[str, Any] | None = None,
         *,
-        at: Group | None = None,
+        group: Group | None = None,
     ) -> None:
         """Do as `note`, and wait until it is durable."""
-        self.note(kind, key, detail, at=at)
+        self.note(kind, key, detail, group=group)
         await self.flush()
 
     def begin(self, step: int) -> None:

@@ -10,7 +10,7 @@ from paceline.controller.ledger.events import Event, Kind, LedgerError, as_row, 
 
 
 class MemoryStore:
-    """Holds groups as they are; keeps no history before the last snapshot."""
+    """Store that keeps groups as they are, and no history before the last snapshot."""
 
     survives = False
 

@@ -49,7 +49,7 @@ return found
 
 
 class RedisStore:
-    """One run in a Redis with an append-only file.
+    """Store of one run in a Redis with an append-only file.
 
     A lost connection is tried again for ``reconnect_seconds``: a Redis that is restarted from its
     file has all that it had acknowledged. A ``read_only`` store changes nothing.

@@ -33,7 +33,7 @@ CREATE TABLE samples (group_id INTEGER PRIMARY KEY, content BLOB);
 
 
 class SQLiteStore:
-    """Write-ahead logging: one writer, any number of readers beside it, whole after any kill.
+    """Store with write-ahead logging: one writer, any number of readers, whole after any kill.
 
     ``synchronous`` "normal" survives the death of processes, "full" also that of the machine, at
     the price of waiting for the disk. Rows are kept for good, to be looked into; samples until

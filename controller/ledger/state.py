@@ -51,7 +51,7 @@ class Batch:
     """Groups that one step trains on; see `AssembledBatch` for ``held``.
 
     ``rewards`` are the mean rewards of dropped groups, as far as they were graded: their samples
-    are gone, and a curriculum that is taken back to a checkpoint must be told them again.
+    are gone, and a curriculum that is resumed from a checkpoint needs them again.
     """
 
     step: int
