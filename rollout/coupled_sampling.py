@@ -57,7 +57,7 @@ def sample_coupled(worker: Any) -> None:
 
 
 @dataclass(kw_only=True)
-class PlacedMetadata(SamplingMetadata):
+class RowMetadata(SamplingMetadata):
     """vLLM's sampling metadata for every row of logits, with its seed and position, int64 [N]."""
 
     seeds: Tensor
@@ -84,7 +84,7 @@ class CoupledSampler(Sampler):
         """
         counts = np.array(num_rows or [1] * len(logits), dtype=np.int64)
         assert counts.sum() == len(logits)
-        return super().forward(logits, self._placed(sampling_metadata, counts, logits.device))
+        return super().forward(logits, self._per_row(sampling_metadata, counts, logits.device))
 
     def sample(
         self,
@@ -96,7 +96,7 @@ class CoupledSampler(Sampler):
         expects."""
         if sampling_metadata.all_greedy:
             return super().sample(logits, sampling_metadata)
-        assert isinstance(sampling_metadata, PlacedMetadata)
+        assert isinstance(sampling_metadata, RowMetadata)
         temperature = sampling_metadata.temperature
         logits = self.apply_temperature(logits, temperature, sampling_metadata.all_random)
         logits = apply_top_k_top_p(logits, sampling_metadata.top_k, sampling_metadata.top_p)
@@ -108,11 +108,11 @@ class CoupledSampler(Sampler):
         )
         return sampled, self.compute_logprobs(logits)
 
-    def _placed(
+    def _per_row(
         self, metadata: SamplingMetadata, counts: np.ndarray, device: torch.device
-    ) -> PlacedMetadata:
+    ) -> RowMetadata:
         """Return each request's settings for each of its rows, and the positions sampled there."""
-        refuse_what_is_not_known(metadata)
+        require_supported(metadata)
         runner = self._runner
         seeds = [runner.requests[name].sampling_params.seed for name in runner.input_batch.req_ids]
         assert None not in seeds, "coupled sampling needs the seed of every request"
@@ -128,7 +128,7 @@ class CoupledSampler(Sampler):
         known = {field.name: getattr(metadata, field.name) for field in fields(metadata)}
         known |= {name: per_row(known[name]) for name in ("temperature", "top_k", "top_p")}
         positions = next_positions[of_request].astype(np.int64) + in_request
-        return PlacedMetadata(
+        return RowMetadata(
             **known,
             seeds=torch.from_numpy(np.array(seeds, np.int64)[of_request]).to(device),
             positions=torch.from_numpy(positions).to(device),
@@ -212,7 +212,7 @@ def gumbel(streams: Tensor, tokens: Tensor) -> Tensor:
     return uniform.log_().neg_().log_().neg_()
 
 
-def refuse_what_is_not_known(metadata: SamplingMetadata) -> None:
+def require_supported(metadata: SamplingMetadata) -> None:
     """Refuse settings that coupled sampling does not implement; our requests have none of them."""
     assert metadata.no_penalties and not metadata.bad_words_token_ids
     assert metadata.allowed_token_ids_mask is None and not metadata.logprob_token_ids

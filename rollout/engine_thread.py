@@ -105,7 +105,7 @@ class EngineThread:
         """Load a published version before the next step; the future holds what the engine serves
         then.
 
-        Requests that the engine gives back are answered with what they have.
+        Requests that the engine aborts are answered with what they have.
         """
         future: Future[Acknowledgement] = Future()
 

@@ -31,7 +31,7 @@ Experts = NDArray[np.int16]
 
 
 @dataclass(frozen=True)
-class Placed:
+class StepPart:
     """A request's part of a step: the rows from ``row`` on are its tokens from ``start`` on.
 
     ``slots`` int64 are the places in the KV cache of its tokens ``[num_known, stop)``: of those
@@ -47,7 +47,7 @@ class Placed:
 
 
 @dataclass
-class Known:
+class RecordedExperts:
     """The experts of a request's first ``num_tokens`` tokens, in pieces."""
 
     pieces: list[Experts] = field(default_factory=list)
@@ -83,8 +83,8 @@ class RoutingRecord:
         # of the prefix cache a request is given the KV of tokens that it never passed itself
         self._of_slots: Experts = np.full((num_slots, *of_token), NOT_ROUTED, np.int16)
         self._of_step: Experts = np.zeros((runner.max_num_tokens, *of_token), np.int16)
-        self._of_requests: dict[str, Known] = {}
-        self._step: list[Placed] = []
+        self._of_requests: dict[str, RecordedExperts] = {}
+        self._step: list[StepPart] = []
         self._prepare_inputs = runner._prepare_inputs
         runner._prepare_inputs = self._begin_step
         bind_routed_experts_capturer(runner.get_model(), self)
@@ -99,7 +99,7 @@ class RoutingRecord:
         Call it right after the request's last step.
         """
         self._end_step()
-        known = self._of_requests.pop(vllm_id, Known())
+        known = self._of_requests.pop(vllm_id, RecordedExperts())
         unread = np.full((num_tokens, *self._of_step.shape[1:]), NOT_ROUTED, np.int16)
         # of a drafted step there may be tokens beyond the request's end; its last was never read
         read = np.concatenate([*known.pieces, unread[:0]])[: max(0, num_tokens - 1)]
@@ -113,10 +113,10 @@ class RoutingRecord:
         row = 0
         for index, (vllm_id, count) in enumerate(zip(batch.req_ids, counts.tolist(), strict=True)):
             start = int(batch.num_computed_tokens_cpu[index])
-            known = self._of_requests.setdefault(vllm_id, Known())
+            known = self._of_requests.setdefault(vllm_id, RecordedExperts())
             num_known = min(start, known.num_tokens)
             slots = self._slots(index, num_known, start + count)
-            self._step.append(Placed(vllm_id, row, start, start + count, num_known, slots))
+            self._step.append(StepPart(vllm_id, row, start, start + count, num_known, slots))
             row += count
         return self._prepare_inputs(scheduler_output, counts)
 

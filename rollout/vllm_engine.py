@@ -6,8 +6,8 @@ What a weight update does to running requests is ``rollout.on_weight_update``:
   policy's, attention to the old version's tokens included.
 - ``keep``: they go on attending to the KV they have: tokens after the switch are a mixture of
   policies. Only they: what had not begun begins with the new weights alone.
-- ``abort``: they are given back with what they have, to be continued by any engine. What continues
-  them computes all KV by its own weights: exact, as ``recompute``.
+- ``abort``: they end with what they have, to be continued by any engine. That engine computes all
+  KV by its own weights: exact, as ``recompute``.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class VLLMEngine:
             require_cpu_experts_without_padding(model_runner(self._engine).get_model())
         self._proposer = None
         if speculative_config is None and config.drafting is not None:
-            self._proposer = self._attached(config.drafting)
+            self._proposer = self._attached_proposer(config.drafting)
         self._routing = RoutingRecord(self._engine) if config.router_replay else None
         self._max_length = max_length
         self._on_update = config.on_weight_update
@@ -227,7 +227,7 @@ class VLLMEngine:
             self._proposer.history.forget(before)
 
     def _enqueue(self, active: ActiveRequest, index: int) -> None:
-        """Give vLLM a sample as a request of its own, so that it can be taken back alone."""
+        """Give vLLM a sample as a request of its own, so that it can be aborted alone."""
         task = active.task(index)
         prompt: TokensPrompt = {"prompt_token_ids": list(task.token_ids)}
         if self._on_update == "keep":
@@ -260,7 +260,7 @@ class VLLMEngine:
         if sample.active.is_finished:
             self._finished.append(sample.active)
 
-    def _attached(self, drafting: DraftingConfig) -> SuffixProposer:
+    def _attached_proposer(self, drafting: DraftingConfig) -> SuffixProposer:
         """Return the proposer that vLLM built, attached to the rows of its batch."""
         runner = model_runner(self._engine)
         proposer = runner.drafter
@@ -297,7 +297,7 @@ class VLLMEngine:
 
 @dataclass(frozen=True)
 class RunningSample:
-    """A sample that vLLM works on, and the id vLLM knows it by."""
+    """A sample that vLLM works on, and its id in vLLM."""
 
     active: ActiveRequest
     index: int

@@ -27,7 +27,7 @@ class DraftTextBlock(Protocol):
 
 
 class RolloutWorker:
-    """Samples completions; many requests share the engine's batch.
+    """Sampler of completions for many requests, which share the engine's batch.
 
     It holds no queue of its own and decides nothing: which requests come here, and when weights
     change, is the controller's business.

@@ -1,4 +1,4 @@
-"""What a learner announces when it published weights, and what can be wrong with them."""
+"""Announcement of published weights, and errors about them."""
 
 from __future__ import annotations
 
