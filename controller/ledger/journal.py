@@ -29,7 +29,7 @@ class Journal:
     """
 
     def __init__(self, store: Store, *, revocable: bool = False) -> None:
-        """Take up the story where the store's history ends.
+        """Continue where the store's history ends.
 
         Raises:
             LedgerError: it cannot be read, or contradicts itself.
@@ -77,7 +77,7 @@ class Journal:
         await self.flush()
 
     def begin(self, step: int) -> None:
-        """Begin an empty ledger at a later step: the story of a run whose own is not kept."""
+        """Begin an empty ledger at a later step, for a run whose own ledger was not kept."""
         assert not self.state.admitted, "only an empty ledger can begin elsewhere"
         self.state = LedgerState(step=step, settled=step)
         self._snapshot()
