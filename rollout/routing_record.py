@@ -27,7 +27,7 @@ from paceline.configs.vocabulary import NOT_ROUTED
 from paceline.rollout.vllm_patches import model_runner, require_known_version
 
 Experts = NDArray[np.int16]
-"""Of so many tokens: [T, layers, K]; layers without experts hold zeros."""
+"""Experts of T tokens: [T, layers, K]; layers without experts hold zeros."""
 
 
 @dataclass(frozen=True)

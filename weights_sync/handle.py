@@ -20,7 +20,7 @@ class WeightHandle:
 
 
 Acknowledgement = tuple[WeightVersion | None, int | None]
-"""What an engine serves: its version, and the checksum of the bytes it was loaded from."""
+"""Version that an engine serves, and the checksum of the bytes it was loaded from."""
 
 
 class WeightSyncError(UserError):

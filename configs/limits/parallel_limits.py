@@ -16,10 +16,10 @@ from paceline.configs.schema.run import RunConfig
 TENSOR_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Architectures (``model_type``) that `learner/engines/parallel/tensor.py` has a plan for."""
 CHUNKED_FAMILIES = ("llama", "qwen2", "qwen3")
-"""Those whose layers are a norm, ``self_attn``, a norm and an MLP, where only attention mixes
-tokens: `learner/model/chunked_layers.py` knows them."""
+"""Architectures whose layers are a norm, ``self_attn``, a norm and an MLP, where only attention
+mixes tokens: `learner/model/chunked_layers.py` knows them."""
 EXPERT_FAMILIES = ("qwen3_moe",)
-"""Those whose experts and routers `learner/model/experts.py` knows."""
+"""Architectures whose experts and routers `learner/model/experts.py` knows."""
 
 
 def require_divisible(config: RunConfig) -> None:

@@ -59,7 +59,7 @@ class PolicyAlgorithm(Section):
     `rollout.sampling.max_tokens`."""
 
     old_policy: Literal["behaviour", "recomputed", "interpolated"] = "behaviour"
-    """What the ratio is relative to: the policy that sampled; the weights at the start of the step
+    """Denominator of the ratio: the policy that sampled; the weights at the start of the step
     (decoupled PPO, arXiv 2505.24298); or an interpolation by age (A-3PO, arXiv 2512.06547)."""
 
     corrections: tuple[CorrectionConfig, ...] = ()
@@ -235,7 +235,7 @@ class ImportedAlgorithm(Section):
     """The frozen policy, where it needs one."""
 
     zero_signal: Literal["drop", "keep"] = "drop"
-    """What happens to groups whose rewards are all equal."""
+    """Treatment of groups whose rewards are all equal."""
 
     max_draws: int = Field(default=8, ge=1)
     """With `drop`: a step looks at this many times its groups before it trains on fewer."""

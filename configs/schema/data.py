@@ -88,7 +88,7 @@ class CurriculumConfig(Section):
     """Training prompts whose reward is known to be too low or too high are passed over."""
 
     key: str = "prompt"
-    """What rewards are remembered by: `prompt` (a data set's rows, which come again each epoch),
+    """Key of remembered rewards: `prompt` (a data set's rows, which come again each epoch),
     `prompt_length`, or the name of a record's field that says how hard it is."""
 
     length_bucket: int = Field(default=8, ge=1)
@@ -127,7 +127,7 @@ class DataConfig(Section):
     """Training prompts and held-out prompts, which never overlap."""
 
     source: SourceConfig
-    """Where problems come from."""
+    """Source of the prompts."""
 
     seed: int = 0
     """Seed of the order (and, for generated tasks, of the problems)."""

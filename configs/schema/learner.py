@@ -100,10 +100,10 @@ class LearnerConfig(Section):
     """Processes of the learner; ``parallel`` says what they divide."""
 
     engine: Literal["fsdp", "deepspeed"] = "fsdp"
-    """What shards and trains the models: torch's FSDP2 with ``parallel``, or DeepSpeed's ZeRO."""
+    """Sharding and training of the models: torch's FSDP2 with ``parallel``, or DeepSpeed's ZeRO."""
 
     parallel: ParallelConfig = ParallelConfig()
-    """What ranks divide besides weights and samples."""
+    """Dimensions that ranks divide besides weights and samples."""
 
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     """Settings of ``engine: deepspeed``."""
@@ -126,8 +126,8 @@ class LearnerConfig(Section):
     CPU the same machine and settings give the same result anyway; on GPUs it is slower."""
 
     activation_checkpointing: Checkpointing = "none"
-    """What the backward pass computes again instead of keeping it: nothing, ``layers`` (true) one
-    after the other, or ``chunks`` of their tokens, for rows as long as memory allows."""
+    """Activations that the backward pass recomputes: none, those of ``layers`` (true) one after the
+    other, or of ``chunks`` of their tokens, for rows as long as memory allows."""
 
     tokens_per_chunk: int = Field(default=1024, ge=1)
     """Tokens that a layer works on at a time with ``activation_checkpointing: chunks``."""

@@ -43,7 +43,7 @@ class DraftingConfig(Section):
     """Tokens drafted for a sequence in a step, at most."""
 
     budget: Literal["makespan", "throughput", "none"] | None = None
-    """What drafts are to shorten: the time until the last of a batch ends, or the time a token
+    """Aim of drafting: to shorten the time until the last of a batch ends, or the time a token
     takes; `none` always drafts `max_tokens`. Null is `makespan` where training waits for its batch
     (`loop.max_lag: 0`), else `throughput`."""
 
@@ -95,9 +95,9 @@ class RolloutConfig(Section):
     """How often a dead worker is replaced before the run ends with its error."""
 
     on_weight_update: Literal["recompute", "keep", "abort"] = "recompute"
-    """What a weight update does to running sequences. `recompute`: their KV is rebuilt by the new
-    weights; `keep`: they continue on the old KV, a mixture of versions; `abort`: they are given
-    back and continued from their tokens by whichever worker is free."""
+    """Effect of a weight update on running sequences. `recompute`: their KV is rebuilt by the new
+    weights; `keep`: they continue on the old KV, a mixture of versions; `abort`: they end,
+    and any free worker continues them from their tokens."""
 
     segment_tokens: int = Field(default=0, ge=0)
     """Most tokens a sample grows by before its group goes back to be continued, perhaps elsewhere;
@@ -120,8 +120,8 @@ class RolloutConfig(Section):
     and drafts guess better. Off, each request draws from a generator of its own, as in vLLM."""
 
     router_replay: bool = False
-    """Of a mixture of experts: record which experts each token was sent to, and send it to the same
-    ones in training. Needs ``tensor_parallel: 1`` and ``enforce_eager: true``."""
+    """For a mixture of experts: record which experts each token was sent to, and send it to them
+    in training. Needs ``tensor_parallel: 1`` and ``enforce_eager: true``."""
 
     sampling: SamplingConfig = SamplingConfig()
     """How training completions are drawn."""

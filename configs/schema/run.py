@@ -106,7 +106,7 @@ class RunConfig(Section):
     """Name of the run; its folder is `output_dir/name`."""
 
     output_dir: str = "runs"
-    """Where run folders live."""
+    """Folder that holds the run folders."""
 
     seed: int = Field(default=0, ge=0)
     """Seed of initial weights, sampling and problem order."""
@@ -148,7 +148,7 @@ class RunConfig(Section):
     """The ledger."""
 
     observability: ObservabilityConfig = ObservabilityConfig()
-    """What is shown and written."""
+    """Output: what is shown and written."""
 
     cluster: ClusterConfig = ClusterConfig()
     """The Ray cluster."""

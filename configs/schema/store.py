@@ -33,7 +33,7 @@ class RedisStoreConfig(Section):
     type: Literal["redis"]
 
     url: str = "redis://localhost:6379/0"
-    """Where it is, without a password: this file is saved with the run."""
+    """Address of the Redis, without a password: this file is saved with the run."""
 
     password_env: str | None = None
     """Name of the environment variable that holds its password."""

@@ -37,7 +37,7 @@ _ARRAYS: dict[str, np.dtype[Any]] = {
 _OF_PROMPT_TOO = "routed_experts"
 """Has entries for the prompt's tokens before those of the completion's."""
 _UNKNOWN = {"draft_sources": 0, "routed_experts": NOT_ROUTED}
-"""What stands for them in a sample that was finished before the engines recorded them."""
+"""Values that stand for them in a sample that was finished before the engines recorded them."""
 _WHAT_TO_DO = "restore the ledger from a copy, or start the run anew under another name"
 
 
