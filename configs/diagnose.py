@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a configuration, said in one line a mistake."""
+"""Messages for a configuration that pydantic refused, one line a mistake."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RENAMED = {("rollout", "drafting", "traces"): "rollout.drafting.corpus"}
 
 
 def explain(error: ValidationError, origin: Callable[[KeyPath], str]) -> list[str]:
-    """One line for every mistake: where it was written, the key path, what is wrong with it.
+    """Return one line for every mistake: where it was written, its key path and what is wrong.
 
     ``origin`` gives the place where a key path was written.
     """
@@ -32,14 +32,14 @@ def explain(error: ValidationError, origin: Callable[[KeyPath], str]) -> list[st
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """`; did you mean …?` where one of ``names`` resembles ``name``, else nothing."""
+    """Return `; did you mean …?` if one of ``names`` resembles ``name``, else an empty string."""
     matches = get_close_matches(name, list(names), n=1)
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def _locate(location: tuple[int | str, ...]) -> tuple[KeyPath, type[Section] | None]:
-    """The key path of pydantic's location, in which unions leave their tags, and the section
-    that holds its last key (None inside free mappings and lists)."""
+    """Return pydantic's location as a key path, without the tags of unions, and the section that
+    holds its last key (None inside free mappings and lists)."""
     path: list[str] = []
     holder: type[Section] | None = None
     section: type[Section] | None = RunConfig
@@ -88,7 +88,7 @@ def _describe(detail: ErrorDetails, path: KeyPath, section: type[Section] | None
 
 
 def _suggest(path: KeyPath, section: type[Section] | None) -> str:
-    """The name meant: one like it in the same section, else the same one in another section."""
+    """Suggest a similar name of the same section, else the same name of another section."""
     if path in RENAMED:
         return f"; it is called {RENAMED[path]} now"
     names = list(section.model_fields) if section else []

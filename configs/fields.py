@@ -25,7 +25,7 @@ class SectionField:
 
 
 def walk(section: type[Section] = RunConfig, path: tuple[str, ...] = ()) -> Iterator[SectionField]:
-    """Every key of ``section`` and of the sections in it, depth first, every variant of a union."""
+    """Yield every key of ``section`` and of the sections in it, of every variant of a union."""
     for name, info in section.model_fields.items():
         yield SectionField((*path, name), section, info)
         for variant in sections(info.annotation):
@@ -33,7 +33,7 @@ def walk(section: type[Section] = RunConfig, path: tuple[str, ...] = ()) -> Iter
 
 
 def variants(annotation: Any) -> dict[str, type[Section]]:
-    """The sections an annotation allows, by each value of their `type` (or their class name)."""
+    """Return the sections an annotation allows, by their `type` values or their class name."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return dict.fromkeys(type_values(annotation) or (annotation.__name__,), annotation)
     if get_origin(annotation) in (Annotated, Union, UnionType, tuple):
@@ -45,18 +45,18 @@ def variants(annotation: Any) -> dict[str, type[Section]]:
 
 
 def sections(annotation: Any) -> list[type[Section]]:
-    """The sections an annotation allows, each once."""
+    """Return the sections an annotation allows, each once."""
     return list(dict.fromkeys(variants(annotation).values()))
 
 
 def type_values(section: type[Section]) -> tuple[str, ...]:
-    """The values of the section's `type` key, which tells the variants of a union apart."""
+    """Return the values of the section's `type` key, which tells the variants of a union apart."""
     field = section.model_fields.get("type")
     return tuple(map(str, get_args(field.annotation))) if field else ()
 
 
 def reference_markdown() -> str:
-    """The schema as Markdown: one table a section, one row a key."""
+    """Render the schema as Markdown: one table a section, one row a key."""
     lines = [
         "# Configuration reference",
         "",

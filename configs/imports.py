@@ -76,10 +76,10 @@ def _find(key: str, module_name: str, attribute: str) -> Any:
 
 @contextmanager
 def _working_directory_importable() -> Iterator[None]:
-    """Console scripts do not search the working directory.
+    """Search the working directory for modules, which console scripts do not.
 
-    It goes last and only for the moment: for good it would make folders such as ``kernels/`` of a
-    checkout importable as top-level packages, which transformers probes for.
+    It is the last place to be searched, and only meanwhile: for good it would make folders such as
+    ``kernels/`` of a checkout importable as top-level packages, which transformers probes for.
     """
     folder = os.getcwd()
     sys.path.append(folder)

@@ -1,4 +1,5 @@
-"""From a YAML file and command-line overrides to one frozen ``RunConfig``, and back."""
+"""Loading of a YAML file and command-line overrides into one frozen ``RunConfig``, and dumping
+it."""
 
 from __future__ import annotations
 
@@ -36,18 +37,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def dump_config(config: RunConfig) -> str:
-    """YAML text, every field written out, that loads back to an equal configuration."""
+    """Return YAML text, every field written out, that loads back to an equal configuration."""
     return dump_document(config.model_dump())
 
 
 def packaged_recipes() -> dict[str, Path]:
-    """The recipes that ship with Paceline, by name."""
+    """Return the recipes that ship with Paceline, by name."""
     folder = Path(str(resources.files("paceline.configs"))) / "recipes"
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 
 def find_config(path: str | Path, relative_to: Path | None = None) -> Path:
-    """The file that ``path`` names: the file itself, or else the packaged recipe of that name.
+    """Return the file that ``path`` names: the file itself, or else the packaged recipe of that
+    name.
 
     Raises:
         ConfigError: there is neither.
@@ -96,7 +98,7 @@ def _read(file: Path) -> Document:
 
 
 def _parse_overrides(overrides: Sequence[str]) -> Document:
-    """The overrides as the file they amount to; a later one wins over an earlier one."""
+    """Merge the overrides into the file they amount to; a later one wins over an earlier one."""
     document = Document({}, {})
     for override in overrides:
         document = _overlay(document, _parse_override(override))

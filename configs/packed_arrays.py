@@ -21,7 +21,7 @@ _CHECKSUM = struct.Struct("<Q")
 _HEADER_LENGTH = struct.Struct("<Q")
 _ALIGNMENT = 8
 _CODES = {"<i8": "I64", "<i4": "I32", "<f4": "F32", "<i2": "I16", "|u1": "U8"}
-"""What safetensors calls numpy's types."""
+"""Names of numpy's types in safetensors."""
 
 
 class UnreadableError(ValueError):

@@ -1,4 +1,4 @@
-"""The words every room shares: what flows from a prompt to a training step.
+"""Records that all packages share: what flows from a prompt to a training step.
 
 ``Prompt -> RolloutRequest -> Completion -> Sample -> Group -> TrainBatch -> StepReport`` flows
 forward; only ``WeightVersion`` (and freed slots) flow back. A prompt is there once a group, and
@@ -55,7 +55,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SamplingParameters:
-    """How completions are drawn; ``temperature=0`` is greedy, ``top_k=0`` keeps every token."""
+    """Settings of sampling; ``temperature=0`` is greedy, ``top_k=0`` keeps every token."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -130,7 +130,7 @@ class Completion:
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing is left to be sampled."""
+        """True when nothing is left to be sampled."""
         return self.finish_reason in ("stop", "length")
 
     @property
@@ -229,7 +229,7 @@ class UnfinishedGroup:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """What one optimiser step trains on.
+    """Groups that one optimiser step trains on.
 
     ``temperature`` is the sampling temperature: the learner divides its logits by it, so that its
     log-probabilities are of the distribution that was sampled.
@@ -257,7 +257,7 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimiser step did; ``metrics`` are means over trained tokens."""
+    """Results of one optimiser step; ``metrics`` are means over trained tokens."""
 
     version: WeightVersion
     num_tokens: int
@@ -269,8 +269,8 @@ class StepReport:
 
 @dataclass(frozen=True)
 class RankProgress:
-    """Where a learner rank stands inside a call: the step, the pass, and how many collectives it
-    has begun by process group."""
+    """Position of a learner rank inside a call: the step, the pass, and the number of collectives
+    it has begun by process group."""
 
     version: int = 0
     doing: str = ""

@@ -64,7 +64,7 @@ class Document:
     origins: Mapping[KeyPath, str]
 
     def origin(self, path: KeyPath) -> str:
-        """Where ``path``, or else the nearest section around it, was written."""
+        """Return where ``path``, or else the nearest section around it, was written."""
         while path not in self.origins and path:
             path = path[:-1]
         return self.origins.get(path, "")
@@ -109,7 +109,7 @@ def parse_value(text: str) -> Any:
 
 
 def dump_document(values: Mapping[str, Any]) -> str:
-    """YAML text that :func:`parse_document` reads back as equal values."""
+    """Return YAML text that :func:`parse_document` reads back as equal values."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, width=100)
 
 

@@ -33,16 +33,16 @@ from paceline.rollout.vllm_patches import require_known_version
 from paceline.spec.noise import UNIFORM_BITS, draw, position_streams, shifted
 
 GREEDY_BELOW = 1e-5
-"""A temperature that vLLM takes for zero."""
+"""Temperature below which vLLM samples greedily."""
 
 NOISE_IN_CACHE = 1 << 17
 NOISE_IN_MEMORY = 1 << 24
-"""Elements of noise that are made together, 8 bytes each and as much again for each temporary: on a
-CPU what its cache holds (three times as fast), elsewhere what hardly shows in memory."""
+"""Elements of noise made at a time, of 8 bytes each and as much again for each temporary: on a CPU
+what its cache holds (three times as fast), elsewhere a negligible share of memory."""
 
 
 def sample_coupled(worker: Any) -> None:
-    """Have a worker of vLLM sample so from now on; every request must have a seed.
+    """Make a vLLM worker sample coupled from now on; every request must have a seed.
 
     Raises:
         RuntimeError: another vLLM version than the one this was written for.
@@ -57,15 +57,15 @@ def sample_coupled(worker: Any) -> None:
 
 
 @dataclass(kw_only=True)
-class PlacedMetadata(SamplingMetadata):
-    """vLLM's, with a row for every row of logits, and whose noise each row gets: int64 [N] both."""
+class RowMetadata(SamplingMetadata):
+    """vLLM's sampling metadata for every row of logits, with its seed and position, int64 [N]."""
 
     seeds: Tensor
     positions: Tensor
 
 
 class CoupledSampler(Sampler):
-    """Samples one token after every row of logits."""
+    """Sampler of one token after every row of logits."""
 
     def __init__(self, runner: Any) -> None:
         super().__init__(runner.sampler.logprobs_mode)
@@ -77,14 +77,14 @@ class CoupledSampler(Sampler):
         sampling_metadata: SamplingMetadata,
         num_rows: Sequence[int] | None = None,
     ) -> SamplerOutput:
-        """Tokens int32 [N, 1], and log-probabilities where they are asked for.
+        """Return tokens int32 [N, 1], and log-probabilities if they are asked for.
 
         ``logits`` [N, V] may be overwritten. They hold ``num_rows`` rows of each request, one
         after the other (default: one): those of its next token, and of each after that.
         """
         counts = np.array(num_rows or [1] * len(logits), dtype=np.int64)
         assert counts.sum() == len(logits)
-        return super().forward(logits, self._placed(sampling_metadata, counts, logits.device))
+        return super().forward(logits, self._per_row(sampling_metadata, counts, logits.device))
 
     def sample(
         self,
@@ -92,10 +92,11 @@ class CoupledSampler(Sampler):
         sampling_metadata: SamplingMetadata,
         logprobs_mode_override: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Tokens int64 [N] and all processed log-probabilities [N, V]; vLLM's part from here on."""
+        """Return tokens int64 [N] and processed log-probabilities [N, V], as vLLM's code
+        expects."""
         if sampling_metadata.all_greedy:
             return super().sample(logits, sampling_metadata)
-        assert isinstance(sampling_metadata, PlacedMetadata)
+        assert isinstance(sampling_metadata, RowMetadata)
         temperature = sampling_metadata.temperature
         logits = self.apply_temperature(logits, temperature, sampling_metadata.all_random)
         logits = apply_top_k_top_p(logits, sampling_metadata.top_k, sampling_metadata.top_p)
@@ -107,11 +108,11 @@ class CoupledSampler(Sampler):
         )
         return sampled, self.compute_logprobs(logits)
 
-    def _placed(
+    def _per_row(
         self, metadata: SamplingMetadata, counts: np.ndarray, device: torch.device
-    ) -> PlacedMetadata:
-        """A request's settings for each of its rows, and the places of the tokens sampled there."""
-        refuse_what_is_not_known(metadata)
+    ) -> RowMetadata:
+        """Return each request's settings for each of its rows, and the positions sampled there."""
+        require_supported(metadata)
         runner = self._runner
         seeds = [runner.requests[name].sampling_params.seed for name in runner.input_batch.req_ids]
         assert None not in seeds, "coupled sampling needs the seed of every request"
@@ -127,7 +128,7 @@ class CoupledSampler(Sampler):
         known = {field.name: getattr(metadata, field.name) for field in fields(metadata)}
         known |= {name: per_row(known[name]) for name in ("temperature", "top_k", "top_p")}
         positions = next_positions[of_request].astype(np.int64) + in_request
-        return PlacedMetadata(
+        return RowMetadata(
             **known,
             seeds=torch.from_numpy(np.array(seeds, np.int64)[of_request]).to(device),
             positions=torch.from_numpy(positions).to(device),
@@ -135,7 +136,7 @@ class CoupledSampler(Sampler):
 
 
 class CoupledVerifier(nn.Module):
-    """Samples at every drafted position and after the last, and keeps what the draft foresaw."""
+    """Verifier that samples at every drafted position and after the last, and keeps what agrees."""
 
     def __init__(self, sampler: CoupledSampler) -> None:
         super().__init__()
@@ -148,7 +149,7 @@ class CoupledVerifier(nn.Module):
         logits: Tensor,
         sampling_metadata: SamplingMetadata,
     ) -> SamplerOutput:
-        """Tokens int32 [B, max_spec_len + 1], -1 after the first that was not drafted.
+        """Return tokens int32 [B, max_spec_len + 1], -1 after the first that was not drafted.
 
         ``logits`` [N, V] hold a row for each drafted token of a request and one more. How probable
         a drafter thought its drafts does not matter.
@@ -170,13 +171,13 @@ class CoupledVerifier(nn.Module):
 
 
 def drafted_counts(metadata: SpecDecodeMetadata) -> Tensor:
-    """Drafted tokens of each request, [B], where the logits are."""
+    """Return the number of drafted tokens of each request, [B], on the device of the logits."""
     cumulative = metadata.cu_num_draft_tokens
     return cumulative.diff(prepend=cumulative.new_zeros(1))
 
 
 def rows_of(logprobs: LogprobsTensors | None, rows: Tensor) -> LogprobsTensors | None:
-    """The log-probabilities of these rows, in their order."""
+    """Select the log-probabilities of these rows, in their order."""
     if logprobs is None:
         return None
     return LogprobsTensors(
@@ -187,7 +188,7 @@ def rows_of(logprobs: LogprobsTensors | None, rows: Tensor) -> LogprobsTensors |
 
 
 def noisy_argmax(logits: Tensor, seeds: Tensor, positions: Tensor, is_greedy: Tensor) -> Tensor:
-    """The token with the most of logit + noise in each row, int64 [N]; greedy rows have no noise.
+    """Return the token with the most logit + noise of each row, int64 [N]; greedy rows: no noise.
 
     ``logits`` [N, V] are those of the distribution to sample from, -inf where it has no mass.
     """
@@ -205,13 +206,13 @@ def noisy_argmax(logits: Tensor, seeds: Tensor, positions: Tensor, is_greedy: Te
 
 
 def gumbel(streams: Tensor, tokens: Tensor) -> Tensor:
-    """``paceline.spec.noise.gumbel`` in torch: float64, arguments broadcast."""
+    """Compute ``paceline.spec.noise.gumbel`` in torch: float64, arguments broadcast."""
     bits = shifted(draw(streams, tokens), 64 - UNIFORM_BITS)
     uniform = bits.double().add_(0.5).mul_(2.0**-UNIFORM_BITS)
     return uniform.log_().neg_().log_().neg_()
 
 
-def refuse_what_is_not_known(metadata: SamplingMetadata) -> None:
-    """Requests of ours ask for none of these, and verifying drafts under them is another matter."""
+def require_supported(metadata: SamplingMetadata) -> None:
+    """Refuse settings that coupled sampling does not implement; our requests have none of them."""
     assert metadata.no_penalties and not metadata.bad_words_token_ids
     assert metadata.allowed_token_ids_mask is None and not metadata.logprob_token_ids

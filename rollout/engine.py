@@ -1,4 +1,4 @@
-"""What the rollout worker asks of an inference engine."""
+"""The protocol of an inference engine, as the rollout worker uses it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Engine(Protocol):
 
     @property
     def version(self) -> WeightVersion | None:
-        """The version served now; None until the first update: such an engine must not serve."""
+        """Version served now; None until the first update: such an engine must not serve."""
 
     @property
     def checksum(self) -> int | None:
-        """The xxh3-64 of the bytes it loaded that version from; None where it loaded none."""
+        """xxh3-64 of the bytes that version was loaded from; None if none were loaded."""
 
     def add(self, request: RolloutRequest) -> None:
         """Queue a request, new or to be continued; a `UserError` says why one cannot be served."""
@@ -43,16 +43,16 @@ class Engine(Protocol):
         """Running totals of drafting; empty where nothing is drafted."""
 
     def has_work(self) -> bool:
-        """Whether any request has not been answered."""
+        """Return whether any request has not been answered."""
 
     def interrupt(self, request_id: str) -> RolloutResult | None:
-        """Take a request back with what it has; None where it is not here any more."""
+        """Abort a request and return what it has; None if it is not here any more."""
 
     def update_weights(self, handle: WeightHandle) -> list[RolloutResult]:
-        """Serve the published version from the next step on.
+        """Load the published version, to be served from the next step on.
 
-        Running requests continue with it, or are given back, as `rollout.on_weight_update` says;
-        returns those given back.
+        Depending on `rollout.on_weight_update`, running requests continue with it or are aborted;
+        those aborted are returned.
         """
 
     def add_draft_text(self, texts: Sequence[DraftText]) -> None:

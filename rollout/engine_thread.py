@@ -1,4 +1,4 @@
-"""The thread that owns an engine and steps it, and the asyncio face in front of it."""
+"""The thread that owns an engine and steps it, with an asyncio interface."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class EngineCounters:
 
 @dataclass(frozen=True)
 class PendingRequest:
-    """A request the engine has not answered, and who waits for the answer."""
+    """A request the engine has not answered, and the future of its answer."""
 
     request: RolloutRequest
     answer: Future[tuple[Completion, ...]]
@@ -49,7 +49,7 @@ class PendingDraftText:
 
 
 class EngineThread:
-    """Builds an engine on a thread of its own and steps it for as long as it has work.
+    """A thread that builds an engine and steps it for as long as it has work.
 
     Consumes an inbox of actions (requests, interruptions, weight updates) and runs them between two
     steps: that is what makes version spans exact. There it also adds some of the pending
@@ -80,7 +80,7 @@ class EngineThread:
             try:
                 assert self._engine.version is not None, "the engine was never given weights"
                 self._engine.add(request)
-            except ValueError as error:  # a request that cannot be served hurts nobody else
+            except ValueError as error:  # one that cannot be served does not hurt others
                 reject(future, error)
                 return
             self._pending[request.request_id] = PendingRequest(request, future)
@@ -89,7 +89,7 @@ class EngineThread:
         return future
 
     def interrupt(self, request_id: str) -> Future[bool]:
-        """Answer a request with what it has before the next step; False where it is not here."""
+        """Answer a request with what it has before the next step; False if it is not here."""
         future: Future[bool] = Future()
 
         def interrupt() -> None:
@@ -105,7 +105,7 @@ class EngineThread:
         """Load a published version before the next step; the future holds what the engine serves
         then.
 
-        Requests that the engine gives back are answered with what they have.
+        Requests that the engine aborts are answered with what they have.
         """
         future: Future[Acknowledgement] = Future()
 
@@ -224,7 +224,7 @@ class EngineThread:
 
 
 def num_tokens(completions: Iterable[Completion]) -> int:
-    """How many tokens completions hold together."""
+    """Return the number of tokens that completions hold together."""
     return sum(len(completion.token_ids) for completion in completions)
 
 
@@ -243,7 +243,7 @@ def in_parts(texts: Iterable[DraftText], max_tokens: int) -> Iterator[Sequence[D
 
 
 def resolve(future: Future[Any], value: Any) -> None:
-    """Give a future its result unless whoever waited for it gave up."""
+    """Set a future's result unless its caller gave up."""
     with contextlib.suppress(InvalidStateError):
         future.set_result(value)
 

@@ -1,10 +1,10 @@
-"""Environment variables an engine's process needs before vLLM is imported (no vLLM here)."""
+"""Environment variables that an engine's process needs before vLLM is imported (no vLLM here)."""
 
 from __future__ import annotations
 
 
 def engine_environment(*, on_gpu: bool) -> dict[str, str]:
-    """Variables for a rollout worker's process.
+    """Return the environment variables for a rollout worker's process.
 
     The engine core runs inside the actor: no second process to supervise, and weights can be
     swapped between two of our own steps. On the CPU one thread serves an engine (two contending

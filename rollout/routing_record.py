@@ -1,4 +1,4 @@
-"""Which experts vLLM sent every token to, kept for the learner to send it there again.
+"""Record of the experts that vLLM routed every token to, for the learner to replay.
 
 vLLM 0.32 has an interface for this (``enable_return_routed_experts``), of its second model runner
 alone, which needs Triton: no engine on a CPU has it. This uses the same hook of vLLM's routers in
@@ -27,11 +27,11 @@ from paceline.configs.vocabulary import NOT_ROUTED
 from paceline.rollout.vllm_patches import model_runner, require_known_version
 
 Experts = NDArray[np.int16]
-"""Of so many tokens: [T, layers, K]; layers without experts hold zeros."""
+"""Experts of T tokens: [T, layers, K]; layers without experts hold zeros."""
 
 
 @dataclass(frozen=True)
-class Placed:
+class StepPart:
     """A request's part of a step: the rows from ``row`` on are its tokens from ``start`` on.
 
     ``slots`` int64 are the places in the KV cache of its tokens ``[num_known, stop)``: of those
@@ -47,14 +47,14 @@ class Placed:
 
 
 @dataclass
-class Known:
+class RecordedExperts:
     """The experts of a request's first ``num_tokens`` tokens, in pieces."""
 
     pieces: list[Experts] = field(default_factory=list)
     num_tokens: int = 0
 
     def add(self, experts: Experts) -> None:
-        """Of the tokens that come next."""
+        """Append the experts of the tokens that come next."""
         self.pieces.append(experts)
         self.num_tokens += len(experts)
 
@@ -83,21 +83,23 @@ class RoutingRecord:
         # of the prefix cache a request is given the KV of tokens that it never passed itself
         self._of_slots: Experts = np.full((num_slots, *of_token), NOT_ROUTED, np.int16)
         self._of_step: Experts = np.zeros((runner.max_num_tokens, *of_token), np.int16)
-        self._of_requests: dict[str, Known] = {}
-        self._step: list[Placed] = []
+        self._of_requests: dict[str, RecordedExperts] = {}
+        self._step: list[StepPart] = []
         self._prepare_inputs = runner._prepare_inputs
         runner._prepare_inputs = self._begin_step
         bind_routed_experts_capturer(runner.get_model(), self)
 
     def capture(self, layer_id: int, topk_ids: Tensor) -> None:
-        """Called by every router in a step: ``topk_ids`` [T, K] of all of its tokens."""
+        """Store ``topk_ids`` [T, K] of all tokens of a step; every router calls it."""
         self._of_step[: len(topk_ids), layer_id] = topk_ids.cpu().numpy()
 
     def take(self, vllm_id: str, num_tokens: int) -> Experts:
-        """Of a request that is over, right after its last step, and then forgotten: [num_tokens,
-        layers, K]."""
+        """Return and forget the experts of a finished request, int16 [num_tokens, layers, K].
+
+        Call it right after the request's last step.
+        """
         self._end_step()
-        known = self._of_requests.pop(vllm_id, Known())
+        known = self._of_requests.pop(vllm_id, RecordedExperts())
         unread = np.full((num_tokens, *self._of_step.shape[1:]), NOT_ROUTED, np.int16)
         # of a drafted step there may be tokens beyond the request's end; its last was never read
         read = np.concatenate([*known.pieces, unread[:0]])[: max(0, num_tokens - 1)]
@@ -105,16 +107,16 @@ class RoutingRecord:
         return unread
 
     def _begin_step(self, scheduler_output: Any, counts: NDArray[np.int32]) -> Any:
-        """Called by the runner once it knows who is in the step, with how many tokens."""
+        """Place the step's requests; the runner calls it once it knows their numbers of tokens."""
         self._end_step()
         batch = self._runner.input_batch
         row = 0
         for index, (vllm_id, count) in enumerate(zip(batch.req_ids, counts.tolist(), strict=True)):
             start = int(batch.num_computed_tokens_cpu[index])
-            known = self._of_requests.setdefault(vllm_id, Known())
+            known = self._of_requests.setdefault(vllm_id, RecordedExperts())
             num_known = min(start, known.num_tokens)
             slots = self._slots(index, num_known, start + count)
-            self._step.append(Placed(vllm_id, row, start, start + count, num_known, slots))
+            self._step.append(StepPart(vllm_id, row, start, start + count, num_known, slots))
             row += count
         return self._prepare_inputs(scheduler_output, counts)
 
@@ -136,7 +138,8 @@ class RoutingRecord:
         self._step.clear()
 
     def _slots(self, index: int, start: int, stop: int) -> NDArray[np.int64]:
-        """Where in the KV cache tokens ``[start, stop)`` of the batch's request ``index`` lie."""
+        """Return the KV cache slots of tokens ``[start, stop)`` of the batch's request at
+        ``index``."""
         places = np.arange(start, stop)
         blocks = self._table.block_table.np[index, places // self._table.block_size]
         return blocks.astype(np.int64) * self._table.block_size + places % self._table.block_size

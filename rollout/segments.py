@@ -56,7 +56,7 @@ class ActiveRequest(ABC):
 
     @property
     def is_finished(self) -> bool:
-        """Whether every sample is answered."""
+        """True once every sample is answered."""
         return not self._open
 
     @abstractmethod

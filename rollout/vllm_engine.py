@@ -6,8 +6,8 @@ What a weight update does to running requests is ``rollout.on_weight_update``:
   policy's, attention to the old version's tokens included.
 - ``keep``: they go on attending to the KV they have: tokens after the switch are a mixture of
   policies. Only they: what had not begun begins with the new weights alone.
-- ``abort``: they are given back with what they have, to be continued by any engine. What continues
-  them computes all KV by its own weights: exact, as ``recompute``.
+- ``abort``: they end with what they have, to be continued by any engine. That engine computes all
+  KV by its own weights: exact, as ``recompute``.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class VLLMEngine:
             require_cpu_experts_without_padding(model_runner(self._engine).get_model())
         self._proposer = None
         if speculative_config is None and config.drafting is not None:
-            self._proposer = self._attached(config.drafting)
+            self._proposer = self._attached_proposer(config.drafting)
         self._routing = RoutingRecord(self._engine) if config.router_replay else None
         self._max_length = max_length
         self._on_update = config.on_weight_update
@@ -187,11 +187,11 @@ class VLLMEngine:
         return {} if self._proposer is None else asdict(self._proposer.counters)
 
     def has_work(self) -> bool:
-        """Whether any request has not been answered."""
+        """Return whether any request has not been answered."""
         return bool(self._active)
 
     def interrupt(self, request_id: str) -> RolloutResult | None:
-        """Take a request back with what it has; None where it was answered or never came."""
+        """Abort a request and return what it has; None if it was answered or never came."""
         active = self._active.pop(request_id, None)
         if active is None:
             return None
@@ -200,7 +200,7 @@ class VLLMEngine:
         return active.result()
 
     def update_weights(self, handle: WeightHandle) -> list[RolloutResult]:
-        """Load a published version; what running requests do is the policy's, see the module."""
+        """Load a published version; `rollout.on_weight_update` decides about running requests."""
         if self._on_update == "abort":
             self._abort(list(self._running))
         found = self._engine.collective_rpc("load_published_weights", args=(handle,))
@@ -227,7 +227,7 @@ class VLLMEngine:
             self._proposer.history.forget(before)
 
     def _enqueue(self, active: ActiveRequest, index: int) -> None:
-        """Give vLLM a sample as a request of its own, so that it can be taken back alone."""
+        """Give vLLM a sample as a request of its own, so that it can be aborted alone."""
         task = active.task(index)
         prompt: TokensPrompt = {"prompt_token_ids": list(task.token_ids)}
         if self._on_update == "keep":
@@ -260,8 +260,8 @@ class VLLMEngine:
         if sample.active.is_finished:
             self._finished.append(sample.active)
 
-    def _attached(self, drafting: DraftingConfig) -> SuffixProposer:
-        """The proposer that vLLM built, told whose rows its batch has."""
+    def _attached_proposer(self, drafting: DraftingConfig) -> SuffixProposer:
+        """Return the proposer that vLLM built, attached to the rows of its batch."""
         runner = model_runner(self._engine)
         proposer = runner.drafter
         assert isinstance(proposer, SuffixProposer)
@@ -297,7 +297,7 @@ class VLLMEngine:
 
 @dataclass(frozen=True)
 class RunningSample:
-    """A sample that vLLM works on, and the id vLLM knows it by."""
+    """A sample that vLLM works on, and its id in vLLM."""
 
     active: ActiveRequest
     index: int
@@ -306,11 +306,11 @@ class RunningSample:
 
 
 def with_positions(count: int, config: PretrainedConfig) -> PretrainedConfig:
-    """A model's configuration with at least ``count`` positions.
+    """Return a model's configuration with at least ``count`` positions.
 
-    To score a context's last token vLLM wants room for one more, which is of no account: positions
-    are rotary, and one beyond those trained changes nothing before it. A model that has more keeps
-    what it has: some kinds of scaling depend on it.
+    To score a context's last token vLLM wants room for one more. The model does not need it:
+    positions are rotary, and one beyond those trained changes nothing before it. A model that has
+    more keeps its number, on which some kinds of scaling depend.
     """
     text = config.get_text_config()
     if getattr(text, "max_position_embeddings", count) < count:
@@ -319,12 +319,12 @@ def with_positions(count: int, config: PretrainedConfig) -> PretrainedConfig:
 
 
 def sample_id(request_id: str, index: int) -> str:
-    """The name of one sample of a request."""
+    """Return the name of one sample of a request."""
     return f"{request_id}/{index}"
 
 
 def speculation(drafting: DraftingConfig | None) -> dict[str, Any] | None:
-    """vLLM's settings for our proposer."""
+    """Return vLLM's settings for our proposer."""
     if drafting is None:
         return None
     return {

@@ -1,4 +1,4 @@
-"""Every change Paceline makes to vLLM, and every use of what vLLM does not offer as an interface.
+"""All changes that Paceline makes to vLLM, and all uses of what vLLM offers no interface for.
 
 In one place, guarded by the version it was read in. Nothing here runs at import: ``VLLMEngine``
 applies what it needs, explicitly, before it loads a model. Only ``coupled_sampling.py`` stands by
@@ -104,7 +104,7 @@ def require_cpu_experts_without_padding(model: nn.Module) -> None:
 
 
 def _cpu_experts(model: nn.Module) -> Iterator[tuple[RoutedExperts, CPUUnquantizedExperts]]:
-    """Layers of experts and what computes them on a CPU."""
+    """Yield layers of experts and what computes them on a CPU."""
     for module in model.modules():
         kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
         experts = getattr(kernel, "fused_experts", None)
@@ -113,7 +113,7 @@ def _cpu_experts(model: nn.Module) -> Iterator[tuple[RoutedExperts, CPUUnquantiz
 
 
 def give_drafts_their_sampling_constraints() -> None:
-    """On a CPU, verify drafts at their request's temperature, top-k and top-p.
+    """Verify drafts on a CPU at their request's temperature, top-k and top-p.
 
     Defect (vLLM 0.32, ``utils/cpu_triton_utils.py::_expand_kernel_impl``, reached by
     ``v1/sample/rejection_sampler.py::expand_batch_to_tokens``): for anything but int64 the kernel
@@ -139,10 +139,10 @@ def let_everybody_draft_nothing() -> None:
     require_known_version()
     if _original_prepare is None:
         _original_prepare = GPUModelRunner._prepare_inputs
-        GPUModelRunner._prepare_inputs = _prepare_plainly_if_nobody_drafted
+        GPUModelRunner._prepare_inputs = _prepare_plainly_without_drafts
 
 
-def _prepare_plainly_if_nobody_drafted(runner: Any, scheduler_output: Any, *rest: Any) -> Any:
+def _prepare_plainly_without_drafts(runner: Any, scheduler_output: Any, *rest: Any) -> Any:
     if scheduler_output.scheduled_spec_decode_tokens:
         return _original_prepare(runner, scheduler_output, *rest)
     configured, runner.speculative_config = runner.speculative_config, None
@@ -155,7 +155,7 @@ def _prepare_plainly_if_nobody_drafted(runner: Any, scheduler_output: Any, *rest
 def expand_batch_to_tokens(
     x: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
 ) -> Tensor:
-    """Each request's value ``x`` [B] for all of its drafted tokens, [num_tokens].
+    """Repeat each request's value ``x`` [B] for all of its drafted tokens, [num_tokens].
 
     ``cu_num_tokens`` [B] are cumulative counts; ``replace_from`` becomes ``replace_to``.
     """
@@ -167,7 +167,7 @@ def expand_batch_to_tokens(
 
 
 def model_runner(engine: vllm.LLMEngine) -> Any:
-    """The model runner of an engine in this process, with its batch and its proposer.
+    """Return the model runner of an engine in this process, with its batch and its proposer.
 
     Gap (vLLM 0.32): a ``custom_class`` proposer is told neither request ids nor prompts, and there
     is no way to reach it but this one.
@@ -206,6 +206,6 @@ def abort_with_outputs(engine: vllm.LLMEngine, vllm_ids: list[str]) -> list[vllm
 
 
 def has_sampled(engine: vllm.LLMEngine, vllm_id: str) -> bool:
-    """Whether a request has its first token (``RequestState`` of vLLM 0.32 holds what it has)."""
+    """Return whether a request has its first token (vLLM 0.32 keeps tokens in ``RequestState``)."""
     state = engine.output_processor.request_states[vllm_id]
     return state.detokenizer.num_output_tokens() > 0

@@ -1,4 +1,4 @@
-"""Our records in vLLM's terms, and vLLM's in ours."""
+"""Conversions between our records and vLLM's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from paceline.spec.proposer import DraftRequest
 def sampling_params(
     sampling: SamplingParameters, task: SampleTask, seed: int
 ) -> vllm.SamplingParams:
-    """Our sampling settings in vLLM's terms, for one segment of one sample."""
+    """Return our sampling settings in vLLM's terms, for one segment of one sample."""
     return vllm.SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,
@@ -35,7 +35,7 @@ def sampling_params(
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
-        skip_clone=True,  # nobody else holds it
+        skip_clone=True,  # no other object holds it
     )
 
 
@@ -68,7 +68,7 @@ def completion(output: vllm.CompletionOutput) -> Completion:
 
 
 def scores(output: vllm.RequestOutput, count: int) -> NDArray[np.float32]:
-    """Log-probabilities of the prompt's last ``count`` tokens; zeros where it was taken back."""
+    """Return log-probabilities of the prompt's last ``count`` tokens; zeros if it was aborted."""
     found = output.prompt_logprobs
     if not found:
         return np.zeros(count, dtype=np.float32)

@@ -10,7 +10,7 @@ from paceline.weights_sync.shared_memory import read_weights, verify
 
 
 class WeightReceiver:
-    """Named by ``worker_extension_cls``; vLLM gives its worker these methods."""
+    """Methods that vLLM adds to its worker, by ``worker_extension_cls``."""
 
     model_runner: Any
 

@@ -27,7 +27,7 @@ class DraftTextBlock(Protocol):
 
 
 class RolloutWorker:
-    """Samples completions; many requests share the engine's batch.
+    """Sampler of completions for many requests, which share the engine's batch.
 
     It holds no queue of its own and decides nothing: which requests come here, and when weights
     change, is the controller's business.
@@ -71,7 +71,7 @@ class RolloutWorker:
         await asyncio.wrap_future(self._engine.add_draft_text(texts))
 
     async def counters(self) -> dict[str, float]:
-        """Running totals of the engine, and the seconds the worker has been up."""
+        """Return running totals of the engine, and the seconds the worker has been up."""
         up = {"up_seconds": time.perf_counter() - self._started}
         return asdict(self._engine.counters) | dict(self._engine.draft_counters) | up
 

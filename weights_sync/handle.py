@@ -1,4 +1,4 @@
-"""What a learner announces when it published weights, and what can be wrong with them."""
+"""Announcement of published weights, and errors about them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class WeightHandle:
 
 
 Acknowledgement = tuple[WeightVersion | None, int | None]
-"""What an engine serves: its version, and the checksum of the bytes it was loaded from."""
+"""Version that an engine serves, and the checksum of the bytes it was loaded from."""
 
 
 class WeightSyncError(UserError):

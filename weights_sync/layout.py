@@ -1,4 +1,4 @@
-"""Which tensors a set of weights holds and where each lies in one flat buffer (pure)."""
+"""Layout of weights: the tensors they hold and where each lies in one flat buffer (pure)."""
 
 from __future__ import annotations
 

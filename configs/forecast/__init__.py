@@ -1,1 +1,1 @@
-"""What a configuration would take: parameters, memory, placement."""
+"""Forecast of what a configuration takes: parameters, memory, placement."""

@@ -1,4 +1,4 @@
-"""What forward and backward passes of a learner rank hold besides weights and gradients."""
+"""Memory of a learner rank's forward and backward passes, besides weights and gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ActivationMemory:
     part: RankPart
 
     def kept(self) -> int:
-        """What forward passes under way leave for their backward passes."""
+        """Return the bytes that forward passes under way keep for their backward passes."""
         part, mode = self.part, self.part.config.activation_checkpointing
         a_layer = self._kept_by_layer() if mode == "none" else part.hidden // part.matrix_ranks
         last = part.hidden if mode == "chunks" else self._norm()
@@ -27,27 +27,28 @@ class ActivationMemory:
         return part.tokens * hidden
 
     def sent(self) -> int:
-        """Hidden states and gradients that a pipeline's stages are sent, of a whole round."""
+        """Return the bytes of hidden states and gradients that a round sends to a pipeline's
+        stages."""
         part = self.part
         num_stages = len(part.stages)
         received = 2 * num_stages - part.embeds - part.has_head
         return received * part.round * part.tokens * part.hidden // part.matrix_ranks
 
     def work_space(self) -> int:
-        """The most that is alive for a while: at the head, in a layer, or when all are done."""
+        """Return the most temporary bytes: at the head, in a layer, or when all layers are done."""
         at_head = self._at_head() if self.part.has_head else 0
         at_the_end = self._embedding_gradients() - self.kept()
         return max(at_head, self._in_layer(), at_the_end)
 
     def _norm(self, tensor_ranks: int = 1) -> int:
-        """Bytes a token of a norm over the hidden size: in float32 its input and what it scales,
-        then its output (for lower precisions a copy of the input). Tensor ranks divide its tokens,
-        but for the output, which matrices take whole."""
+        """Return the bytes a token of a norm over the hidden size: in float32 its input and what it
+        scales, then its output (for lower precisions a copy of the input). Tensor ranks divide its
+        tokens, except in the output, which matrices take whole."""
         inside = (FULL + self.part.precision) * self.part.shape.hidden // tensor_ranks
         return inside + self.part.hidden
 
     def _kept_by_layer(self) -> int:
-        """Bytes a token, attention scores computed again (as flash attention does)."""
+        """Return the bytes a token; attention scores are recomputed, as flash attention does."""
         part, shape, size = self.part, self.part.shape, self.part.precision
         queries = shape.query_heads * shape.head_dim // part.matrix_ranks
         keys = shape.key_value_heads * shape.head_dim // part.matrix_ranks
@@ -62,8 +63,8 @@ class ActivationMemory:
         return 2 * self._norm(part.matrix_ranks) + attention + mlp
 
     def _at_head(self) -> int:
-        """Logits of some rows and what is made of them; the vocabulary's gradient as a sum and of
-        those rows; gradients of the hidden states before and after the last norm."""
+        """Sum the logits of some rows and what is made of them, the vocabulary's gradient (the sum
+        and those rows' part), and gradients of the hidden states before and after the last norm."""
         part = self.part
         vocabulary = part.shape.vocabulary // part.matrix_ranks
         step = max(MIN_ROWS_PER_CHUNK, LOGITS_PER_CHUNK // vocabulary)
@@ -76,7 +77,7 @@ class ActivationMemory:
         return copies * rows * vocabulary + gradients + 2 * part.tokens * part.hidden
 
     def _in_layer(self) -> int:
-        """A layer's gradients, of what it is given and of its weights, while the vocabulary's
+        """Sum a layer's gradients, of its input and of its weights, while the vocabulary's gradient
         waits for that of the embedding."""
         part, mode = self.part, self.part.config.activation_checkpointing
         features = part.precision * part.shape.intermediate_per_token // part.matrix_ranks
@@ -94,8 +95,8 @@ class ActivationMemory:
         return waiting + weights + working
 
     def _in_chunks(self) -> int:
-        """Gradients of the row's hidden states on both sides; its keys and values, their gradients
-        in float32 and a chunk's to them; a chunk's activations and their gradients."""
+        """Sum the gradients of the row's hidden states on both sides; its keys and values, their
+        gradients in float32 and a chunk's to them; a chunk's activations and their gradients."""
         part, size = self.part, self.part.precision
         keys = part.shape.key_value_heads * part.shape.head_dim
         of_row = 2 * part.hidden + 2 * keys * (2 * size + FULL)
@@ -107,7 +108,7 @@ class ActivationMemory:
         return part.tokens * of_row + chunk * (of_chunk + mask)
 
     def _embedding_gradients(self) -> int:
-        """Of the vocabulary's matrices: head's, embedding's, and as they are summed over ranks."""
+        """Sum gradients of the vocabulary's matrices: head, embedding, and as summed over ranks."""
         part = self.part
         summed = FULL * part.num_embeddings * part.embedding if part.is_sharded else 0
         return 2 * FULL * part.embedding + summed

@@ -1,4 +1,4 @@
-"""What a run will need, before anything is started: actors, CPUs, GPUs and memory.
+"""Forecast of what a run needs, before anything is started: actors, CPUs, GPUs and memory.
 
 Memory figures are estimates to catch a run that cannot fit, not measurements: allocator slack,
 fragmentation and communication buffers are left out. A learner rank's are tested against what ranks
@@ -48,7 +48,7 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `paceline check` tells; memory and parameters are None where the shape is unknown.
+    """Forecast that `paceline check` prints; memory and parameters are None for an unknown shape.
 
     ``learner_host`` is what a rank with a GPU holds in host memory, None for one without.
     ``engine_sequences`` is how many sequences of full length the KV cache of a CPU engine holds;
@@ -98,7 +98,7 @@ def placement(config: RunConfig) -> Placement:
 
 
 def _learner(config: RunConfig, shape: ModelShape) -> tuple[MemoryEstimate, MemoryEstimate | None]:
-    """Where a rank computes, and in host memory beside its GPU."""
+    """Return a rank's memory where it computes, and in host memory beside its GPU."""
     found, base = learner_memory(config, shape), ("base", _LEARNER_BASE)
     rank, host = found.rank.items(), found.host.items()
     if not config.learner.gpus_per_rank:
@@ -107,8 +107,8 @@ def _learner(config: RunConfig, shape: ModelShape) -> tuple[MemoryEstimate, Memo
 
 
 def _engine(config: RunConfig, shape: ModelShape) -> MemoryEstimate:
-    """One accelerator's share of an engine; a GPU engine's KV cache takes the rest of its share of
-    the GPU and is not counted."""
+    """Return one accelerator's share of an engine. A GPU engine's KV cache takes the rest of its
+    share of the GPU and is not counted."""
     weights = BYTES[config.model.precision] * shape.num_parameters
     kv_cache = 0 if config.rollout.gpus_per_worker else config.rollout.kv_cache_mb * _MIB
     return MemoryEstimate(

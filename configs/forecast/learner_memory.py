@@ -1,4 +1,4 @@
-"""What a rank of the learner will hold at its fullest: in the backward pass of a full microbatch.
+"""Peak memory of a learner rank: in the backward pass of a full microbatch.
 
 Counted is what torch allocates, tensor by tensor, as the code is: what transformers' layers keep
 for the backward pass, our own head that never holds logits whole, FSDP's gathered layers. Not
@@ -31,14 +31,14 @@ MOST_GATHERED = 1_000_000_000
 
 @dataclass(frozen=True)
 class LearnerMemory:
-    """``rank``: where it computes; ``host``: in host memory beside its GPU, nothing without one."""
+    """Bytes where a rank computes (``rank``), and in host memory beside its GPU (``host``)."""
 
     rank: Parts
     host: Parts
 
 
 def learner_memory(config: RunConfig, shape: ModelShape) -> LearnerMemory:
-    """Of the rank that holds most where it computes."""
+    """Return the bytes of the rank that holds most where it computes."""
     found = [_memory(config, part) for part in rank_parts(config, shape)]
     return max(found, key=lambda memory: sum(memory.rank.values()))
 
@@ -73,8 +73,9 @@ def _memory(config: RunConfig, part: RankPart) -> LearnerMemory:
 
 
 def _more_to_load(part: RankPart, num_before: int, later: Parts) -> int:
-    """What the last model takes beyond ``later`` while it is loaded: it is whole on every rank
-    until the rank's shard is cut out, beside ``num_before`` models with their moments."""
+    """Return the bytes that the last model takes beyond ``later`` while it is loaded: it is whole
+    on every rank until the rank's shard is cut out, beside ``num_before`` models with their
+    moments."""
     shard = FULL * part.sharded(part.parameters)
     loading = FULL * part.shape.num_parameters + shard + 3 * shard * num_before
     return max(0, loading - sum(later.values()))
@@ -106,7 +107,7 @@ class _State:
         return config.deepspeed.offload_optimizer if self._zero else config.offload_optimizer
 
     def here(self) -> Parts:
-        """What lies where the rank computes."""
+        """Return the bytes held where the rank computes."""
         found = {} if self._is_off_loaded else self._trained()
         if self._zero:
             weights = self._shard if self._zero == 3 else self._whole
@@ -120,7 +121,7 @@ class _State:
         return found
 
     def off_loaded(self) -> Parts:
-        """What lies in host memory."""
+        """Return the bytes held in host memory."""
         if not self._is_off_loaded:
             return {}
         found = self._trained()
@@ -143,10 +144,10 @@ class _State:
         }
 
     def gathered(self, kept: int) -> int:
-        """What is whole for a while, when ``kept`` bytes of activations are.
+        """Return the bytes of temporarily whole weights, beside ``kept`` bytes of activations.
 
-        Of FSDP the vocabulary's matrices, a layer at work and the next one; of a pipeline's stage
-        in the end all layers, when the activations of a pass are gone.
+        FSDP gathers the vocabulary's matrices, the layer at work and the next one. A pipeline's
+        stage gathers all its layers in the end, when the activations of a pass are gone.
         """
         part = self.part
         if self._zero:

@@ -1,4 +1,4 @@
-"""How large a decoder is, from its configuration alone: no torch, no weights."""
+"""Size of a decoder, from its configuration alone: no torch, no weights."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ _COMMON = {
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """In ``layers`` of the layers a router chooses ``per_token`` of ``count`` gated MLPs of
-    ``intermediate`` features for each token."""
+    """Experts of a model: in ``layers`` of its layers, a router chooses ``per_token`` of ``count``
+    gated MLPs of ``intermediate`` features for each token."""
 
     layers: int
     count: int
@@ -109,12 +109,12 @@ class ModelShape:
         return self._beside_mlp + self.experts.count * (router + expert)
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
-        """Bytes of keys and values that one token leaves in the cache, over all layers."""
+        """Return the bytes that one token takes in the KV cache, over all layers."""
         return 2 * self.layers * self.key_value_heads * self.head_dim * bytes_per_value
 
 
 def model_shape(model: ModelConfig) -> ModelShape | None:
-    """The shape that ``model`` will have; None where it cannot be known without loading it.
+    """Return the shape that ``model`` will have, None if it cannot be known without loading it.
 
     Known are `architecture` with the `characters` tokenizer or a `vocab_size`, and a `path` whose
     local folder holds a `config.json`, of the model types llama, qwen2, qwen3 and qwen3_moe.
@@ -126,7 +126,7 @@ def model_shape(model: ModelConfig) -> ModelShape | None:
 
 
 def model_keys(model: ModelConfig) -> dict[str, Any]:
-    """What is known of ``model``'s transformers configuration; nothing of a hub name's."""
+    """Return what is known of ``model``'s transformers configuration: for a hub name, nothing."""
     if model.architecture is None:
         return _read_config(Path(str(model.path)).expanduser())
     keys = dict(model.architecture)
@@ -175,7 +175,7 @@ def _shape(keys: Mapping[str, Any]) -> ModelShape:
 
 
 def _experts(full: Mapping[str, Any]) -> ExpertShape:
-    """Every ``decoder_sparse_step``-th layer has experts, but those that are named."""
+    """Count layers with experts: every ``decoder_sparse_step``-th but ``mlp_only_layers``."""
     dense, step = set(full["mlp_only_layers"]), int(full["decoder_sparse_step"])
     layers = range(int(full["num_hidden_layers"]))
     count = int(full.get("num_local_experts", full["num_experts"]))

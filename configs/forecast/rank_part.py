@@ -16,7 +16,7 @@ FULL = 4
 
 @dataclass(frozen=True)
 class RankPart:
-    """What one rank of a pipeline has (``place`` 0 of 1 where there is none), with ``precision``
+    """Share of one rank of a pipeline (``place`` 0 of 1 without a pipeline), with ``precision``
     bytes a value; a step gives it ``num_microbatches``."""
 
     shape: ModelShape
@@ -67,12 +67,12 @@ class RankPart:
 
     @property
     def embeds(self) -> bool:
-        """Whether the rank has the first stage."""
+        """True on the rank with the first stage."""
         return self.place == 0
 
     @property
     def has_head(self) -> bool:
-        """Whether the rank has the last stage."""
+        """True on the rank with the last stage."""
         return self.place == self.config.parallel.pipeline - 1
 
     @property
@@ -94,14 +94,14 @@ class RankPart:
 
     @property
     def parameters(self) -> int:
-        """Of a rank and those that share its part of the model."""
+        """Parameters of a rank and of those that share its part of the model."""
         if self.config.parallel.model_ranks == 1:
             return self.shape.num_parameters
         layers = sum(map(len, self.stages))
         return layers * self.layer + self.num_embeddings * self.embedding
 
     def sharded(self, count: int) -> int:
-        """A shard of ``count`` elements."""
+        """Return the elements of one rank's shard of ``count`` elements."""
         parallel = self.config.parallel
         divided = self.config.num_ranks // (
             parallel.replicate * parallel.tensor * parallel.pipeline
@@ -110,14 +110,13 @@ class RankPart:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether weights are copies of shards: always, but for one rank in float32."""
+        """True if weights are copies of shards: always, except for one rank in float32."""
         is_alone = self.config.num_ranks == 1 and not self.config.offload_optimizer
         return not is_alone or self.precision < FULL
 
 
 def rank_parts(config: RunConfig, shape: ModelShape) -> list[RankPart]:
-    """The parts of a pipeline's ranks, or the one that every rank has; samples are of full
-    length."""
+    """Return the parts of a pipeline's ranks, or the one that every rank has, at full lengths."""
     learner, loop = config.learner, config.loop
     tokens = loop.groups_per_step * loop.samples_per_group * config.model.max_length
     num_microbatches = -(-tokens // (learner.tokens_per_microbatch * learner.num_data_ranks))

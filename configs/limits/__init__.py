@@ -1,1 +1,1 @@
-"""What cannot be trained as configured, refused before anything starts."""
+"""Limits of what can be trained: other configurations are refused before anything starts."""

@@ -1,4 +1,4 @@
-"""Whether a run's models are there, whole, and can do what is asked of them, before it starts."""
+"""Checks before a run that its models are there, whole, and can do what is asked of them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def require_usable_models(config: RunConfig) -> None:
 
 
 def _paths(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Every folder or hub name of weights, by the key that gives it."""
+    """Yield every folder or hub name of weights, with the key that gives it."""
     reference = reference_of(config.algorithm)
     given = {
         "model.path": config.model.path,
@@ -91,7 +91,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _extent(file: Path) -> tuple[int, int]:
-    """Bytes before the tensors of a safetensors file, and of all its tensors."""
+    """Return the bytes before the tensors of a safetensors file, and those of all its tensors."""
     tensors = _header(file)
     with file.open("rb") as opened:
         before = LENGTH_BYTES + int.from_bytes(opened.read(LENGTH_BYTES), "little")
@@ -99,7 +99,7 @@ def _extent(file: Path) -> tuple[int, int]:
 
 
 def _header(file: Path) -> dict[str, Any]:
-    """What a safetensors file says of its tensors, by name."""
+    """Return a safetensors file's description of its tensors, by name."""
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(LENGTH_BYTES), "little")

@@ -1,4 +1,4 @@
-"""Whether a model can be divided as ``learner`` asks, before anything is started.
+"""Checks before a run that a model can be divided as ``learner`` asks.
 
 What the learner divides is written down here once, for the check and for the learner itself.
 """
@@ -16,10 +16,10 @@ from paceline.configs.schema.run import RunConfig
 TENSOR_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Architectures (``model_type``) that `learner/engines/parallel/tensor.py` has a plan for."""
 CHUNKED_FAMILIES = ("llama", "qwen2", "qwen3")
-"""Those whose layers are a norm, ``self_attn``, a norm and an MLP, where only attention mixes
-tokens: `learner/model/chunked_layers.py` knows them."""
+"""Architectures whose layers are a norm, ``self_attn``, a norm and an MLP, where only attention
+mixes tokens: `learner/model/chunked_layers.py` knows them."""
 EXPERT_FAMILIES = ("qwen3_moe",)
-"""Those whose experts and routers `learner/model/experts.py` knows."""
+"""Architectures whose experts and routers `learner/model/experts.py` knows."""
 
 
 def require_divisible(config: RunConfig) -> None:
@@ -40,7 +40,8 @@ def require_divisible(config: RunConfig) -> None:
 
 
 def divided_experts(model_type: str, learner: LearnerConfig) -> str | None:
-    """Experts are sharded by FSDP only: what asks for more, in one line; None for nothing."""
+    """Return why experts cannot be divided as asked, in one line, or None: only FSDP shards
+    them."""
     is_whole = learner.engine == "fsdp" and learner.parallel.model_ranks == 1
     if is_whole or model_type not in EXPERT_FAMILIES:
         return None
@@ -52,7 +53,7 @@ def divided_experts(model_type: str, learner: LearnerConfig) -> str | None:
 
 
 def unknown_to_tensor(model_type: str, num_ranks: int) -> str | None:
-    """What tensor ranks lack for an architecture, in one line; None for nothing."""
+    """Return what tensor ranks lack for an architecture, in one line; None for nothing."""
     if num_ranks == 1 or model_type in TENSOR_FAMILIES:
         return None
     return (
@@ -64,7 +65,7 @@ def unknown_to_tensor(model_type: str, num_ranks: int) -> str | None:
 
 
 def unknown_to_chunks(model_type: str) -> str | None:
-    """What chunked layers lack for an architecture, in one line; None for nothing."""
+    """Return what chunked layers lack for an architecture, in one line; None for nothing."""
     if model_type in CHUNKED_FAMILIES:
         return None
     return (
@@ -77,7 +78,7 @@ def unknown_to_chunks(model_type: str) -> str | None:
 def undivided_by_tensor(
     num_ranks: int, heads: int, key_value_heads: int, intermediate: int, vocabulary: int
 ) -> str | None:
-    """What of a model ``num_ranks`` tensor ranks do not divide, in one line; None for nothing."""
+    """Return what of a model ``num_ranks`` tensor ranks do not divide, in one line, or None."""
     for name, count in (
         ("attention heads", heads),
         ("key-value heads", key_value_heads),
@@ -93,7 +94,7 @@ def undivided_by_tensor(
 
 
 def undivided_by_sequence(num_ranks: int, num_tensor_ranks: int, heads: int) -> str | None:
-    """Whether sequence ranks divide the heads of a tensor rank; in one line, None where they do."""
+    """Return why sequence ranks cannot divide the heads of a tensor rank, in one line, or None."""
     if heads % (num_tensor_ranks * num_ranks) == 0:
         return None
     return (
@@ -104,7 +105,7 @@ def undivided_by_sequence(num_ranks: int, num_tensor_ranks: int, heads: int) -> 
 
 
 def undivided_by_pipeline(num_ranks: int, stages_per_rank: int, layers: int) -> str | None:
-    """Whether every stage of a pipeline gets a layer; in one line, None where it does."""
+    """Return why not every stage of a pipeline gets a layer, in one line, or None."""
     num_stages = num_ranks * stages_per_rank
     if num_stages <= layers:
         return None
@@ -127,7 +128,7 @@ def _unplanned(model_type: str, learner: LearnerConfig) -> str | None:
 def _undivided(
     keys: Mapping[str, Any], shape: ModelShape | None, parallel: ParallelConfig
 ) -> str | None:
-    """By the model's sizes, where they are known: heads and layers have one name everywhere."""
+    """Check the model's sizes, where known: heads and layers have one name everywhere."""
     problem = None
     heads, layers = keys.get("num_attention_heads"), keys.get("num_hidden_layers")
     if shape is not None:

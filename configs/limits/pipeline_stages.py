@@ -1,4 +1,4 @@
-"""Which layers of a model each stage of a pipeline has."""
+"""Assignment of a model's layers to the stages of a pipeline."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ many for each rank of the pipeline, of which its ends wait for one."""
 
 
 def stage_layers(num_layers: int, num_stages: int, head_cost: float) -> list[range]:
-    """Which layers each stage has, none of them none, so that the costliest stage costs least.
+    """Return each stage's layers, at least one each, such that the costliest stage costs least.
 
     The last one also has the head, worth ``head_cost`` layers. What cannot be divided evenly goes
     to later stages: earlier ones hold the activations of more microbatches.

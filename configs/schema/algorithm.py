@@ -1,4 +1,4 @@
-"""What is optimised: an algorithm is a choice of orthogonal parts, and its name is their defaults.
+"""Algorithms: each is a choice of orthogonal parts, and its name stands for their defaults.
 
 ``PRESETS`` is the whole difference between the named algorithms. Whatever a configuration says
 beside ``type`` is laid over the preset, part by part.
@@ -59,7 +59,7 @@ class PolicyAlgorithm(Section):
     `rollout.sampling.max_tokens`."""
 
     old_policy: Literal["behaviour", "recomputed", "interpolated"] = "behaviour"
-    """What the ratio is relative to: the policy that sampled; the weights at the start of the step
+    """Denominator of the ratio: the policy that sampled; the weights at the start of the step
     (decoupled PPO, arXiv 2505.24298); or an interpolation by age (A-3PO, arXiv 2512.06547)."""
 
     corrections: tuple[CorrectionConfig, ...] = ()
@@ -82,7 +82,7 @@ class PolicyAlgorithm(Section):
 
     zero_signal: Literal["drop", "keep"] = "drop"
     """Groups whose rewards are all equal carry no gradient: drop them and take another group, or
-    train on them all the same."""
+    train on them anyway."""
 
     max_draws: int = Field(default=8, ge=1)
     """With `drop`: a step looks at this many times its groups before it trains on fewer."""
@@ -202,7 +202,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 class PreferenceAlgorithm(Section):
-    """Learn from pairs of completions which is better (DPO, arXiv 2305.18290), without sampling."""
+    """Preference optimisation on pairs of completions (DPO, arXiv 2305.18290), without sampling."""
 
     type: Literal["dpo"]
     beta: float = Field(default=0.1, gt=0)
@@ -213,13 +213,13 @@ class PreferenceAlgorithm(Section):
 
 
 class SupervisedAlgorithm(Section):
-    """Learn demonstrations by heart: the mean negative log-likelihood of their tokens."""
+    """Supervised fine-tuning: the mean negative log-likelihood of the demonstrations' tokens."""
 
     type: Literal["sft"]
 
 
 class ImportedAlgorithm(Section):
-    """Somebody else's algorithm."""
+    """An algorithm of your own, imported by name."""
 
     type: Literal["import"]
     import_path: str
@@ -235,7 +235,7 @@ class ImportedAlgorithm(Section):
     """The frozen policy, where it needs one."""
 
     zero_signal: Literal["drop", "keep"] = "drop"
-    """What happens to groups whose rewards are all equal."""
+    """Treatment of groups whose rewards are all equal."""
 
     max_draws: int = Field(default=8, ge=1)
     """With `drop`: a step looks at this many times its groups before it trains on fewer."""
@@ -248,12 +248,12 @@ AlgorithmConfig = Annotated[
 
 
 def critic_of(algorithm: AlgorithmConfig) -> CriticConfig | None:
-    """The critic that an algorithm asks for."""
+    """Return the critic that an algorithm asks for."""
     return algorithm.critic if isinstance(algorithm, PolicyAlgorithm | ImportedAlgorithm) else None
 
 
 def reference_of(algorithm: AlgorithmConfig) -> FrozenPolicyConfig | None:
-    """The frozen policy that an algorithm asks for."""
+    """Return the frozen policy that an algorithm asks for."""
     return None if isinstance(algorithm, SupervisedAlgorithm) else algorithm.reference
 
 

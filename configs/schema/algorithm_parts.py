@@ -207,7 +207,7 @@ class ReferenceConfig(FrozenPolicyConfig):
     """A frozen policy that training is not to leave far behind."""
 
     coefficient: float = Field(default=0.001, ge=0)
-    """What a nat of divergence costs; 0 only measures it."""
+    """Cost of a nat of divergence; 0 only measures it."""
 
     estimator: Literal["k1", "k2", "k3"] = "k3"
     """Schulman's estimators of KL(policy || reference). In the loss, k1 has no gradient in
@@ -231,7 +231,7 @@ class CriticConfig(Section):
     """A value may move this far from the one before the step; null does not bound it."""
 
     optimizer: OptimizerConfig | None = None
-    """Of a separate critic; absent: as `learner.optimizer`."""
+    """Optimiser of a separate critic; absent: as `learner.optimizer`."""
 
 
 class OverlongConfig(Section):
@@ -241,4 +241,4 @@ class OverlongConfig(Section):
     """The penalty grows over this many tokens before `rollout.sampling.max_tokens`."""
 
     penalty: float = Field(default=1.0, gt=0)
-    """What a completion at the limit loses."""
+    """Reward that a completion at the limit loses."""

@@ -15,7 +15,7 @@ class Section(BaseModel):
 
 
 def overlaid(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """``top`` laid over ``base`` key by key; a section whose ``type`` changes is replaced whole."""
+    """Lay ``top`` over ``base`` key by key; a section whose ``type`` changes is replaced whole."""
     if "type" in base and "type" in top and base["type"] != top["type"]:
         return dict(top)
     merged = dict(base)

@@ -1,4 +1,4 @@
-"""Where prompts come from, and which are held out for evaluation."""
+"""Sources of prompts, and which prompts are held out for evaluation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from paceline.configs.schema.base import Section
 
 
 class PromptFormat(Section):
-    """How a source's record becomes the text the model sees."""
+    """The way from a source's record to the text that the model sees."""
 
     prompt_template: str = "{question}"
     """Python format string over the record's fields (`question`, `answer` and the source's own)."""
@@ -69,7 +69,7 @@ class DatasetSource(PromptFormat):
 
 
 class ImportedSource(PromptFormat):
-    """Somebody else's prompt source."""
+    """A prompt source of your own, imported by name."""
 
     type: Literal["import"]
     import_path: str
@@ -88,7 +88,7 @@ class CurriculumConfig(Section):
     """Training prompts whose reward is known to be too low or too high are passed over."""
 
     key: str = "prompt"
-    """What rewards are remembered by: `prompt` (a data set's rows, which come again each epoch),
+    """Key of remembered rewards: `prompt` (a data set's rows, which come again each epoch),
     `prompt_length`, or the name of a record's field that says how hard it is."""
 
     length_bucket: int = Field(default=8, ge=1)
@@ -99,8 +99,8 @@ class CurriculumConfig(Section):
     taken to lie there."""
 
     keep_outside: float = Field(default=0.1, ge=0, le=1)
-    """Probability with which a prompt outside of the target is sampled all the same: what was too
-    hard is so found to have become easier."""
+    """Probability with which a prompt outside of the target is sampled anyway: this finds prompts
+    that were too hard and have become easier."""
 
     max_passed: int = Field(default=64, ge=1)
     """After so many prompts passed over the next is sampled, whatever is known of it."""
@@ -127,7 +127,7 @@ class DataConfig(Section):
     """Training prompts and held-out prompts, which never overlap."""
 
     source: SourceConfig
-    """Where problems come from."""
+    """Source of the prompts."""
 
     seed: int = 0
     """Seed of the order (and, for generated tasks, of the problems)."""

@@ -46,8 +46,8 @@ class OptimizerConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How ``num_ranks`` ranks divide the work. What is left of them shards the weights: ``shard`` =
-    ``num_ranks`` / (``replicate`` * ``tensor`` * ``pipeline`` * ``sequence``)."""
+    """The division of work over ``num_ranks`` ranks. The ranks that remain shard the weights:
+    ``shard`` = ``num_ranks`` / (``replicate`` * ``tensor`` * ``pipeline`` * ``sequence``)."""
 
     replicate: int = Field(default=1, ge=1)
     """Groups of ranks that each hold all weights, sharded among themselves (HSDP)."""
@@ -84,7 +84,7 @@ class ParallelConfig(Section):
 
 
 class DeepSpeedConfig(Section):
-    """What ``engine: deepspeed`` divides over the ranks."""
+    """State that ``engine: deepspeed`` divides over the ranks."""
 
     stage: Literal[1, 2, 3] = 2
     """ZeRO stage: 1 shards the optimiser state, 2 the gradients too, 3 the weights too."""
@@ -100,10 +100,10 @@ class LearnerConfig(Section):
     """Processes of the learner; ``parallel`` says what they divide."""
 
     engine: Literal["fsdp", "deepspeed"] = "fsdp"
-    """What shards and trains the models: torch's FSDP2 with ``parallel``, or DeepSpeed's ZeRO."""
+    """Sharding and training of the models: torch's FSDP2 with ``parallel``, or DeepSpeed's ZeRO."""
 
     parallel: ParallelConfig = ParallelConfig()
-    """What ranks divide besides weights and samples."""
+    """Dimensions that ranks divide besides weights and samples."""
 
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     """Settings of ``engine: deepspeed``."""
@@ -126,8 +126,8 @@ class LearnerConfig(Section):
     CPU the same machine and settings give the same result anyway; on GPUs it is slower."""
 
     activation_checkpointing: Checkpointing = "none"
-    """What the backward pass computes again instead of keeping it: nothing, ``layers`` (true) one
-    after the other, or ``chunks`` of their tokens, for rows as long as memory allows."""
+    """Activations that the backward pass recomputes: none, those of ``layers`` (true) one after the
+    other, or of ``chunks`` of their tokens, for rows as long as memory allows."""
 
     tokens_per_chunk: int = Field(default=1024, ge=1)
     """Tokens that a layer works on at a time with ``activation_checkpointing: chunks``."""
@@ -210,5 +210,5 @@ class LearnerConfig(Section):
 
     @property
     def longest_wait_seconds(self) -> float:
-        """How long ranks may wait for one that stands still."""
+        """Longest time that ranks may wait for a rank that hangs, in seconds."""
         return self.hang_seconds or self.collective_timeout_seconds / 2

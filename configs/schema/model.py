@@ -1,4 +1,4 @@
-"""Which model is trained, and with which tokenizer."""
+"""The model that is trained, and its tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How completions are graded."""
+"""Grading of completions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from paceline.configs.schema.base import Section
 
 
 class GraderLimits(Section):
-    """What holds for every grader: it runs outside the loop's process, under a time limit."""
+    """Limits of every grader: it runs outside the loop's process, under a time limit."""
 
     time_limit_seconds: float = Field(default=10.0, gt=0)
     """Grading one group may take this long; a grader that hangs is killed."""
@@ -51,7 +51,7 @@ class MathGrader(GraderLimits):
 
 
 class ImportedGrader(GraderLimits):
-    """Somebody else's grader."""
+    """A grader of your own, imported by name."""
 
     type: Literal["import"]
     import_path: str

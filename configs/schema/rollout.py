@@ -11,7 +11,7 @@ from paceline.configs.vocabulary import SamplingParameters
 
 
 class SamplingConfig(Section):
-    """How completions are drawn in training; evaluation uses its own temperatures."""
+    """Sampling of completions in training; evaluation uses its own temperatures."""
 
     temperature: float = Field(default=1.0, gt=0)
     """Softmax temperature. Training needs randomness: 0 is refused."""
@@ -26,14 +26,14 @@ class SamplingConfig(Section):
     """Longest completion, the stop token included."""
 
     def parameters(self, stop_token_ids: tuple[int, ...]) -> SamplingParameters:
-        """These settings as the plain record that requests carry."""
+        """Return these settings as the plain record that requests carry."""
         return SamplingParameters(
             self.temperature, self.top_p, self.top_k, self.max_tokens, stop_token_ids
         )
 
 
 class DraftingConfig(Section):
-    """Guess tokens from other samples of the same prompt; the engine verifies them.
+    """Drafting of tokens from other samples of the same prompt; the engine verifies them.
 
     What is sampled keeps its distribution; a step may yield several tokens of a sequence. How much
     is drafted is decided step by step by what it costs and saves on this machine.
@@ -43,7 +43,7 @@ class DraftingConfig(Section):
     """Tokens drafted for a sequence in a step, at most."""
 
     budget: Literal["makespan", "throughput", "none"] | None = None
-    """What drafts are to shorten: the time until the last of a batch ends, or the time a token
+    """Aim of drafting: to shorten the time until the last of a batch ends, or the time a token
     takes; `none` always drafts `max_tokens`. Null is `makespan` where training waits for its batch
     (`loop.max_lag: 0`), else `throughput`."""
 
@@ -95,16 +95,16 @@ class RolloutConfig(Section):
     """How often a dead worker is replaced before the run ends with its error."""
 
     on_weight_update: Literal["recompute", "keep", "abort"] = "recompute"
-    """What a weight update does to running sequences. `recompute`: their KV is rebuilt by the new
-    weights; `keep`: they continue on the old KV, a mixture of versions; `abort`: they are given
-    back and continued from their tokens by whichever worker is free."""
+    """Effect of a weight update on running sequences. `recompute`: their KV is rebuilt by the new
+    weights; `keep`: they continue on the old KV, a mixture of versions; `abort`: they end,
+    and any free worker continues them from their tokens."""
 
     segment_tokens: int = Field(default=0, ge=0)
     """Most tokens a sample grows by before its group goes back to be continued, perhaps elsewhere;
     0 samples to the end in one segment."""
 
     claim_seconds: float = Field(default=600.0, gt=0)
-    """Longest a worker may hold a request: what it has by then is taken back and continued
+    """Longest a worker may hold a request. Then it is interrupted, and what it has is continued
     elsewhere."""
 
     answer_seconds: float = Field(default=60.0, gt=0)
@@ -120,8 +120,8 @@ class RolloutConfig(Section):
     and drafts guess better. Off, each request draws from a generator of its own, as in vLLM."""
 
     router_replay: bool = False
-    """Of a mixture of experts: record which experts each token was sent to, and send it to the same
-    ones in training. Needs ``tensor_parallel: 1`` and ``enforce_eager: true``."""
+    """For a mixture of experts: record which experts each token was sent to, and send it to them
+    in training. Needs ``tensor_parallel: 1`` and ``enforce_eager: true``."""
 
     sampling: SamplingConfig = SamplingConfig()
     """How training completions are drawn."""

@@ -62,7 +62,7 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What an interrupted run is resumed from."""
+    """Checkpoints, which an interrupted run is resumed from."""
 
     every_steps: int | None = Field(default=25, ge=1)
     """Save this often; an interrupt and the end always save."""
@@ -72,7 +72,7 @@ class CheckpointConfig(Section):
 
 
 class ObservabilityConfig(Section):
-    """What a run shows while it works and leaves behind."""
+    """Views of a run while it works, and the records it leaves behind."""
 
     live: bool = True
     """Live view on a terminal; plain lines where the output is not one."""
@@ -89,7 +89,7 @@ class ObservabilityConfig(Section):
 
 
 class ClusterConfig(Section):
-    """Which Ray cluster the run uses."""
+    """The Ray cluster that the run uses."""
 
     address: str | None = None
     """`auto`, `host:port` or `ray://…` of a running cluster; absent: the one a submitted job runs
@@ -106,7 +106,7 @@ class RunConfig(Section):
     """Name of the run; its folder is `output_dir/name`."""
 
     output_dir: str = "runs"
-    """Where run folders live."""
+    """Folder that holds the run folders."""
 
     seed: int = Field(default=0, ge=0)
     """Seed of initial weights, sampling and problem order."""
@@ -148,7 +148,7 @@ class RunConfig(Section):
     """The ledger."""
 
     observability: ObservabilityConfig = ObservabilityConfig()
-    """What is shown and written."""
+    """Output: what is shown and written."""
 
     cluster: ClusterConfig = ClusterConfig()
     """The Ray cluster."""
@@ -236,14 +236,15 @@ class RunConfig(Section):
 
 
 def given_completions(algorithm: AlgorithmConfig) -> int | None:
-    """How many completions of a prompt the data source gives to learn from; None to sample them."""
+    """Return how many completions of a prompt the data source has to learn from; None: sample
+    them."""
     if isinstance(algorithm, SupervisedAlgorithm):
         return 1
     return 2 if isinstance(algorithm, PreferenceAlgorithm) else None
 
 
 def compares_siblings(algorithm: AlgorithmConfig) -> bool:
-    """Whether samples are worth something only beside others of their group."""
+    """Return whether a sample's worth is relative to the others of its group."""
     return isinstance(algorithm, PolicyAlgorithm) and (
         algorithm.advantage.type in ("group_relative", "leave_one_out")
         or algorithm.zero_signal == "drop"

@@ -1,4 +1,4 @@
-"""Where a run's ledger is kept."""
+"""The store of a run's ledger."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from paceline.configs.schema.base import Section
 
 
 class MemoryStoreConfig(Section):
-    """In the controller's memory: a killed run samples anew what its checkpoint had in flight."""
+    """Ledger in the controller's memory: a killed run resamples what its checkpoint had in
+    flight."""
 
     type: Literal["memory"]
 
 
 class SQLiteStoreConfig(Section):
-    """In `ledger.sqlite` in the run's folder."""
+    """Ledger in `ledger.sqlite` in the run's folder."""
 
     type: Literal["sqlite"] = "sqlite"
 
@@ -27,12 +28,12 @@ class SQLiteStoreConfig(Section):
 
 
 class RedisStoreConfig(Section):
-    """In Redis Streams, under the run's name."""
+    """Ledger in Redis Streams, under the run's name."""
 
     type: Literal["redis"]
 
     url: str = "redis://localhost:6379/0"
-    """Where it is, without a password: this file is saved with the run."""
+    """Address of the Redis, without a password: this file is saved with the run."""
 
     password_env: str | None = None
     """Name of the environment variable that holds its password."""

@@ -49,5 +49,5 @@ class TeacherConfig(Section):
     interrupt unanswered."""
 
     def as_rollout(self) -> RolloutConfig:
-        """The same as the engine of a rollout worker takes it."""
+        """Return the same settings as a rollout worker's engine takes them."""
         return RolloutConfig.model_validate(self.model_dump(exclude={"path"}))

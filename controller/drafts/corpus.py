@@ -15,10 +15,10 @@ Tokens = NDArray[np.int32]
 
 
 @dataclass
-class Problem:
+class PromptTexts:
     """Texts of one prompt by version; versions below ``floor`` are not taken any more."""
 
-    generations: dict[int, list[Tokens]] = field(default_factory=dict)
+    by_version: dict[int, list[Tokens]] = field(default_factory=dict)
     floor: int | None = None
 
 
@@ -27,14 +27,14 @@ class DraftCorpus:
 
     A prompt keeps the newest ``window`` versions that sampled it. All texts together have at most
     ``max_tokens`` tokens: what would exceed them drops the oldest version of any prompt, and a
-    version that is the oldest itself makes way with all it holds. Versions leave a prompt whole,
+    version that is the oldest itself is dropped with all it holds. Versions leave a prompt whole,
     and what was dropped does not come back while the prompt still has others.
     """
 
     def __init__(self, window: int, max_tokens: int) -> None:
         self._window = window
         self._max_tokens = max_tokens
-        self._problems: dict[tuple[int, ...], Problem] = {}
+        self._prompts: dict[tuple[int, ...], PromptTexts] = {}
         self._sizes: dict[int, dict[tuple[int, ...], int]] = {}
         self._dropped_before: int | None = None
         self.num_tokens = 0
@@ -42,7 +42,7 @@ class DraftCorpus:
     def add(self, texts: Iterable[DraftText]) -> None:
         """Add texts whose versions are within the bounds."""
         for text in texts:
-            if self._has_place(text):
+            if self._is_wanted(text):
                 self._keep(text)
                 self._make_room()
 
@@ -52,8 +52,8 @@ class DraftCorpus:
         for text in texts:
             key = text.prompt_token_ids, text.version
             if key not in known:
-                problem = self._problems.get(text.prompt_token_ids, Problem())
-                here = problem.generations.get(text.version, [])
+                kept = self._prompts.get(text.prompt_token_ids, PromptTexts())
+                here = kept.by_version.get(text.version, [])
                 known[key] = Counter(tokens.tobytes() for tokens in here)
             content = text.token_ids.tobytes()
             if known[key][content] > 0:
@@ -72,29 +72,29 @@ class DraftCorpus:
         """Yield every text, the oldest version first, prompt by prompt."""
         for version in sorted(self._sizes):
             for prompt in self._sizes[version]:
-                for tokens in self._problems[prompt].generations[version]:
+                for tokens in self._prompts[prompt].by_version[version]:
                     yield DraftText(prompt, version, tokens)
 
-    def _has_place(self, text: DraftText) -> bool:
+    def _is_wanted(self, text: DraftText) -> bool:
         if self._dropped_before is not None and text.version < self._dropped_before:
             return False
-        problem = self._problems.get(text.prompt_token_ids)
-        if problem is None or text.version in problem.generations:
+        kept = self._prompts.get(text.prompt_token_ids)
+        if kept is None or text.version in kept.by_version:
             return True
-        if problem.floor is not None and text.version < problem.floor:
+        if kept.floor is not None and text.version < kept.floor:
             return False
-        return len(problem.generations) < self._window or text.version > min(problem.generations)
+        return len(kept.by_version) < self._window or text.version > min(kept.by_version)
 
     def _keep(self, text: DraftText) -> None:
         prompt, version, num_tokens = text.prompt_token_ids, text.version, len(text.token_ids)
-        generations = self._problems.setdefault(prompt, Problem()).generations
+        versions = self._prompts.setdefault(prompt, PromptTexts()).by_version
         # A copy: a part of a longer array would keep all of it.
-        generations.setdefault(version, []).append(text.token_ids.copy())
+        versions.setdefault(version, []).append(text.token_ids.copy())
         sizes = self._sizes.setdefault(version, {})
         sizes[prompt] = sizes.get(prompt, 0) + num_tokens
         self.num_tokens += num_tokens
-        if len(generations) > self._window:
-            self._drop(prompt, min(generations))
+        if len(versions) > self._window:
+            self._drop(prompt, min(versions))
 
     def _make_room(self) -> None:
         while self.num_tokens > self._max_tokens:
@@ -102,12 +102,12 @@ class DraftCorpus:
             self._drop(next(iter(self._sizes[oldest])), oldest)
 
     def _drop(self, prompt: tuple[int, ...], version: int) -> None:
-        problem = self._problems[prompt]
-        del problem.generations[version]
-        problem.floor = version + 1
+        kept = self._prompts[prompt]
+        del kept.by_version[version]
+        kept.floor = version + 1
         sizes = self._sizes[version]
         self.num_tokens -= sizes.pop(prompt)
         if not sizes:
             del self._sizes[version]
-        if not problem.generations:
-            del self._problems[prompt]
+        if not kept.by_version:
+            del self._prompts[prompt]

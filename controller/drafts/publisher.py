@@ -122,7 +122,7 @@ class Subscription:
 
 
 class DraftPublisher:
-    """Publishes what was sampled to subscribed workers, and the corpus to new ones.
+    """Publisher of sampled text to subscribed workers, and of the corpus to new ones.
 
     ``max_tokens`` is the most that waits for slow workers: beyond it they miss the oldest block.
     """
@@ -232,7 +232,7 @@ class DraftPublisher:
 
     def _published(self, block: Block) -> PublishedBlock:
         reference = asyncio.create_task(self._put_block(block))
-        # An error is for who reads the block: one that is dropped before has none to tell.
+        # Readers of a block get its error; asyncio is not to report that of one dropped unread.
         reference.add_done_callback(lambda task: task.cancelled() or task.exception())
         return PublishedBlock(
             self._num_published, frozenset(block.texts), block.num_tokens, reference

@@ -1,4 +1,4 @@
-"""A pool of workers: who samples what, weight updates, replacement of the lost."""
+"""A pool of workers: routing of requests, weight updates, replacement of lost workers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Seat:
 
     @property
     def serving(self) -> bool:
-        """Whether it is given requests."""
+        """True while it is given requests."""
         return self.joined and self.worker.fate is None
 
 
@@ -54,7 +54,7 @@ class Ticket:
 
 
 class WorkerPool:
-    """Spreads requests over the workers that serve the current version.
+    """Workers of one model, and the spreading of requests over those at the current version.
 
     A worker serves from the moment it acknowledged the current version and its checksum. A lost one
     is replaced in its seat, at most ``max_restarts`` times, and brought to the current version
@@ -106,7 +106,7 @@ class WorkerPool:
         return await self._generate(demand_of(request), request)
 
     async def generate_everywhere(self, request: RolloutRequest) -> list[tuple[Completion, ...]]:
-        """The same request on every serving worker, to its end: for checks, not for training.
+        """Run the same request on every serving worker, to its end: for checks, not for training.
 
         A worker that is lost over it gives no answer.
         """
@@ -134,7 +134,7 @@ class WorkerPool:
         await gather_or_cancel(*(self._bring_up_to_date(seat) for seat in self._seats))
 
     async def counters(self) -> list[dict[str, float]]:
-        """Running totals of every live worker's engine, in seat order."""
+        """Return running totals of every live worker's engine, in seat order."""
 
         async def ask(seat: Seat) -> dict[str, float] | None:
             with contextlib.suppress(WorkerLost):
@@ -145,7 +145,7 @@ class WorkerPool:
         return [answer for answer in answers if answer is not None]
 
     def states(self) -> dict[str, str]:
-        """What each worker is doing, in a few words."""
+        """Describe what each worker is doing, in a few words."""
         served = "-" if self._current is None else f"v{self._current.version}"
         return {
             f"rollout {seat.index}": (
@@ -288,12 +288,12 @@ class WorkerPool:
 
 
 def times(count: int) -> str:
-    """How often something happened, in words."""
+    """Spell how often something happened."""
     return "once" if count == 1 else f"{count} times"
 
 
 def advice(worker: WatchedWorker, section: str) -> str:
-    """What to do about a worker that was lost once too often."""
+    """Tell what to do about a worker that was lost once too often."""
     if worker.fate == "died":
         return (
             f"its log says why; if memory ran out, lower {section}.max_num_seqs or "

@@ -1,4 +1,4 @@
-"""Which worker samples which request (pure): load in tokens, warm caches, nobody starves.
+"""Routing of requests to workers (pure): load in tokens, warm prefix caches, no starvation.
 
 - A request weighs what it may come to occupy: the positions of context (prompt, earlier segments,
   and what this one may add) of each sample that is still open. Requests go where the fewest tokens
@@ -7,8 +7,8 @@
   puts it further ahead of the least loaded than the request itself weighs.
 - A worker holds at most ``most_samples``: what its engine decodes together and a quarter ahead, so
   that a place in the batch never stays empty; the rest waits where it can still go anywhere.
-- What waits is served in the order of arrival, for each worker: nobody is given a seat that an
-  earlier one waits for, so every seat drains until the earlier one fits.
+- Each worker serves waiting requests in the order of arrival: none is given a seat that an earlier
+  one waits for, so every seat drains until the earlier one fits.
 
 Example, two workers of which 0 has 300 tokens outstanding and 1 has 100: a request of 150 tokens
 whose prompt worker 0 has sampled goes to worker 1 (300 > 100 + 150); one of 250 tokens to worker 0.
@@ -49,7 +49,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Demand:
-    """What is asked of a worker: its weight, the prompt's key, and the one seat it may go to."""
+    """Requirements of a request: its load, the prompt's key, and the one seat it may go to."""
 
     load: Load
     prompt: int
@@ -57,7 +57,7 @@ class Demand:
 
 
 def demand_of(request: RolloutRequest, only: int | None = None) -> Demand:
-    """What a request asks for. Prompts are told apart by a hash: a collision costs a cache miss."""
+    """Return a request's demand. A hash tells prompts apart: a collision costs a cache miss."""
     most = request.sampling.max_tokens
     segment = request.segment_tokens or most
     prompt = len(request.prompt_token_ids)
@@ -72,14 +72,14 @@ def demand_of(request: RolloutRequest, only: int | None = None) -> Demand:
 
 
 def most_samples(max_num_seqs: int) -> int:
-    """How many samples a worker may hold whose engine decodes ``max_num_seqs`` together."""
+    """Return how many samples a worker may hold whose engine decodes ``max_num_seqs`` together."""
     return max_num_seqs + math.ceil(SAMPLES_AHEAD * max_num_seqs)
 
 
 class Affinity:
-    """Which seat sampled a prompt last, and whether it was too slow for it.
+    """The seat that sampled each prompt last, and whether it was too slow for it.
 
-    Forgets the prompts that were not asked for the longest.
+    Prompts that were not requested for the longest are forgotten.
     """
 
     def __init__(self, capacity: int = REMEMBERED_PROMPTS) -> None:
@@ -90,17 +90,17 @@ class Affinity:
         return len(self._seats)
 
     def home(self, prompt: int) -> int | None:
-        """The seat whose cache may hold the prompt."""
+        """Return the seat whose prefix cache may hold the prompt."""
         seat, was_slow = self._seats.get(prompt, (None, False))
         return None if was_slow else seat
 
-    def shunned(self, prompt: int) -> int | None:
-        """The seat that had the prompt for too long."""
+    def slow_seat(self, prompt: int) -> int | None:
+        """Return the seat that had the prompt for too long."""
         seat, was_slow = self._seats.get(prompt, (None, False))
         return seat if was_slow else None
 
     def remember(self, prompt: int, seat: int, was_slow: bool = False) -> None:
-        """Note who samples a prompt, or was too slow at it."""
+        """Note the seat that samples a prompt, or was too slow at it."""
         self._seats[prompt] = seat, was_slow
         self._seats.move_to_end(prompt)
         if len(self._seats) > self._capacity:
@@ -108,17 +108,17 @@ class Affinity:
 
 
 def acceptable(demand: Demand, serving: Iterable[int], affinity: Affinity) -> set[int]:
-    """Serving seats a request may go to: not the one that was too slow, if another serves."""
+    """Return seats a request may go to: one that was too slow only if no other serves."""
     seats = set(serving)
     if demand.only is not None:
         return seats & {demand.only}
-    return seats - {affinity.shunned(demand.prompt)} or seats
+    return seats - {affinity.slow_seat(demand.prompt)} or seats
 
 
 def choose(
     demand: Demand, loads: Mapping[int, Load], limit: int, home: int | None = None
 ) -> int | None:
-    """The seat for a request among those of ``loads``; None where none has room.
+    """Choose the seat for a request among those of ``loads``; None if none has room.
 
     An idle worker has room for any request, however many samples it asks for.
     """
@@ -138,9 +138,9 @@ def choose(
 def next_placement(
     waiting: Iterable[Demand], loads: Mapping[int, Load], limit: int, affinity: Affinity
 ) -> tuple[int, int] | None:
-    """The first request, by its place in the queue, that can go somewhere, and where it goes.
+    """Find the first request in the queue that can be placed; return its place there and its seat.
 
-    ``loads`` are those of all serving seats. None where all that wait must go on waiting.
+    ``loads`` are those of all serving seats. Returns None if all requests must go on waiting.
     """
     free = dict(loads)
     for position, demand in enumerate(waiting):

@@ -1,4 +1,4 @@
-"""A teacher behind the same pool as the policy's workers: what it scores is a request like any."""
+"""A teacher behind the same pool as the policy's workers: to score is a request like any other."""
 
 from __future__ import annotations
 
@@ -42,22 +42,21 @@ class FixedWeightsActor(RolloutActor):
 
 
 def is_scored(completion: Completion) -> bool:
-    """Whether the log-probabilities it came back with are the teacher's."""
+    """Return whether a completion's log-probabilities are the teacher's."""
     return completion.finish_reason != "abort"
 
 
 @dataclass
 class Teacher:
-    """Asks the pool what its model thinks of completions."""
+    """Scorer of completions by the teacher's model, through its pool."""
 
     generate: Callable[[RolloutRequest], Awaitable[tuple[Completion, ...]]]
     _attempts: Iterator[int] = field(default_factory=itertools.count)
 
     async def __call__(self, prompt: Prompt, completions: Sequence[Completion]) -> list[np.ndarray]:
-        """Log-probabilities float32 [C] of each completion's tokens, at temperature 1.
+        """Return log-probabilities float32 [C] of each completion's tokens, at temperature 1.
 
-        What a worker that is lost over it, or too slow, did not score is asked again: what was
-        sampled is not lost.
+        Completions that a lost or slow worker did not score are requested again: no sample is lost.
 
         Raises:
             ClusterError: workers were lost more often than they may be replaced, or none of them

@@ -1,4 +1,4 @@
-"""A rollout worker under watch: each call ends in bounded time, with its answer or `WorkerLost`."""
+"""Supervision of a rollout worker: each call ends in time, with its answer or `WorkerLost`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Worker(Protocol):
         """Draft from a published block but for the subscriber's own; see `DraftPublisher`."""
 
     async def counters(self) -> dict[str, float]:
-        """Running totals of its engine."""
+        """Return running totals of its engine."""
 
     async def close(self) -> None:
         """End it, even if it hangs; never raises."""
@@ -52,14 +52,14 @@ class TimeLimits:
 
 @dataclass(frozen=True)
 class Answer:
-    """Completions of a request; ``overdue`` where they were taken back from a slow worker."""
+    """Completions of a request; ``overdue`` if a slow worker was interrupted."""
 
     completions: tuple[Completion, ...]
     overdue: bool
 
 
 class WatchedWorker:
-    """A worker whose silence is its death.
+    """A worker that counts as lost once it leaves a call unanswered for too long.
 
     - Its process owes a sign of life, asked for every half ``answer_seconds``, within as long.
     - ``generate`` may take ``claim_seconds``. Then the worker is interrupted, and must answer with
@@ -82,18 +82,18 @@ class WatchedWorker:
         self._on_lost = on_lost
         self._is_updating = False
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self._errands: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._send(self._watch(), "watch")
 
     @property
     def fate(self) -> str | None:
-        """How it was lost; None while it lives."""
+        """The way it was lost; None while it lives."""
         return self._lost.result() if self._lost.done() else None
 
     async def generate(self, request: RolloutRequest) -> Answer:
-        """Completions of a request, unfinished ones where it took too long.
+        """Return completions of a request, unfinished ones if it took too long.
 
-        A request that nobody waits for any more is taken back, so that it holds up no other.
+        A request whose caller gave up is interrupted, so that it holds up no other.
 
         Raises:
             WorkerLost: it is lost, or was before.
@@ -106,7 +106,7 @@ class WatchedWorker:
             await self._answer(self._worker.interrupt(request.request_id), "an interrupt", limit)
             return Answer(await self._answer(call, "an interrupted request"), overdue=True)
         except asyncio.CancelledError:
-            self._send(self._take_back(request.request_id), "take back")
+            self._send(self._interrupt(request.request_id), "interrupt")
             raise
         finally:
             call.cancel()
@@ -134,7 +134,7 @@ class WatchedWorker:
         await self._answer(addition, "a block of draft text", self._limits.update_seconds)
 
     async def counters(self) -> dict[str, float]:
-        """Running totals of its engine.
+        """Return running totals of its engine.
 
         Raises:
             WorkerLost: it is lost, or was before.
@@ -142,11 +142,11 @@ class WatchedWorker:
         return await self._answer(self._worker.counters(), "a look at its counters")
 
     async def close(self) -> None:
-        """End it; pending calls raise `WorkerLost`, of which nobody is told."""
+        """End it; pending calls raise `WorkerLost`, and ``on_lost`` is not called."""
         if not self._lost.done():
             self._lost.set_result("was closed")
-        for errand in self._errands:
-            errand.cancel()
+        for task in self._tasks:
+            task.cancel()
         await self._worker.close()
 
     async def _watch(self) -> None:
@@ -157,14 +157,14 @@ class WatchedWorker:
                 await asyncio.wait((self._lost,), timeout=half)
                 await self._answer(self._worker.counters(), "a sign of life", half)
 
-    async def _take_back(self, request_id: str) -> None:
+    async def _interrupt(self, request_id: str) -> None:
         with contextlib.suppress(WorkerLost):
             await self._answer(
                 self._worker.interrupt(request_id), "an interrupt", self._limits.update_seconds
             )
 
     async def _answer(self, call: Awaitable[T], what: str, limit: float | None = None) -> T:
-        """The answer, within ``answer_seconds`` unless told otherwise, or the worker is lost."""
+        """Return the answer; a worker that takes over ``limit`` (``answer_seconds``) is lost."""
         seconds = limit or self._limits.answer_seconds
         task = asyncio.ensure_future(call)
         try:
@@ -175,7 +175,7 @@ class WatchedWorker:
             task.cancel()
 
     async def _has_answered(self, call: asyncio.Future[Any], seconds: float) -> bool:
-        """Wait so long for an answer.
+        """Wait at most ``seconds`` for an answer.
 
         In two parts: where it was this process that stood still (Ctrl-Z, a long computation), the
         first is over when it wakes, and the second is time to read what has arrived meanwhile.
@@ -199,13 +199,13 @@ class WatchedWorker:
             raise self._loss("died") from error
 
     def _loss(self, fate: str) -> WorkerLost:
-        """What to raise; who is the first to find it lost says how."""
+        """Return what to raise; the first to find the worker lost says how."""
         if not self._lost.done():
             self._lost.set_result(fate)
             self._on_lost()
         return WorkerLost(f"{self._name} {self.fate}")
 
-    def _send(self, errand: Coroutine[Any, Any, None], what: str) -> None:
-        task = asyncio.create_task(errand, name=f"{what}: {self._name}")
-        self._errands.add(task)
-        task.add_done_callback(self._errands.discard)
+    def _send(self, coroutine: Coroutine[Any, Any, None], what: str) -> None:
+        task = asyncio.create_task(coroutine, name=f"{what}: {self._name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

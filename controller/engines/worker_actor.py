@@ -32,7 +32,7 @@ async def start_rollout_worker(
 ) -> RolloutActor:
     """Start a rollout worker for ``max_requests`` at a time; returns once its engine is up.
 
-    ``worker_class`` is `RolloutWorker`, which this room does not know.
+    ``worker_class`` is `RolloutWorker`, which this package must not import.
 
     Raises:
         UserError: the engine cannot be built as configured.
@@ -68,7 +68,7 @@ class RolloutActor:
 
     @classmethod
     def named(cls, index: int) -> str:
-        """What a worker is called in messages."""
+        """Return a worker's name in messages."""
         return f"{cls.section} worker {index}"
 
     async def generate(self, request: RolloutRequest) -> tuple[Completion, ...]:
@@ -88,7 +88,7 @@ class RolloutActor:
         await self._call(self._actor.add_draft_text.remote(block, subscriber))
 
     async def counters(self) -> dict[str, float]:
-        """Running totals of its engine."""
+        """Return running totals of its engine."""
         return await self._call(self._actor.counters.remote())
 
     async def close(self) -> None:

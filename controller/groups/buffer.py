@@ -192,7 +192,7 @@ class WorkBuffer:
         self._largest = max(self._largest, group.num_bytes)
         work.group, work.partial = group, ()
         versions = {"oldest": group.oldest_version, "newest": group.newest_version}
-        await self._journal.write(Kind.FINISHED, group.group_id, versions, at=group)
+        await self._journal.write(Kind.FINISHED, group.group_id, versions, group=group)
         work.state = State.FINISHED
         heapq.heappush(self._finished, group.group_id)
         self._wake()

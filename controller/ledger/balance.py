@@ -1,4 +1,4 @@
-"""Audits a ledger: what became of every group, and whether the books balance."""
+"""Audit of a ledger: what became of every group, and whether its counts balance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from paceline.controller.ledger.state import LedgerState, Status
 from paceline.controller.ledger.store import Store
 
 STORED = (Status.FINISHED, Status.BATCHED, Status.TRAINED)
-"""Where a group stands whose samples must be there."""
+"""Statuses of a group whose samples must be there."""
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Audit:
         self.ended = event.time
 
     def _compare(self, snapshot: Event) -> None:
-        """A snapshot must say what all events before it add up to."""
+        """Require that a snapshot says what all events before it add up to."""
         if json.loads(json.dumps(self.state.as_dict())) != snapshot.detail:
             self.faults.append(f"the snapshot at step {snapshot.key} differs from what came before")
 

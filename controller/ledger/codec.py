@@ -37,7 +37,7 @@ _ARRAYS: dict[str, np.dtype[Any]] = {
 _OF_PROMPT_TOO = "routed_experts"
 """Has entries for the prompt's tokens before those of the completion's."""
 _UNKNOWN = {"draft_sources": 0, "routed_experts": NOT_ROUTED}
-"""What stands for them in a sample that was finished before the engines recorded them."""
+"""Values that stand for them in a sample that was finished before the engines recorded them."""
 _WHAT_TO_DO = "restore the ledger from a copy, or start the run anew under another name"
 
 
@@ -64,7 +64,7 @@ def encode_group(group: Group) -> bytes:
 
 
 def decode_group(content: bytes, prompt: Prompt, group_id: int) -> Group:
-    """What `encode_group` wrote, with its prompt.
+    """Decode what `encode_group` wrote, with its prompt.
 
     Raises:
         LedgerError: the bytes are missing or damaged, or of another group or prompt.
@@ -119,7 +119,7 @@ def _checksum(prompt: Prompt) -> int:
 
 
 def _present(group: Group) -> list[str]:
-    """The arrays that the group's samples have."""
+    """List the arrays that the group's samples have."""
     is_taught = {sample.teacher_logprobs is not None for sample in group.samples}
     assert len(is_taught) == 1, "a teacher looked at all samples of a group or at none"
     return [n for n in _ARRAYS if any(_stored(s, n) is not None for s in group.samples)]
@@ -130,7 +130,7 @@ def _stored(sample: Sample, name: str) -> NDArray[Any] | None:
 
 
 def _shape_of_token(group: Group, name: str) -> tuple[int, ...]:
-    """What an array holds of each token: one number, or several."""
+    """Return the shape of an array's entry for one token: one number, or several."""
     return next(a.shape[1:] for s in group.samples if (a := _stored(s, name)) is not None)
 
 
@@ -140,7 +140,7 @@ def _lengths(name: str, completions: NDArray[np.int64], num_prompt: int) -> NDAr
 
 
 def _array(sample: Sample, name: str, shape: tuple[int, ...], num_prompt: int) -> NDArray[Any]:
-    """An array of a sample; what was not recorded of it is not known."""
+    """Return an array of a sample, filled with the value for unknown if it was not recorded."""
     array = _stored(sample, name)
     if array is None:
         (length,) = _lengths(name, np.array([sample.num_tokens]), num_prompt)

@@ -1,4 +1,4 @@
-"""What the journal is made of: one event for everything that happens to a group or a step."""
+"""Events of the journal: one for everything that happens to a group or a step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def require_schema(version: int, name: str) -> None:
 
 
 class Kind(StrEnum):
-    """What happened; the comment says what `Event.key` and `Event.detail` are."""
+    """Kinds of events; the comment says what `Event.key` and `Event.detail` are."""
 
     ADMITTED = "admitted"  # group id; prompt: its id
     CLAIMED = "claimed"  # group id

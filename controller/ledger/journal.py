@@ -1,4 +1,4 @@
-"""The ledger at work: every event is checked against the state, and committed in groups."""
+"""The journal of a running loop: events are checked against the state and committed in batches."""
 
 from __future__ import annotations
 
@@ -18,19 +18,18 @@ adds a quarter to what is written, however much is pending."""
 
 
 class Journal:
-    """What the loop tells of groups and steps; the only way to the store while a run is going.
+    """Record of what the loop does with groups and steps; the only way to the store during a run.
 
-    Events reach the store in the order they were noted, so whatever a crash loses is the end of
-    the story, never its middle. All that were noted while one commit was under way go into the
-    next. Nobody can note without bound: each event belongs to a group that holds a slot, or to a
-    step.
+    Events reach the store in the order they were noted: a crash loses the last ones, never some in
+    the middle. All that were noted during one commit go into the next. Their number is bounded:
+    each event belongs to a group that holds a slot, or to a step.
 
     ``revocable`` says that steps may be done again from a checkpoint: batches then stay until they
     are settled. Otherwise a step is final as soon as it was trained.
     """
 
     def __init__(self, store: Store, *, revocable: bool = False) -> None:
-        """Take up the story where the store's history ends.
+        """Continue where the store's history ends.
 
         Raises:
             LedgerError: it cannot be read, or contradicts itself.
@@ -52,14 +51,14 @@ class Journal:
         key: int,
         detail: Mapping[str, Any] | None = None,
         *,
-        at: Group | None = None,
+        group: Group | None = None,
     ) -> None:
         """Note an event; it is durable soon, and before anything noted later.
 
         Raises:
             LedgerError: it cannot follow what came before, or an earlier event was not written.
         """
-        event = Event(kind, key, time.time(), detail or {}, at)
+        event = Event(kind, key, time.time(), detail or {}, group)
         self.state.apply(event)
         self._append(event)
         if kind is Kind.TRAINED and not self._revocable:
@@ -71,14 +70,14 @@ class Journal:
         key: int,
         detail: Mapping[str, Any] | None = None,
         *,
-        at: Group | None = None,
+        group: Group | None = None,
     ) -> None:
-        """`note`, and wait until it is durable."""
-        self.note(kind, key, detail, at=at)
+        """Do as `note`, and wait until it is durable."""
+        self.note(kind, key, detail, group=group)
         await self.flush()
 
     def begin(self, step: int) -> None:
-        """Begin an empty ledger at a later step: the story of a run whose own is not kept."""
+        """Begin an empty ledger at a later step, for a run whose own ledger was not kept."""
         assert not self.state.admitted, "only an empty ledger can begin elsewhere"
         self.state = LedgerState(step=step, settled=step)
         self._snapshot()
@@ -129,7 +128,7 @@ class Journal:
                 self._writer = asyncio.create_task(self._commit(), name="journal")
 
     async def _commit(self) -> None:
-        """Send what was noted until nothing is left, telling those who wait for it."""
+        """Send what was noted until nothing is left, and resolve the futures of its waiters."""
         while self._filling is not None:
             self._sending, self._filling = self._filling, None
             try:
@@ -141,7 +140,7 @@ class Journal:
             self._sending = None
 
     def _taken(self) -> tuple[list[Event], list[int]]:
-        """What is to be sent, and whose samples are not needed once it was."""
+        """Take the events to be sent, and the groups whose samples are not needed after that."""
         taken = self._noted, self.state.gone
         self._noted, self.state.gone = [], []
         return taken
@@ -152,9 +151,9 @@ class Journal:
             self.store.forget(gone)
 
     def _fail(self, error: Exception) -> None:
-        """Nothing can be written any more: fail who waits, and who notes from now on."""
+        """Fail all pending and later notes: nothing can be written any more."""
         self._failure = error
         for future in (self._sending, self._filling):
             if future is not None:
                 future.set_exception(error)
-                future.exception()  # perhaps nobody waits for it: the next note will raise it
+                future.exception()  # may have no waiter: the next note will raise it

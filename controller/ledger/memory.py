@@ -10,7 +10,7 @@ from paceline.controller.ledger.events import Event, Kind, LedgerError, as_row, 
 
 
 class MemoryStore:
-    """Holds groups as they are; keeps no history before the last snapshot."""
+    """Store that keeps groups as they are, and no history before the last snapshot."""
 
     survives = False
 
@@ -39,19 +39,19 @@ class MemoryStore:
         return (from_row((*facts, detail), "memory") for facts, detail in rows)
 
     def group(self, group_id: int, prompt: Prompt) -> Group:
-        """A finished group."""
+        """Return a finished group."""
         group = self._groups.get(group_id)
         if group is None or group.prompt.id != prompt.id:
             raise LedgerError(f"the ledger has no samples of group {group_id}, prompt {prompt.id}")
         return group
 
     def verify(self, group_id: int) -> None:
-        """Whether a finished group is there."""
+        """Check that a finished group is there."""
         if group_id not in self._groups:
             raise LedgerError(f"the samples of group {group_id} are missing")
 
     def group_ids(self) -> set[int]:
-        """Finished groups that are kept."""
+        """Return the ids of finished groups that are kept."""
         return set(self._groups)
 
     def forget(self, group_ids: Sequence[int]) -> None:
@@ -60,4 +60,4 @@ class MemoryStore:
             self._groups.pop(group_id, None)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file or connection is open."""

@@ -1,4 +1,4 @@
-"""From a configuration to the store it names."""
+"""Opening of the store that a configuration names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILE_NAME = "ledger.sqlite"
 
 
 def open_store(config: StoreConfig, folder: Path, name: str, *, read_only: bool = False) -> Store:
-    """The store of the run ``name`` with its files in ``folder``.
+    """Open the store of the run ``name`` with its files in ``folder``.
 
     Raises:
         LedgerError: it cannot be used; see the stores.
@@ -36,7 +36,7 @@ def open_store(config: StoreConfig, folder: Path, name: str, *, read_only: bool 
 
 
 def password_of(config: RedisStoreConfig) -> str | None:
-    """The password of a Redis, None where it has none.
+    """Return the password of a Redis, None if it has none.
 
     Raises:
         ConfigError: the environment variable that is to hold it is not set.

@@ -4,7 +4,7 @@ Keys of a run, by name:
 
 - ``paceline:NAME:journal``: a stream with an entry for each append, trimmed at every snapshot;
 - ``paceline:NAME:finished``: a stream with the samples of each finished group (``group``: its id,
-  ``content``: see `codec`), deleted once nobody needs them. The consumer group ``learner`` stands
+  ``content``: see `codec`), deleted once they are not needed. The consumer group ``learner`` stands
   for what training has taken over for good; other readers attach groups of their own;
 - ``paceline:NAME:schema``: the version of all this.
 
@@ -45,11 +45,11 @@ local found = {}
 for i, id in ipairs(ARGV) do found[i] = #redis.call('XRANGE', KEYS[1], id, id) end
 return found
 """
-"""Which entries exist, without sending what is in them."""
+"""Lua script: which entries exist, without sending their content."""
 
 
 class RedisStore:
-    """One run in a Redis with an append-only file.
+    """Store of one run in a Redis with an append-only file.
 
     A lost connection is tried again for ``reconnect_seconds``: a Redis that is restarted from its
     file has all that it had acknowledged. A ``read_only`` store changes nothing.
@@ -118,10 +118,10 @@ class RedisStore:
         self._delete_leftovers()
 
     def history(self, *, whole: bool = False) -> Iterator[Event]:
-        """Events in order, from the last snapshot on: there is no more."""
+        """Yield events in order, from the last snapshot on: no others are kept."""
         is_first = True
         for number, entry in self._entries():
-            if self._read_only:  # somebody else may have written it since this was opened
+            if self._read_only:  # another process may have written it since this was opened
                 self._follow(entry)
             where = f"entry {number} of the ledger {self._keys['journal']} in {self._url}"
             events = [from_row(row, where) for row in _json(entry[b"events"], where)]
@@ -130,7 +130,7 @@ class RedisStore:
             is_first = False
 
     def group(self, group_id: int, prompt: Prompt) -> Group:
-        """A finished group."""
+        """Return a finished group."""
         return decode_group(self._content(group_id), prompt, group_id)
 
     def verify(self, group_id: int) -> None:
@@ -138,7 +138,7 @@ class RedisStore:
         verify(self._content(group_id), group_id)
 
     def group_ids(self) -> set[int]:
-        """Finished groups whose samples are kept."""
+        """Return the ids of finished groups whose samples are kept."""
         return set(self._present(self._samples) if self._read_only else self._samples)
 
     def forget(self, group_ids: Sequence[int]) -> None:
@@ -188,7 +188,7 @@ class RedisStore:
         self._samples |= {int(group_id): sample_id for group_id, sample_id in found.items()}
 
     def _present(self, samples: Mapping[int, str]) -> dict[int, str]:
-        """Those samples that are there: some were deleted since their entry was written."""
+        """Select the samples that are there: some were deleted since their entry was written."""
         if not samples:
             return {}
         key, places = self._keys["finished"], samples.values()
@@ -196,7 +196,7 @@ class RedisStore:
         return dict(itertools.compress(samples.items(), present))
 
     def _find_leftovers(self) -> None:
-        """Where our samples go, and which lie there that a dead controller never came to count."""
+        """Find the id of our next samples, and those a dead controller left without an entry."""
         known = [int(place.split("-")[0]) for place in self._samples.values()]
         stream = self._ask(self._redis.exists, self._keys["finished"]) and self._ask(
             self._redis.xinfo_stream, self._keys["finished"]
@@ -206,7 +206,7 @@ class RedisStore:
         self._leftovers: tuple[int, int] | None = (max(known, default=0) + 1, last)
 
     def _delete_leftovers(self) -> None:
-        """Only now that an entry of ours stands: before, their controller might be alive."""
+        """Delete leftovers once an entry of ours stands: earlier their controller may be alive."""
         if self._leftovers is None:
             return
         (first, last), self._leftovers = self._leftovers, None
@@ -215,7 +215,7 @@ class RedisStore:
             self._ask(self._redis.xdel, key, *(entry_id for entry_id, _ in found))
 
     def _entries(self) -> Iterator[tuple[int, dict[bytes, bytes]]]:
-        """Numbered entries from the last snapshot on, as they were at one moment.
+        """Yield the numbered entries from the last snapshot on, as they were at one moment.
 
         Raises:
             LedgerError: one is missing or lacks a field.
@@ -233,9 +233,9 @@ class RedisStore:
             yield number, entry
 
     def _take_over(self) -> None:
-        """Have the samples that nobody trained for good delivered to the consumer that we are.
+        """Have all samples that are not finally trained delivered to this consumer.
 
-        First what died with another controller, then what none was ever given.
+        The first are those delivered to dead controllers; then those never delivered.
         """
         stream, start = self._keys["finished"], "0-0"
         while True:
@@ -270,7 +270,7 @@ class RedisStore:
         return bytes(found[0][1][b"content"]) if found else b""
 
     def _is_ours(self, number: int) -> bool:
-        """Whether the entry that is there already is the one we sent before a lost reply."""
+        """Return whether the entry that is there already is the one we sent before a lost reply."""
         entry_id = f"{number}-1"
         found = self._ask(self._redis.xrange, self._keys["journal"], entry_id, entry_id)
         return bool(found) and found[0][1].get(b"owner") == str(self._owner).encode()
@@ -294,7 +294,7 @@ class RedisStore:
 
 
 def _from_snapshot(events: list[Event]) -> list[Event]:
-    """Events from the last snapshot among them on; all where there is none."""
+    """Return events from the last snapshot among them on, all if there is none."""
     snapshots = [i for i, event in enumerate(events) if event.kind is Kind.SNAPSHOT]
     return events[snapshots[-1] :] if snapshots else events
 

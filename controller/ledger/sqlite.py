@@ -33,11 +33,11 @@ CREATE TABLE samples (group_id INTEGER PRIMARY KEY, content BLOB);
 
 
 class SQLiteStore:
-    """Write-ahead logging: one writer, any number of readers beside it, whole after any kill.
+    """Store with write-ahead logging: one writer, any number of readers, whole after any kill.
 
     ``synchronous`` "normal" survives the death of processes, "full" also that of the machine, at
     the price of waiting for the disk. Rows are kept for good, to be looked into; samples until
-    nobody needs them. A ``read_only`` store opens what another process may be writing.
+    they are not needed. A ``read_only`` store opens what another process may be writing.
     """
 
     survives = True
@@ -82,7 +82,7 @@ class SQLiteStore:
         self._last += len(rows)
 
     def history(self, *, whole: bool = False) -> Iterator[Event]:
-        """Events in order, from the last snapshot on, or all."""
+        """Yield events in order, from the last snapshot on, or all."""
         with self._explained():
             start = 1 if whole else self._last_snapshot()
             rows = self._database.execute(
@@ -95,7 +95,7 @@ class SQLiteStore:
                 yield from_row(row if sequence == expected else None, where)
 
     def group(self, group_id: int, prompt: Prompt) -> Group:
-        """A finished group."""
+        """Return a finished group."""
         return decode_group(self._content(group_id), prompt, group_id)
 
     def verify(self, group_id: int) -> None:
@@ -103,7 +103,7 @@ class SQLiteStore:
         verify(self._content(group_id), group_id)
 
     def group_ids(self) -> set[int]:
-        """Finished groups whose samples are kept."""
+        """Return the ids of finished groups whose samples are kept."""
         with self._explained():
             return {row[0] for row in self._database.execute("SELECT group_id FROM samples")}
 
@@ -148,7 +148,7 @@ class SQLiteStore:
         self._last: int = last or 0
 
     def _create(self) -> None:
-        """All of it in one transaction: a half-made ledger is never seen."""
+        """Create the tables in one transaction: a half-made ledger is never seen."""
         self._database.executescript(
             f"BEGIN; PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA}; "
             f"{TABLES} COMMIT;"

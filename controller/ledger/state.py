@@ -1,4 +1,4 @@
-"""What a journal adds up to: where every group stands, and whether the books balance (pure).
+"""The state that a journal adds up to: the status of every group, and the balance (pure).
 
 A group's life, by the event that moves it on::
 
@@ -24,7 +24,7 @@ from paceline.controller.ledger.events import Event, Kind, LedgerError
 
 
 class Status(StrEnum):
-    """Where a group stands."""
+    """Status of a group."""
 
     WAITING = "waiting"
     CLAIMED = "claimed"
@@ -48,10 +48,10 @@ class Life:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step trains on; see `AssembledBatch` for ``held``.
+    """Groups that one step trains on; see `AssembledBatch` for ``held``.
 
     ``rewards`` are the mean rewards of dropped groups, as far as they were graded: their samples
-    are gone, and a curriculum that is taken back to a checkpoint must be told them again.
+    are gone, and a curriculum that is resumed from a checkpoint needs them again.
     """
 
     step: int
@@ -66,13 +66,13 @@ class Batch:
         return self.trained + self.held
 
     def as_detail(self) -> dict[str, Any]:
-        """What its event says besides the step."""
+        """Return what its event says besides the step."""
         detail = {"trained": self.trained, "held": self.held, "dropped": dict(self.dropped)}
         return detail | ({"rewards": dict(self.rewards)} if self.rewards else {})
 
     @classmethod
     def from_detail(cls, step: int, detail: Mapping[str, Any]) -> Batch:
-        """What `as_detail` gave, before or after it was JSON, which made ids strings."""
+        """Rebuild it from what `as_detail` gave, or from its JSON, where ids are strings."""
         dropped = {int(group_id): str(reason) for group_id, reason in detail["dropped"].items()}
         rewards = {int(i): float(reward) for i, reward in detail.get("rewards", {}).items()}
         return cls(step, tuple(detail["trained"]), tuple(detail["held"]), dropped, rewards)
@@ -103,7 +103,7 @@ class LedgerState:
     batched groups by the age of their oldest token at their step, ``returned`` claims given back,
     ``resumed`` resumptions. ``checksums`` are of the weights that each step not settled made, and
     ``diverged`` the steps that made others when they were done again. ``gone`` collects groups
-    whose samples nobody needs any more, for whoever empties it.
+    whose samples are not needed any more, until the journal takes them.
     """
 
     live: dict[int, Life] = field(default_factory=dict)
@@ -139,7 +139,7 @@ class LedgerState:
             ) from error
 
     def balance(self) -> Balance:
-        """The books as they stand."""
+        """Return the present balance."""
         counts = Counter(life.status for life in self.live.values())
         return Balance(
             admitted=self.admitted,
@@ -149,15 +149,15 @@ class LedgerState:
         )
 
     def with_status(self, *statuses: Status) -> list[int]:
-        """Ids of groups that stand there, ascending."""
+        """Return the ids of groups of these statuses, ascending."""
         return sorted(i for i, life in self.live.items() if life.status in statuses)
 
     def untrained_batches(self) -> list[Batch]:
-        """Recorded batches that are still to be trained, in order."""
+        """Return recorded batches that are still to be trained, in order."""
         return [self.batches[step] for step in sorted(self.batches) if step >= self.step]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: a snapshot."""
+        """Return plain values for JSON: a snapshot."""
         lives = {i: [v.status, v.claims, v.oldest, v.newest] for i, v in self.live.items()}
         batches = [[batch.step, *batch.as_detail().values()] for batch in self.batches.values()]
         counts = {name: getattr(self, name) for name in _COUNTS}
@@ -173,7 +173,7 @@ class LedgerState:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LedgerState:
-        """What `as_dict` gave, before or after it was JSON."""
+        """Rebuild the state from what `as_dict` gave, or from its JSON."""
         batches = {
             step: Batch.from_detail(step, dict(zip(_BATCH_KEYS, detail, strict=False)))
             for step, *detail in values["batches"]
@@ -338,7 +338,7 @@ _ACTIONS = {
 
 
 def fold(events: Iterable[Event]) -> LedgerState:
-    """The state after all events.
+    """Return the state after all events.
 
     Raises:
         LedgerError: one of them cannot follow those before.

@@ -1,4 +1,4 @@
-"""Where a journal is kept: what any store must do."""
+"""The protocol of a journal's store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Store(Protocol):
 
     @property
     def survives(self) -> bool:
-        """Whether what was appended outlives this process."""
+        """True if what was appended outlives this process."""
 
     def append(self, events: Sequence[Event]) -> None:
         """Write events behind all others, in order, all or none.
@@ -31,7 +31,8 @@ class Store(Protocol):
         """Return events in order, without groups: from the last snapshot on, or all kept."""
 
     def group(self, group_id: int, prompt: Prompt) -> Group:
-        """A finished group as it was appended, last attempt; ``prompt`` is the one it answers.
+        """Return a finished group as it was appended, last attempt; ``prompt`` is the one it
+        answers.
 
         Raises:
             LedgerError: it is missing or damaged, or answers another prompt.
@@ -45,7 +46,7 @@ class Store(Protocol):
         """
 
     def group_ids(self) -> set[int]:
-        """Finished groups whose samples are kept."""
+        """Return the ids of finished groups whose samples are kept."""
 
     def forget(self, group_ids: Sequence[int]) -> None:
         """Delete the samples of groups that will not be needed again; unknown ids are fine."""

@@ -94,7 +94,7 @@ def lead_a_life(journal, group_id, step):
     journal.note(Kind.ADMITTED, group_id, {"prompt": f"p{group_id}"})
     journal.note(Kind.CLAIMED, group_id)
     versions = {"oldest": step, "newest": step}
-    journal.note(Kind.FINISHED, group_id, versions, at=make_group(group_id))
+    journal.note(Kind.FINISHED, group_id, versions, group=make_group(group_id))
     journal.note(Kind.BATCHED, step, {"trained": [group_id], "held": [], "dropped": {}})
     journal.note(Kind.TRAINED, step, {"checksum": 7})
 
