@@ -41,7 +41,7 @@ Curve = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run: every lag once a round, ``num_warmup`` untimed steps of ``num_steps`` first.
+    """Runs of every lag once a round; the first ``num_warmup`` of ``num_steps`` are not timed.
 
     Without ``is_warm`` runs start from random weights: no time for a warm start.
     """
