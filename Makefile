@@ -35,7 +35,7 @@ lint: install ## Check style, formatting, types and the import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench-quick: install ## Compare a training step with a peer's, roughly, in about a minute
+bench-quick: install ## Compare a training step with a peer's, roughly: a minute, and two more the first time
 	$(BIN)/paceline bench e2e --quick
 
 .PHONY: help install install-gpu quickstart test test-fast lint bench-quick
