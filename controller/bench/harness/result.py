@@ -26,7 +26,7 @@ Round = Mapping[str, Figures]
 
 
 class BenchError(UserError):
-    """A benchmark cannot run: something it needs is missing, or one of its runs failed."""
+    """Failure of a benchmark: something it needs is missing, or one of its runs failed."""
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Epoch:
-    """Every request answered once: wall seconds from the first to the last, and all steps.
+    """Answers to every request: wall seconds from the first to the last, and all steps.
 
     In ``seconds_busy`` of them its process had a core; in ``seconds_proposing`` the drafter worked.
     """

@@ -25,7 +25,7 @@ SPECULATIVE = {
 
 
 class ReplayDrafter(RowDrafter):
-    """vLLM builds it and asks for drafts; ``attach`` first, ``foretell`` before every epoch."""
+    """Drafter of what was foretold; ``attach`` it first, ``foretell`` before every epoch."""
 
     def attach(self, rows_of: Callable[[], Sequence[tuple[str, int]]]) -> None:
         """Ask ``rows_of`` for the sample's name and the prompt's length of every row."""

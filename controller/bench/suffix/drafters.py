@@ -30,7 +30,7 @@ class Drafted:
 
 
 class Drafter(Protocol):
-    """Face of both: learns whole samples, and follows requests that are being sampled."""
+    """Interface of both: learns whole samples, and follows requests that are being sampled."""
 
     def learn(self, problem: str, generation: int, prompt: Tokens, sample: Tokens) -> float:
         """Learn a sample that is finished; return the processor seconds it took."""
