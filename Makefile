@@ -38,7 +38,7 @@ mutants: install ## Break the code on purpose and see that the tests notice (ONL
 	@$(PYTHON) scripts/install_system_packages.py
 	$(BIN)/python scripts/mutants.py $(ONLY:%=--only=%)
 
-bench-quick: install ## Compare a training step with a peer's, roughly, in about a minute
+bench-quick: install ## Compare a training step with a peer's, roughly: a minute, and two more the first time
 	$(BIN)/paceline bench e2e --quick
 
 .PHONY: help install install-gpu quickstart test test-fast lint mutants bench-quick

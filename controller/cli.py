@@ -173,7 +173,9 @@ def reproduce(
 @app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="Which measurement, for example `e2e`.")],
-    quick: Annotated[bool, typer.Option("--quick", help="A rough answer within a minute.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A rough answer within 90 s, once its model is made.")
+    ] = False,
     output: Annotated[Path, typer.Option(help="Folder for what it runs and caches.")] = Path(
         "runs/bench"
     ),

@@ -116,7 +116,7 @@ def measure(life: Life, output: Path) -> Figures:
 
 
 class _Lives:
-    """Everything around the buffer while a life is measured."""
+    """Surroundings of the buffer while a life is measured: feed, workers and trainer."""
 
     def __init__(self, life: Life, store: Store) -> None:
         self._life = life

@@ -26,7 +26,7 @@ so that it is independent of what the sampler draws next."""
 
 
 def nothing(contexts: Sequence[NDArray[np.int32]]) -> Sequence[Sequence[int]]:
-    """The script that drafts nothing."""
+    """Draft nothing, as a script."""
     return [()] * len(contexts)
 
 
@@ -72,7 +72,7 @@ class RowDrafter:
 
 
 class ScriptedDrafter(RowDrafter):
-    """Drafts what the script says."""
+    """Drafter that follows a script."""
 
     script: ClassVar[Script] = staticmethod(nothing)
     counters: ClassVar[Counters] = Counters()
@@ -113,7 +113,7 @@ def drafting(script: Script) -> Iterator[None]:
 
 
 def drafted(prompt: Sequence[int], completion: Sequence[int]) -> NDArray[np.int64]:
-    """What the last script drafted for each place of a completion [C]; -1 for nothing.
+    """Return what the last script drafted for each place of a completion [C]; -1 for nothing.
 
     A draft is for the places it reaches while the tokens before them are the drafted ones.
     """
@@ -130,10 +130,10 @@ def drafted(prompt: Sequence[int], completion: Sequence[int]) -> NDArray[np.int6
 
 
 class ModelDrafter:
-    """Drafts by the model itself: ``ranks`` says which of its tokens, 0 being the likeliest.
+    """Script by the model itself: ``ranks`` says which of its tokens, 0 being the likeliest.
 
-    ``ranks`` takes a context and answers one rank for each token of the draft; -1 is the least
-    likely token. Each is taken where the tokens before it have led.
+    ``ranks`` takes a context int32 [L] and answers one rank for each token of the draft; -1 is the
+    least likely token. Each is taken where the tokens before it have led.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class ModelDrafter:
         self._ranks = ranks
 
     def __call__(self, contexts: Sequence[NDArray[np.int32]]) -> list[list[int]]:
-        """The script."""
+        """Draft for every context, as a script."""
         wanted = [self._ranks(context) for context in contexts]
         grown = [context.tolist() for context in contexts]
         for place in range(max(map(len, wanted))):
@@ -157,23 +157,23 @@ class ModelDrafter:
 
 
 def likeliest(context: NDArray[np.int32]) -> Sequence[int]:
-    """Ranks of the drafter that is right as often as any can be without knowing the future."""
+    """Rank as the drafter that is right as often as can be without knowing the future."""
     return [0] * NUM_DRAFTED
 
 
 def least_likely(context: NDArray[np.int32]) -> Sequence[int]:
-    """Ranks of the drafter that is wrong as often as it can be; top-k and top-p forbid these."""
+    """Rank as the drafter that is wrong as often as can be; top-k and top-p forbid these."""
     return [-1] * NUM_DRAFTED
 
 
 def mixed(context: NDArray[np.int32]) -> Sequence[int]:
-    """Any number of tokens of any rank, by a hash of the context: rows with drafts of all kinds."""
+    """Choose number and ranks by a hash of the context: rows with drafts of all kinds."""
     dice = random.Random(xxhash.xxh3_64_intdigest(context.tobytes()))
     return [dice.choice((0, 0, 0, 1, 1, 2, 3, -1)) for _ in range(dice.randint(0, NUM_DRAFTED))]
 
 
 class Told:
-    """Knows by heart how each prompt goes on, and drafts all the rest of it, however long.
+    """Script that knows how each prompt goes on, and drafts all the rest, however long.
 
     ``shift`` is added to every token it drafts: it is then always wrong.
     """
@@ -186,7 +186,7 @@ class Told:
         self._shift = shift
 
     def __call__(self, contexts: Sequence[NDArray[np.int32]]) -> list[list[int]]:
-        """The script."""
+        """Draft the rest of every context, as a script."""
         return [self._rest(tuple(context.tolist())) for context in contexts]
 
     def _rest(self, context: tuple[int, ...]) -> list[int]:

@@ -58,7 +58,7 @@ class Reference:
 
     @torch.no_grad()
     def next_logits(self, contexts: Sequence[Sequence[int]]) -> Tensor:
-        """Logits float32 [rows, V] of the token that follows each context."""
+        """Return logits float32 [rows, V] of the token that follows each context."""
         rows = []
         for batch in _batches(contexts):
             logits = self._forward(batch)
@@ -70,7 +70,7 @@ class Reference:
     def completion_logits(
         self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> list[Tensor]:
-        """Logits float32 [C, V] of the places of each completion [C], after its prompt."""
+        """Return logits float32 [C, V] of the places of each completion [C] after its prompt."""
         found: list[Tensor] = []
         for batch in _batches([[*prompt, *completion] for prompt, completion in texts]):
             for row in self._forward(batch):
@@ -80,7 +80,7 @@ class Reference:
         return found
 
     def _forward(self, contexts: Sequence[Sequence[int]]) -> Tensor:
-        """Logits [rows, L, V]; what follows a context's end means nothing."""
+        """Compute logits [rows, L, V]; those after a context's end mean nothing."""
         longest = max(map(len, contexts))
         # attention looks back only, so padding after the end changes nothing before it
         padded = [[*context, *[0] * (longest - len(context))] for context in contexts]
@@ -88,7 +88,7 @@ class Reference:
 
 
 def _batches(contexts: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
-    """Consecutive contexts, as many as fit ``MOST_TOKENS`` or one."""
+    """Yield consecutive contexts, as many as fit ``MOST_TOKENS`` or one."""
     rows = max(1, MOST_TOKENS // max(map(len, contexts)))
     for start in range(0, len(contexts), rows):
         yield contexts[start : start + rows]

@@ -1,4 +1,4 @@
-"""What a check answers, and how all answers are shown."""
+"""Results of checks, and how they are shown."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class CheckResult:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was found wrong."""
+        """True where no fault was found."""
         return not self.faults
 
 
@@ -49,12 +49,12 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether every check passed, and there were any."""
+        """True where every check passed, and there were any."""
         return bool(self.results) and all(result.passed for result in self.results)
 
     @property
     def false_alarms(self) -> float:
-        """How often, at most, a right sampler fails a run of so many comparisons."""
+        """Probability, at most, that a right sampler fails a run of so many comparisons."""
         return SUSPICIOUS * max(1, self.num_comparisons)
 
     @property
@@ -63,7 +63,7 @@ class Verification:
         return sum(len(result.comparisons) for result in self.results)
 
     def as_json(self) -> str:
-        """One line of JSON."""
+        """Return one line of JSON."""
         content = {
             "verify": self.name,
             "passed": self.passed,

@@ -74,7 +74,7 @@ def verify_speculation(
 
 @contextmanager
 def subject_of(model: Path | None, *, seed: int, quick: bool) -> Iterator[Subject]:
-    """The model under verification with its engines; its files are gone when the block ends."""
+    """Set up the model under verification with its engines; its files go when the block ends."""
     size = QUICK if quick else FULL
     with tempfile.TemporaryDirectory() as folder, shared_folder() as shared:
         if model is None:
@@ -96,13 +96,13 @@ def _prompts_of_language(seed: int) -> list[tuple[int, ...]]:
 
 
 def _any_prompts(vocabulary: int, seed: int) -> list[tuple[int, ...]]:
-    """Prompts that mean nothing: what is verified holds after any."""
+    """Draw prompts that mean nothing: what is verified holds after any."""
     dice = random.Random(seed)
     return [tuple(dice.randrange(vocabulary) for _ in range(length)) for length in _lengths()]
 
 
 def _lengths() -> list[int]:
-    """Lengths of the prompts, the longest first: rows of a batch are not alike."""
+    """Return lengths of the prompts, the longest first: rows of a batch are not alike."""
     return [LONGEST_PROMPT - index for index in range(NUM_PROMPTS)]
 
 

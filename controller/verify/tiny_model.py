@@ -32,7 +32,7 @@ class Language:
 
     @classmethod
     def of_seed(cls, seed: int) -> Language:
-        """After some symbols nearly always the same one follows, after others any of several.
+        """Draw a language: some symbols nearly always have one follower, others any of several.
 
         The likeliest followers of a topic make one cycle through all symbols.
         """
@@ -46,7 +46,7 @@ class Language:
         return cls((sharpness[..., None] * scores).softmax(-1))
 
     def texts(self, count: int, length: int, generator: torch.Generator) -> Tensor:
-        """Texts int64 [count, length], a topic and then symbols."""
+        """Draw texts int64 [count, length]: a topic and then symbols."""
         topics = torch.randint(NUM_TOPICS, (count,), generator=generator)
         symbols = torch.randint(NUM_SYMBOLS, (count,), generator=generator)
         columns = [topics + NUM_SYMBOLS]
@@ -58,12 +58,12 @@ class Language:
 
     @property
     def entropy(self) -> float:
-        """Of the next symbol, in nats, all symbols alike: what no model's loss can fall below."""
+        """Mean entropy of the next symbol, in nats: no model's loss can fall below it."""
         return float(-(self.transitions * self.transitions.clamp_min(1e-30).log()).sum(-1).mean())
 
 
 def architecture(max_length: int) -> ModelConfig:
-    """A Qwen3 of two layers, small enough for an engine step of a few milliseconds."""
+    """Return a Qwen3 of two layers, small enough for engine steps of a few milliseconds."""
     shape = {
         "model_type": "qwen3",
         "hidden_size": 64,

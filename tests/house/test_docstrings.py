@@ -12,13 +12,6 @@ import pytest
 from tests.house.checkout import PACKAGES, ROOT
 
 NOT_YET = {
-    "controller/bench/e2e",
-    "controller/bench/harness",
-    "controller/bench/learner",
-    "controller/bench/rollout",
-    "controller/bench/suffix",
-    "controller/verify",
-    "controller/verify/checks",
     "kernels",
     "learner/model",
     "learner/objective",

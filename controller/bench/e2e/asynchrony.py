@@ -12,6 +12,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -32,7 +33,6 @@ SYNCHRONOUS, JUDGED = "lag 0", "lag 2"
 MACHINE, PROBE = "this machine", "two processes at a time"
 REWARD_STEPS = 5
 """Steps whose mean reward stands for what a run had learned by some time."""
-PROBE_SECONDS = 2.0
 BEYOND = "oldest age less the bound"
 
 Curve = Sequence[tuple[float, float]]
@@ -41,7 +41,7 @@ Curve = Sequence[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run: every lag once a round, ``num_warmup`` untimed steps of ``num_steps`` first.
+    """Runs of every lag once a round; the first ``num_warmup`` of ``num_steps`` are not timed.
 
     Without ``is_warm`` runs start from random weights: no time for a warm start.
     """
@@ -52,10 +52,19 @@ class Plan:
     num_steps: int
     num_warmup: int
     is_warm: bool = True
+    probe_seconds: float = 2.0
 
 
 FULL = Plan(LONG_WIDE, tuple(LAGS), num_rounds=3, num_steps=14, num_warmup=4)
-QUICK = Plan(SHORT, (SYNCHRONOUS, JUDGED), num_rounds=1, num_steps=8, num_warmup=3, is_warm=False)
+QUICK = Plan(
+    SHORT,
+    (SYNCHRONOUS, JUDGED),
+    num_rounds=1,
+    num_steps=6,
+    num_warmup=2,
+    is_warm=False,
+    probe_seconds=1.0,
+)
 
 
 def bench_async(quick: bool, output: Path) -> BenchResult:
@@ -73,7 +82,7 @@ def bench_async(quick: bool, output: Path) -> BenchResult:
 
     def measure_either(case: str, variant: str, number: int) -> Figures:
         if case == MACHINE:
-            return {"times the work of one": parallel_capacity()}
+            return {"times the work of one": parallel_capacity(plan.probe_seconds)}
         figures, curve = measure(plan, variant, start, folder)
         curves[variant].append(curve)
         return figures
@@ -104,20 +113,20 @@ def targets_of(case: str, lags: Sequence[str]) -> list[Target]:
     ]
 
 
-def parallel_capacity() -> float:
+def parallel_capacity(seconds: float) -> float:
     """Return how many times the work of one process two do at a time, one thread each."""
-    alone = sum(side_by_side([_work]))
-    return sum(side_by_side([_work] * 2)) / alone
+    work = partial(_work, seconds)
+    return sum(side_by_side([work] * 2)) / sum(side_by_side([work]))
 
 
-def _work() -> float:
+def _work(seconds: float) -> float:
     """Return the mebibytes hashed a second: work of one core, in its own cache."""
     content = bytes(1 << 20)
     count, began = 0, time.perf_counter()
-    while time.perf_counter() - began < PROBE_SECONDS:
+    while time.perf_counter() - began < seconds:
         hashlib.sha256(content).digest()
         count += 1
-    return count / PROBE_SECONDS
+    return count / seconds
 
 
 def start_of(plan: Plan, folder: Path) -> Mapping[str, str]:

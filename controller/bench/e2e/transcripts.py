@@ -37,7 +37,7 @@ class Transcripts:
         self.num_records = num_records
 
     def record(self, index: int) -> Record:
-        """The problem of this index; its answer is the reference too."""
+        """Return the problem of this index; its answer is the reference too."""
         if self.num_records is not None:
             epoch, place = divmod(index, self.num_records)
             index = int(

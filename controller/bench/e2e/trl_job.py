@@ -1,4 +1,4 @@
-"""What the peer's process is asked to do, and what it answers: two JSON files."""
+"""Job and answer of the peer's process: two JSON files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class TRLJob:
         num_steps: int,
         answer_file: Path,
     ) -> TRLJob:
-        """A run with the settings that ``workload`` gives both sides."""
+        """Return a job with the settings that ``workload`` gives both sides."""
         return cls(
             model=str(model),
             problems=tuple(problems),
@@ -76,7 +76,7 @@ class TRLJob:
 
     @classmethod
     def read(cls, file: Path) -> TRLJob:
-        """What ``write`` saved."""
+        """Read what ``write`` saved."""
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         problems = tuple(Problem(**problem) for problem in values.pop("problems"))
         betas = tuple(values.pop("adam_betas"))

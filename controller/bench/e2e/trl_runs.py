@@ -29,7 +29,7 @@ def require_trl() -> None:
 
 
 def training_problems(config: RunConfig, count: int) -> tuple[Problem, ...]:
-    """The first ``count`` problems that a run of Paceline with ``config`` trains on, in order."""
+    """Return the first ``count`` problems that Paceline trains on with ``config``, in order."""
     from paceline.controller.data.tokenizer import load_tokenizer
     from paceline.controller.wiring.preparation import prompt_set
 
@@ -47,7 +47,7 @@ def train_trl(
     num_steps: int,
     num_threads: int = 1,
 ) -> list[Mapping[str, float]]:
-    """Run the peer for ``num_steps``; what each step spent and processed.
+    """Run the peer for ``num_steps``; return what each step spent and processed.
 
     Raises:
         BenchError: the run failed.

@@ -53,7 +53,7 @@ class TimedTrainer(GRPOTrainer):  # type: ignore[misc]
         return inputs
 
     def training_step(self, *arguments: Any, **keywords: Any) -> Any:
-        """The forward and backward passes of one micro-batch, generation before the first."""
+        """Time forward and backward of a micro-batch; the first one generates before them."""
         started, prepared = time.perf_counter(), self.tally["prepare"]
         loss = super().training_step(*arguments, **keywords)
         self.training_step_ended = time.perf_counter()
@@ -63,7 +63,7 @@ class TimedTrainer(GRPOTrainer):  # type: ignore[misc]
 
 
 class StepTimes(TrainerCallback):  # type: ignore[misc]
-    """Closes a step's tally when its optimiser step is done."""
+    """Tallies of all steps, each closed when its optimiser step is done."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -71,16 +71,16 @@ class StepTimes(TrainerCallback):  # type: ignore[misc]
         self._started = 0.0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """The first step starts."""
+        """Start the first step."""
         self._started = time.perf_counter()
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        """Gradients were clipped and applied."""
+        """Add the seconds in which gradients were clipped and applied."""
         assert self.trainer is not None
         self.trainer.tally["optimizer"] += time.perf_counter() - self.trainer.training_step_ended
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """The step is over and the next one starts."""
+        """Close the step and start the next."""
         assert self.trainer is not None
         now = time.perf_counter()
         self.steps.append({"seconds": now - self._started, **self.trainer.tally})
@@ -89,7 +89,7 @@ class StepTimes(TrainerCallback):  # type: ignore[misc]
 
 
 def run(job: TRLJob) -> list[dict[str, float]]:
-    """Train; what each step spent, in seconds, and processed."""
+    """Train; return what each step spent, in seconds, and processed."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     tokenizer = AutoTokenizer.from_pretrained(job.model, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
@@ -100,7 +100,7 @@ def run(job: TRLJob) -> list[dict[str, float]]:
         reference: Sequence[str],
         **_: Any,
     ) -> list[float]:
-        """1 for a finished completion that equals the reference."""
+        """Give 1 to a finished completion that equals the reference, else 0."""
         ended = (ids[-1] == tokenizer.eos_token_id for ids in completion_ids)
         cases = zip(completions, reference, ended, strict=True)
         return [float(finished and text == wanted) for text, wanted, finished in cases]
@@ -110,7 +110,23 @@ def run(job: TRLJob) -> list[dict[str, float]]:
         model=model,
         processing_class=tokenizer,
         reward_funcs=reward,
-        args=_settings(job),
+        args=settings(
+            str(Path(job.answer_file).parent),
+            job.groups_per_step * job.samples_per_group,
+            job.microbatch_size,
+            num_generations=job.samples_per_group,
+            max_completion_length=job.max_tokens,
+            temperature=job.temperature,
+            max_steps=job.num_steps,
+            learning_rate=job.learning_rate,
+            adam_beta1=job.adam_betas[0],
+            adam_beta2=job.adam_betas[1],
+            weight_decay=0.0,
+            max_grad_norm=job.max_grad_norm,
+            epsilon=job.clip_low,
+            epsilon_high=job.clip_high,
+            seed=job.seed,
+        ),
         train_dataset=Dataset.from_list([vars(problem) for problem in job.problems]),
         callbacks=[times],
     )
@@ -119,36 +135,25 @@ def run(job: TRLJob) -> list[dict[str, float]]:
     return times.steps
 
 
-def _settings(job: TRLJob) -> GRPOConfig:
-    samples_per_step = job.groups_per_step * job.samples_per_group
-    assert samples_per_step % job.microbatch_size == 0, "a step is whole micro-batches"
+def settings(folder: str, samples_per_step: int, microbatch_size: int, **others: Any) -> GRPOConfig:
+    """Return the settings that every benchmark gives the peer, with ``others`` of its own."""
+    assert samples_per_step % microbatch_size == 0, "a step is whole micro-batches"
     return GRPOConfig(
-        output_dir=str(Path(job.answer_file).parent),
+        output_dir=folder,
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=False,
-        per_device_train_batch_size=job.microbatch_size,
-        gradient_accumulation_steps=samples_per_step // job.microbatch_size,
-        num_generations=job.samples_per_group,
-        max_completion_length=job.max_tokens,
-        temperature=job.temperature,
-        max_steps=job.num_steps,
+        per_device_train_batch_size=microbatch_size,
+        gradient_accumulation_steps=samples_per_step // microbatch_size,
         shuffle_dataset=False,
-        learning_rate=job.learning_rate,
         lr_scheduler_type="constant",
-        adam_beta1=job.adam_betas[0],
-        adam_beta2=job.adam_betas[1],
-        weight_decay=0.0,
-        max_grad_norm=job.max_grad_norm,
         beta=0.0,
         loss_type="dapo",
-        epsilon=job.clip_low,
-        epsilon_high=job.clip_high,
-        seed=job.seed,
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **others,
     )
 
 

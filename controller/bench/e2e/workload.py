@@ -39,7 +39,7 @@ class Workload:
         return self.groups_per_step * self.samples_per_group
 
     def shared_overrides(self) -> dict[str, str]:
-        """The quick start's keys that make it this workload, whoever trains on it."""
+        """Return the quick start's keys that make it this workload, on either side."""
         return {
             "seed": str(self.seed),
             "model.max_length": str(self.max_length),
@@ -50,7 +50,7 @@ class Workload:
         }
 
     def training_overrides(self, num_steps: int) -> dict[str, str]:
-        """The keys of a timed run: nothing but training, at a constant learning rate."""
+        """Return the keys of a timed run: training alone, at a constant learning rate."""
         return {
             **self.shared_overrides(),
             "warm_start": "null",

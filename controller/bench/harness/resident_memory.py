@@ -13,12 +13,12 @@ else it raises both limits as a process goes on, and peaks depend on the order o
 
 
 def resident_bytes() -> int:
-    """What is in memory now."""
+    """Return the bytes of this process that are in memory now."""
     return _bytes_of("VmRSS")
 
 
 def peak_bytes() -> int:
-    """The most that was in memory since ``forget_peak``, or since the process began."""
+    """Return the most bytes in memory since ``forget_peak``, or since the process began."""
     return _bytes_of("VmHWM")
 
 
@@ -35,7 +35,7 @@ def _bytes_of(field: str) -> int:
 
 @contextmanager
 def environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Processes started within have these environment variables."""
+    """Give these environment variables to processes that are started within."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

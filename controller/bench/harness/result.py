@@ -26,7 +26,7 @@ Round = Mapping[str, Figures]
 
 
 class BenchError(UserError):
-    """A benchmark cannot run: something it needs is missing, or one of its runs failed."""
+    """Failure of a benchmark: something it needs is missing, or one of its runs failed."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Target:
-    """What is asked of the median of some values, for example of a ratio in each round.
+    """Demand on the median of some values, for example of a ratio in each round.
 
     A target without values, as where a peer is not installed, is missed.
     """
@@ -102,7 +102,7 @@ class Judged:
 
     @property
     def met(self) -> bool:
-        """Whether the median is what was asked for."""
+        """True where the median is what was asked for."""
         return bool(_COMPARE[self.comparison](self.measured.median, self.target))
 
     def as_dict(self) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What one benchmark measured.
+    """Result of one benchmark.
 
     ``ratios`` name figures, each with the variant to whose the table has its ratio. ``versions``
     say what it was measured on, the seed among them; ``notes`` are printed under the tables.
@@ -133,7 +133,7 @@ class BenchResult:
 
     @property
     def all_met(self) -> bool:
-        """Whether every target is met."""
+        """True where every target is met."""
         return all(target.met for target in self.targets.values())
 
     def as_json(self) -> str:

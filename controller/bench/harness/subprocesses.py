@@ -54,14 +54,14 @@ def _last_line(log: Path) -> str:
 
 
 def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
-    """The result of a function that runs in a fresh process: nothing lingers from before."""
+    """Return the result of a function run in a fresh process: nothing lingers from before."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def side_by_side(functions: Sequence[Callable[[], T]]) -> list[T]:
-    """The results of functions that run in fresh processes of their own at the same time."""
+    """Return the results of functions run at the same time, each in a fresh process."""
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
         pools = [

@@ -38,7 +38,7 @@ class LearnerWorkload:
         return self.num_groups * self.samples_per_group
 
     def model_config(self) -> ModelConfig:
-        """The model, of random weights."""
+        """Return the configuration of the model, whose weights are random."""
         architecture = {
             "model_type": "qwen3",
             "hidden_size": self.hidden,
@@ -57,7 +57,7 @@ class LearnerWorkload:
         )
 
     def write_model(self, folder: Path) -> Path:
-        """The model and its tokenizer as a Hugging Face folder; found again if it is there."""
+        """Write model and tokenizer in Hugging Face format, unless they are there."""
         if not (folder / "config.json").exists():
             tokenizer = characters_tokenizer()
             config, end = self.model_config(), tokenizer.eos_token_id
@@ -67,7 +67,7 @@ class LearnerWorkload:
         return folder
 
     def batch(self) -> TrainBatch:
-        """The samples group by group; printable characters, random rewards, nothing to filter."""
+        """Draw the groups: printable characters, random rewards, nothing to filter."""
         generator = np.random.default_rng(self.seed)
         groups = []
         for index in range(self.num_groups):
@@ -77,8 +77,8 @@ class LearnerWorkload:
         return TrainBatch(0, tuple(groups))
 
     def required_flops(self) -> float:
-        """Floating-point operations that a step needs at least, forward and (twice that) backward:
-        every prompt once, every completion once, logits of trained tokens only, causal pairs."""
+        """Count the floating-point operations that a step needs at least, forward and (twice that)
+        backward: prompts and completions once, causal pairs, logits of trained tokens only."""
         lengths = [sample.num_tokens for sample in self.batch().samples]
         num_tokens = self.num_groups * self.num_prompt + sum(lengths)
         heads, width = self.hidden // 64, self.hidden
@@ -100,7 +100,7 @@ class LearnerWorkload:
 
 
 def evenly_sampled(token_ids: np.ndarray, vocabulary: int) -> Completion:
-    """A completion with about the log-probabilities that random weights give its tokens."""
+    """Return a completion of tokens int32 [C], as likely as random weights make them."""
     logprobs = np.full(len(token_ids), -np.log(vocabulary), dtype=np.float32)
     return Completion(token_ids, logprobs, (), "stop")
 

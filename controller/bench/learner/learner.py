@@ -62,7 +62,7 @@ Side = Callable[[LearnerWorkload, Path, int], list[float]]
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured; micro-batch sizes are the fastest of 8, 16 and 32 samples."""
+    """Extent of a measurement; micro-batch sizes are the fastest of 8, 16 and 32 samples."""
 
     workload: LearnerWorkload
     memory: MemoryPlan
@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def cases(self) -> dict[str, Case]:
-        """What is measured, by which side."""
+        """Cases with the sides that each is measured on."""
         return {
             STEP: Case([OURS, PLAIN, PEER, *self.meshes], self.num_rounds),
             LENGTH: Case(list(self.memory.lengths), 1),
@@ -119,7 +119,7 @@ def bench_learner(quick: bool, output: Path) -> BenchResult:
 
 
 def sides_of(plan: Plan) -> Mapping[str, Side]:
-    """Return who takes the step."""
+    """Return the sides by name, each a function that times its steps."""
     from paceline.controller.bench.learner.peer import trl_steps
 
     return {

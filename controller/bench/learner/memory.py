@@ -86,19 +86,19 @@ def memory_figures(peaks: Mapping[int, int], memory: int) -> Figures:
 
 
 def longest_within(memory: int, peaks: Mapping[int, int]) -> int:
-    """The length at which the line through measured peaks reaches ``memory``."""
+    """Return the length at which the line through measured peaks reaches ``memory`` bytes."""
     per_token, fixed = line_through(peaks)
     return round((memory - fixed) / per_token)
 
 
 def line_through(peaks: Mapping[int, int]) -> tuple[float, float]:
-    """Bytes a token, and bytes whatever the length: least squares."""
+    """Fit bytes a token, and bytes whatever the length, by least squares."""
     per_token, fixed = np.polyfit(list(peaks), list(peaks.values()), 1)
     return float(per_token), float(fixed)
 
 
 def peaks_of(side: Side, model: Path, lengths: Sequence[int]) -> dict[int, int]:
-    """The peak of a side's step on a sequence of each length, in this process."""
+    """Measure the peak bytes of a side's step on a sequence of each length, in this process."""
     import torch
     from transformers import AutoModelForCausalLM  # noqa: F401  what is imported is no part of it
 
@@ -119,7 +119,7 @@ def peaks_of(side: Side, model: Path, lengths: Sequence[int]) -> dict[int, int]:
 def paceline_step(
     checkpointing: Checkpointing, tokens_per_chunk: int, model: Path, weights: Path, longest: int
 ) -> Step:
-    """That of one learner rank."""
+    """Return the step of one learner rank."""
     from paceline.learner.objective.advantages import Outcome
     from paceline.learner.objective.losses.policy import Clip
     from paceline.learner.objective.objective import Objective
@@ -150,7 +150,7 @@ def paceline_step(
 
 
 def plain_step(model: Path, weights: Path, longest: int) -> Step:
-    """The same by hand."""
+    """Return the same step, by hand."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -178,7 +178,7 @@ def plain_step(model: Path, weights: Path, longest: int) -> Step:
 
 
 def sequence(length: int) -> TrainBatch:
-    """One sequence of random tokens, all but the first trained."""
+    """Return one sequence of random tokens, all but the first trained."""
     tokens = np.random.default_rng(length).integers(1, MODEL.vocabulary, length, dtype=np.int32)
     sample = Sample(evenly_sampled(tokens[1:], MODEL.vocabulary), reward=1.0)
     return TrainBatch(0, (Group(0, Prompt("", "", (int(tokens[0]),)), (sample,)),))

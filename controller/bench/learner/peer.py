@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOConfig
 
-from paceline.controller.bench.e2e.trl_trainer import StepTimes, TimedTrainer
+from paceline.controller.bench.e2e.trl_trainer import StepTimes, TimedTrainer, settings
 from paceline.controller.bench.learner.batch import LearnerWorkload
 from paceline.controller.bench.learner.steps import CLIP_HIGH, CLIP_LOW, OPTIMIZER
 
@@ -31,7 +30,7 @@ class ReplayingTrainer(TimedTrainer):
 def trl_steps(
     workload: LearnerWorkload, model: Path, num_steps: int, microbatch_size: int
 ) -> list[float]:
-    """Seconds of TRL's steps on the workload's batch, after one that is not timed."""
+    """Time TRL's steps on the workload's batch, in seconds, after one that is not timed."""
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     batch = workload.batch()
     prompts = [tokenizer.decode(group.prompt.token_ids) for group in batch.groups]
@@ -44,7 +43,19 @@ def trl_steps(
             model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
             processing_class=tokenizer,
             reward_funcs=lambda completions, **_: rewards,
-            args=_settings(workload, folder, num_steps, microbatch_size),
+            args=settings(
+                folder,
+                workload.num_samples,
+                microbatch_size,
+                num_generations=workload.samples_per_group,
+                max_completion_length=workload.longest,
+                max_steps=num_steps + 1,
+                learning_rate=OPTIMIZER.learning_rate,
+                max_grad_norm=OPTIMIZER.max_grad_norm,
+                epsilon=CLIP_LOW,
+                epsilon_high=CLIP_HIGH,
+                seed=workload.seed,
+            ),
             train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
             callbacks=[times],
         )
@@ -54,32 +65,3 @@ def trl_steps(
     for step in times.steps:
         assert step["real_tokens"] == sum(lengths), "the peer trained on something else"
     return [step["seconds"] for step in times.steps[1:]]
-
-
-def _settings(
-    workload: LearnerWorkload, folder: str, num_steps: int, microbatch_size: int
-) -> GRPOConfig:
-    return GRPOConfig(
-        output_dir=folder,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=microbatch_size,
-        gradient_accumulation_steps=workload.num_samples // microbatch_size,
-        num_generations=workload.samples_per_group,
-        max_completion_length=workload.longest,
-        max_steps=num_steps + 1,
-        shuffle_dataset=False,
-        learning_rate=OPTIMIZER.learning_rate,
-        lr_scheduler_type="constant",
-        max_grad_norm=OPTIMIZER.max_grad_norm,
-        beta=0.0,
-        loss_type="dapo",
-        epsilon=CLIP_LOW,
-        epsilon_high=CLIP_HIGH,
-        seed=workload.seed,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )

@@ -38,7 +38,7 @@ def learner_worker(
     rank: int = 0,
     rendezvous: str | None = None,
 ) -> LearnerWorker:
-    """A rank, in float32, without checkpointing, as the other sides."""
+    """Build a rank in float32, without checkpointing, as the other sides."""
     return LearnerWorker(
         str(model),
         workload.model_config(),
@@ -51,13 +51,13 @@ def learner_worker(
 
 
 def algorithm(workload: LearnerWorkload) -> Objective:
-    """GRPO with DAPO's mean over tokens."""
+    """Return GRPO with DAPO's mean over tokens."""
     clip = Clip(CLIP_LOW, CLIP_HIGH)
     return Objective(GroupRelative(), clip, "token_mean", max_tokens=workload.longest)
 
 
 def paceline_steps(workload: LearnerWorkload, model: Path, num_steps: int) -> list[float]:
-    """Seconds of the learner's steps on one rank, as in a run."""
+    """Time the learner's steps on one rank, as in a run."""
     with tempfile.TemporaryDirectory() as weights:
         return rank_steps(workload, num_steps, learner_worker(workload, model, weights))
 
@@ -65,7 +65,7 @@ def paceline_steps(workload: LearnerWorkload, model: Path, num_steps: int) -> li
 def divided_steps(
     workload: LearnerWorkload, model: Path, num_steps: int, config: LearnerConfig
 ) -> list[float]:
-    """Seconds of the same steps on the ranks of ``config``, each in a process of its own."""
+    """Time the same steps on the ranks of ``config``, each in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             partial(one_of_ranks, workload, model, num_steps, config, folder, rank)
@@ -82,7 +82,7 @@ def one_of_ranks(
     folder: str,
     rank: int,
 ) -> list[float]:
-    """Seconds of one rank's steps; ranks meet in ``folder``."""
+    """Time one rank's steps; ranks meet in ``folder``."""
     torch.set_num_threads(1)
     worker = learner_worker(workload, model, folder, config, rank, f"file://{folder}/rendezvous")
     try:
@@ -92,7 +92,7 @@ def one_of_ranks(
 
 
 def rank_steps(workload: LearnerWorkload, num_steps: int, worker: LearnerWorker) -> list[float]:
-    """Seconds of a rank's steps."""
+    """Time a rank's steps."""
     batch = workload.batch()
 
     def step(index: int) -> None:
@@ -105,7 +105,7 @@ def rank_steps(workload: LearnerWorkload, num_steps: int, worker: LearnerWorker)
 def plain_steps(
     workload: LearnerWorkload, model: Path, num_steps: int, microbatch_size: int
 ) -> list[float]:
-    """Seconds of the same steps by padded batches and whole logits."""
+    """Time the same steps by padded batches and whole logits."""
     causal_lm = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     optimizer = torch.optim.AdamW(causal_lm.parameters(), lr=OPTIMIZER.learning_rate, fused=True)
 
@@ -143,8 +143,10 @@ def plain_loss(
     advantages: Tensor,
     num_trained: int,
 ) -> Tensor:
-    """The clipped policy loss of padded sequences [B, L], from their whole logits [B, L, V];
-    ``sampled_logprobs`` are float32 [C] each."""
+    """Return the clipped policy loss of padded sequences [B, L] from whole logits [B, L, V].
+
+    ``sampled_logprobs`` are float32 [C] each.
+    """
 
     def padded(arrays: Sequence[Tensor]) -> Tensor:
         return pad_sequence(list(arrays), batch_first=True)
@@ -166,8 +168,8 @@ def plain_loss(
 
 
 def matmul_flops(num_rounds: int = 8) -> float:
-    """Floating-point operations a second of a large float32 product: this machine's ceiling, on one
-    thread as a step's."""
+    """Measure the floating-point operations a second of a large float32 product on one thread: the
+    ceiling of a step."""
     torch.set_num_threads(1)
     one, other = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE).unbind()
     seconds = min(timed(lambda _: one @ other, num_rounds))
@@ -175,7 +177,7 @@ def matmul_flops(num_rounds: int = 8) -> float:
 
 
 def timed(step: Callable[[int], object], num_steps: int) -> list[float]:
-    """Seconds of each of ``num_steps`` steps, after one that is not timed."""
+    """Return the seconds of each of ``num_steps`` steps, after one that is not timed."""
     step(0)
     seconds = []
     for index in range(1, num_steps + 1):

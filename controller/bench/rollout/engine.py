@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine is built with; ``speculative`` replaces what ``config.drafting`` says.
+    """Settings of an engine; ``speculative`` replaces what ``config.drafting`` says.
 
     Whatever ``config.coupled_sampling`` tells the drafter, samples are coupled.
     """
@@ -62,7 +62,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Epoch:
-    """Every request answered once: wall seconds from the first to the last, and all steps.
+    """Answers to every request: wall seconds from the first to the last, and all steps.
 
     In ``seconds_busy`` of them its process had a core; in ``seconds_proposing`` the drafter worked.
     """
@@ -101,7 +101,7 @@ class Epoch:
 
 
 class EngineProcess:
-    """The parent's end: an engine's process, which does one thing at a time and waits for it."""
+    """Engine in a process of its own; each call waits for its end."""
 
     def __init__(self, log: Path) -> None:
         context = multiprocessing.get_context("spawn")
@@ -110,7 +110,7 @@ class EngineProcess:
         )
 
     def build(self, settings: EngineSettings) -> None:
-        """Have a new engine in place of the one that was there, if any: nothing is remembered."""
+        """Build a new engine in place of the one that was there: nothing is remembered."""
         with _environment():
             self._pool.submit(_build, settings).result()
 
@@ -134,7 +134,7 @@ class EngineProcess:
 
 @contextmanager
 def _environment() -> Iterator[None]:
-    """What a process that is started meanwhile finds in its environment."""
+    """Give processes that are started within the environment of an engine."""
     before = dict(os.environ)
     os.environ.update(engine_environment(on_gpu=False))
     try:
@@ -152,7 +152,7 @@ def _write_to(log: str) -> None:
 
 
 class _DraftMeter:
-    """Stands before a drafter's ``propose`` and notes what was drafted last, and for how long."""
+    """Meter before a drafter's ``propose``: tokens of the last drafts, seconds of all."""
 
     def __init__(self, drafter: Any) -> None:
         self._propose: Callable[..., list[list[int]]] = drafter.propose
@@ -169,7 +169,7 @@ class _DraftMeter:
 
 
 class _NoDrafter:
-    """What is metered where nothing is drafted."""
+    """Stand-in that is metered where nothing is drafted."""
 
     def propose(self) -> list[list[int]]:
         """Return nothing."""
@@ -178,7 +178,7 @@ class _NoDrafter:
 
 @dataclass
 class _Live:
-    """What this process holds: an engine and what stands before its drafter, if it has one."""
+    """Engine of this process, with the meter before its drafter if it has one."""
 
     engine: VLLMEngine
     meter: _DraftMeter | None = None
@@ -215,7 +215,7 @@ def _build(settings: EngineSettings) -> None:
 
 
 def _rows(engine: VLLMEngine, batch: Any) -> list[tuple[str, int]]:
-    """Name of the sample and length of the prompt of every row."""
+    """Name every row's sample, with the length of its prompt in tokens."""
     names = {sample.vllm_id: name for name, sample in engine._running.items()}
     return [
         (names[vllm_id], int(batch.num_prompt_tokens[row]))
@@ -224,7 +224,7 @@ def _rows(engine: VLLMEngine, batch: Any) -> list[tuple[str, int]]:
 
 
 def _by_sample(epoch: Epoch) -> dict[str, NDArray[np.int32]]:
-    """Tokens of every sample by the name that the engine gives it."""
+    """Return the tokens int32 [C] of every sample, by the name that the engine gives it."""
     return {
         f"{request}/{index}": completion.token_ids
         for request, group in epoch.completions.items()

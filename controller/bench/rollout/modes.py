@@ -30,7 +30,7 @@ class Mode:
 
     @property
     def is_installed(self) -> bool:
-        """Whether what it needs is there."""
+        """True where the module it needs is there."""
         return self.needs is None or importlib.util.find_spec(self.needs) is not None
 
 

@@ -25,10 +25,10 @@ SPECULATIVE = {
 
 
 class ReplayDrafter(RowDrafter):
-    """vLLM builds it and asks for drafts; ``attach`` first, ``foretell`` before every epoch."""
+    """Drafter of what was foretold; ``attach`` it first, ``foretell`` before every epoch."""
 
     def attach(self, rows_of: Callable[[], Sequence[tuple[str, int]]]) -> None:
-        """``rows_of`` says of every row of the batch its sample's name and its prompt's length."""
+        """Ask ``rows_of`` for the sample's name and the prompt's length of every row."""
         self._rows_of = rows_of
 
     def foretell(self, futures: Mapping[str, NDArray[np.int32]]) -> None:

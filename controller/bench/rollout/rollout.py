@@ -45,8 +45,8 @@ SPEED = "epochs/min"
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run: in every round every mode, from an engine that knows nothing, at every
-    temperature, ``training.versions`` epochs of ``num_problems`` prompts with ``num_samples``."""
+    """Rounds of all modes: from an engine that knows nothing, at every temperature,
+    ``training.versions`` epochs of ``num_problems`` prompts with ``num_samples`` each."""
 
     modes: Sequence[Mode]
     temperatures: Sequence[float]
@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def installed(self) -> dict[str, Mode]:
-        """The modes that can be run here, by name."""
+        """Modes that can be run here, by name."""
         return {mode.name: mode for mode in self.modes if mode.is_installed}
 
     @property
@@ -141,7 +141,7 @@ def targets_of(plan: Plan) -> list[Target]:
 
 
 class Rollouts:
-    """The engines of all modes, and what they sampled: by case and round, then by mode."""
+    """Engines of all modes, and what they sampled: by case and round, then by mode."""
 
     def __init__(
         self, plan: Plan, weights: Published, engines: Mapping[str, EngineProcess]
@@ -231,7 +231,7 @@ def _settings(plan: Plan, weights: Published, mode: Mode) -> EngineSettings:
 
 
 def _requests(plan: Plan, temperature: float, number: int, epoch: int) -> list[RolloutRequest]:
-    """All prompts; problems are other ones in every round, seeds in every epoch too."""
+    """Return all prompts; problems differ by round, seeds by epoch too."""
     sampling = SamplingParameters(
         temperature, max_tokens=plan.training.max_tokens, stop_token_ids=(END_TOKEN,)
     )

@@ -31,7 +31,7 @@ MEDIAN_LINES, SIGMA, MIN_LINES, MAX_LINES = 6.0, 1.0, 2, 44
 
 @dataclass(frozen=True)
 class Problem:
-    """How many lines to count, and the digits to begin at and to add."""
+    """Number of lines to count, and the digits to begin at and to add."""
 
     num_lines: int
     start: int
@@ -39,11 +39,11 @@ class Problem:
 
     @property
     def prompt(self) -> str:
-        """The problem as the model reads it."""
+        """Problem as the model reads it."""
         return f"{LABELS[self.num_lines - 1]}{self.step}s{self.start}="
 
     def answer(self, random: np.random.Generator) -> str:
-        """One of the right answers, drawn from their distribution."""
+        """Draw one of the right answers from their distribution."""
         tellings = [self._telling(random)]
         while random.random() < AGAIN:
             tellings.append(self._telling(random))
@@ -60,12 +60,12 @@ class Problem:
 
 
 def draw_problem(random: np.random.Generator) -> Problem:
-    """A problem with a random number of lines."""
+    """Draw a problem with a random number of lines."""
     return _problem(random.lognormal(math.log(MEDIAN_LINES), SIGMA), random)
 
 
 def spread_problems(count: int, seed: int) -> list[Problem]:
-    """Problems whose numbers of lines are evenly spaced quantiles: few, yet with the whole tail."""
+    """Draw problems whose numbers of lines are even quantiles: few, yet with the whole tail."""
     random = np.random.default_rng([seed, count])
     logarithm = NormalDist(math.log(MEDIAN_LINES), SIGMA)
     sizes = [math.exp(logarithm.inv_cdf((index + 0.5) / count)) for index in range(count)]

@@ -1,4 +1,4 @@
-"""Trains the small model of ``paceline bench rollout`` and keeps it, with its last versions."""
+"""Training of the small model of ``paceline bench rollout``, whose last versions are kept."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Training:
-    """How the small model is trained; ``batch_tokens`` counts padding.
+    """Training of the small model; ``batch_tokens`` counts padding.
 
     The last ``versions`` weights, ``steps_between`` updates apart at ``final_rate``, stand for what
     engines serve in one epoch after the other.
@@ -48,7 +48,7 @@ class Training:
     seed: int = 0
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step: a short warm-up, then linear to ``final_rate``."""
+        """Return the learning rate of a step: a short warm-up, then linear to ``final_rate``."""
         decayed = self.learning_rate * (1 - step / max(1, self.num_steps))
         return max(self.final_rate, decayed) * min(1.0, (step + 1) / WARMUP_STEPS)
 
@@ -58,12 +58,12 @@ Example = tuple[list[int], list[int]]
 
 
 def encode(text: str) -> list[int]:
-    """Token ids of a text: its ASCII codes."""
+    """Return the token ids of a text: its ASCII codes."""
     return list(text.encode("ascii"))
 
 
 def trained_versions(training: Training, folder: Path) -> list[Path]:
-    """Folders of the versions, in Hugging Face format; trained unless ``folder`` has them."""
+    """Return folders of the versions, in Hugging Face format; train what ``folder`` lacks."""
     finished = folder / "finished"
     paths = [folder / f"version-{version}" for version in range(training.versions)]
     if not finished.exists() or finished.read_text(encoding="utf-8") != repr(training):
@@ -75,7 +75,7 @@ def trained_versions(training: Training, folder: Path) -> list[Path]:
 
 
 def load(path: Path) -> PreTrainedModel:
-    """A saved version."""
+    """Load a saved version in float32."""
     transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     assert isinstance(model, PreTrainedModel)
@@ -116,7 +116,7 @@ def _train(training: Training, paths: Sequence[Path]) -> None:
 
 
 def _batches(training: Training) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and labels int64 [B, L] for ever; examples of one batch are about as long."""
+    """Yield inputs and labels int64 [B, L] for ever; examples of a batch are about as long."""
     random = np.random.default_rng(training.seed)
     while True:
         examples = [_example(training, random) for _ in range(POOL_EXAMPLES)]
@@ -133,7 +133,7 @@ def _example(training: Training, random: np.random.Generator) -> Example:
 
 
 def _within(examples: Sequence[Example], num_tokens: int) -> Iterator[list[Example]]:
-    """Examples in order, as many at a time as fit, padded to their longest: the last one."""
+    """Yield examples in order, as many at a time as fit when padded to the last, the longest."""
     batch: list[Example] = []
     for example in examples:
         if batch and _length(example) * (len(batch) + 1) > num_tokens:
@@ -144,7 +144,7 @@ def _within(examples: Sequence[Example], num_tokens: int) -> Iterator[list[Examp
 
 
 def _padded(batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Inputs, and as labels the token after each where it is one of the answer."""
+    """Return inputs, and as labels the token after each where it is one of the answer."""
     width = max(map(_length, batch))
     inputs = torch.zeros(len(batch), width, dtype=torch.int64)
     labels = torch.full_like(inputs, IGNORED)

@@ -26,8 +26,7 @@ class Published:
 
 
 def publish_versions(training: Training, shape: Shape, cache: Path, folder: Path) -> Published:
-    """Train, or find what was trained in ``cache``; widen every version and write it below
-    ``folder``."""
+    """Widen every version, trained or found in ``cache``, and publish it below ``folder``."""
     handles, sizes = [], (0, 0)
     for version, path in enumerate(trained_versions(training, cache)):
         small = load(path)

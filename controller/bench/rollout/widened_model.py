@@ -37,7 +37,7 @@ class Shape:
     num_key_value_heads: int
 
     def config(self, vocab_size: int, max_length: int, end_token_id: int) -> Qwen3Config:
-        """The transformers configuration; embeddings are tied."""
+        """Return the transformers configuration; embeddings are tied."""
         return Qwen3Config(
             vocab_size=vocab_size,
             hidden_size=self.hidden_size,
@@ -61,7 +61,7 @@ WIDE = Shape(512, 1664, num_layers=16, num_heads=16, num_key_value_heads=8)
 
 
 def build(config: Qwen3Config, seed: int) -> PreTrainedModel:
-    """A float32 model with random weights."""
+    """Build a float32 model with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -71,7 +71,7 @@ def build(config: Qwen3Config, seed: int) -> PreTrainedModel:
 
 @torch.no_grad()
 def widened(small: PreTrainedModel, shape: Shape, seed: int = 0) -> PreTrainedModel:
-    """A model of ``shape`` with the logits of ``small``, up to rounding.
+    """Return a model of ``shape`` with the logits of ``small``, up to rounding.
 
     Raises:
         ValueError: the shape is smaller somewhere, or another number of heads shares keys.
@@ -118,7 +118,7 @@ def _place(module: nn.Module, weight: Tensor) -> None:
 
 
 def _place_inputs(module: nn.Module, weight: Tensor) -> None:
-    """The same, but what reads dimensions that are always 0, and new units, stay random."""
+    """Write a matrix there, and leave new units and what reads the dimensions of 0 random."""
     target = module.weight
     assert isinstance(target, Tensor)
     target[: weight.shape[0], : weight.shape[1]] = weight

@@ -30,25 +30,25 @@ class Drafted:
 
 
 class Drafter(Protocol):
-    """Learns whole samples, and follows requests that are being sampled."""
+    """Interface of both: learns whole samples, and follows requests that are being sampled."""
 
     def learn(self, problem: str, generation: int, prompt: Tokens, sample: Tokens) -> float:
-        """Learn a sample that is finished; the processor seconds it took."""
+        """Learn a sample that is finished; return the processor seconds it took."""
 
     def open(self, problem: str, generation: int, prompt: Tokens) -> int:
-        """A request that is about to be sampled by this version."""
+        """Open a request that this version is about to sample; return its number."""
 
     def sampled(self, request: int, tokens: Tokens) -> None:
-        """The request got these tokens: they are learned, for its siblings too."""
+        """Learn the tokens that a request got, for its siblings too."""
 
     def propose(self, requests: Sequence[int]) -> Drafted:
-        """Drafts for a batch, after all that its requests have."""
+        """Draft for a batch, after all that its requests have."""
 
     def close(self, request: int) -> None:
-        """The request is finished; what it said stays known."""
+        """Finish the request; what it said stays known."""
 
     def forget(self, generation: int) -> float:
-        """Drop a generation, the oldest; the processor seconds it took."""
+        """Drop a generation, the oldest; return the processor seconds it took."""
 
 
 @dataclass
@@ -70,27 +70,27 @@ class NativeDrafter:
         self._requests: dict[int, _Request] = {}
 
     def learn(self, problem: str, generation: int, prompt: Tokens, sample: Tokens) -> float:
-        """One call of ``History.add``."""
+        """Call ``History.add`` once."""
         text = np.concatenate([prompt[-OVERLAP_TOKENS:], sample])
         started = time.thread_time()
         self._history.add(problem, generation, text)
         return time.thread_time() - started
 
     def open(self, problem: str, generation: int, prompt: Tokens) -> int:
-        """A request of the one reader."""
+        """Open a request of the one reader."""
         request = self._reader.open(problem)
         self._requests[request] = _Request(problem, generation, [prompt])
         self._history.extend(problem, generation, str(request), prompt[-OVERLAP_TOKENS:])
         return request
 
     def sampled(self, request: int, tokens: Tokens) -> None:
-        """One call of ``History.extend``."""
+        """Call ``History.extend`` once."""
         live = self._requests[request]
         live.new.append(tokens)
         self._history.extend(live.problem, live.generation, str(request), tokens)
 
     def propose(self, requests: Sequence[int]) -> Drafted:
-        """One native call, which takes the new tokens in too."""
+        """Draft by one native call, which takes the new tokens in too."""
         grown = [np.concatenate(self._requests[request].new) for request in requests]
         arguments = (
             np.array(requests, np.int64),
@@ -112,7 +112,7 @@ class NativeDrafter:
         self._history.end_sequence(live.problem, live.generation, str(request))
 
     def forget(self, generation: int) -> float:
-        """One call, for all problems."""
+        """Forget by one call, for all problems."""
         started = time.thread_time()
         self._history.forget(generation + 1)
         return time.thread_time() - started
@@ -139,7 +139,7 @@ class ArcticDrafter:
         self._contexts: dict[int, Tokens] = {}
 
     def learn(self, problem: str, generation: int, prompt: Tokens, sample: Tokens) -> float:
-        """Into the tree of all requests, which knows no prompts."""
+        """Add to the tree of all requests, which knows no prompts."""
         request = self._new_request(generation, prompt)
         tree, sequence = self._cache._global_tree, self._cache._req_to_seq_id[request]
         started = time.thread_time()
@@ -149,18 +149,18 @@ class ArcticDrafter:
         return seconds
 
     def open(self, problem: str, generation: int, prompt: Tokens) -> int:
-        """Begins the request's own tree with its prompt."""
+        """Begin the request's own tree with its prompt."""
         request = self._new_request(generation, prompt)
         self._contexts[request] = prompt
         return request
 
     def sampled(self, request: int, tokens: Tokens) -> None:
-        """Into the request's own tree and the one of all."""
+        """Add to the request's own tree and the one of all."""
         self._cache.add_active_response(request, tokens)
         self._contexts[request] = np.concatenate([self._contexts[request], tokens])[-TREE_DEPTH:]
 
     def propose(self, requests: Sequence[int]) -> Drafted:
-        """One call a request."""
+        """Draft by one call a request."""
         contexts = [self._contexts[request] for request in requests]
         speculate = self._cache.speculate
         drafts = []
@@ -178,12 +178,12 @@ class ArcticDrafter:
         return Drafted(drafts, time.thread_time() - started)
 
     def close(self, request: int) -> None:
-        """Drops the request's own tree."""
+        """Drop the request's own tree."""
         self._cache.stop_request(request)
         del self._contexts[request]
 
     def forget(self, generation: int) -> float:
-        """Evicts one response after the other."""
+        """Evict one response after the other."""
         started = time.thread_time()
         for request in self._of_generation.pop(generation):
             self._cache.evict_cached_response(request)

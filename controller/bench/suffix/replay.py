@@ -12,7 +12,7 @@ from paceline.controller.bench.suffix.streams import Rollouts, Tokens
 
 
 class _Sample(NamedTuple):
-    """What a request will turn out to be."""
+    """Problem and tokens int32 [C] that a request will turn out to have."""
 
     problem: int
     tokens: Tokens
@@ -20,7 +20,7 @@ class _Sample(NamedTuple):
 
 @dataclass
 class Replay:
-    """What drafting for some samples came to.
+    """Outcome of drafting for some samples.
 
     A round is one draft for one request. ``microseconds`` are those a request of each batch that
     was full.
@@ -78,7 +78,7 @@ def replay(
 
 
 def num_right(draft: Sequence[int], tokens: Tokens) -> int:
-    """Tokens at the beginning of a draft that are those of the text."""
+    """Count the tokens at the beginning of a draft that are those of the text."""
     count = 0
     for drafted, sampled in zip(draft, tokens.tolist(), strict=False):
         if drafted != sampled:
@@ -88,7 +88,7 @@ def num_right(draft: Sequence[int], tokens: Tokens) -> int:
 
 
 def _begin(drafter: Drafter, rollouts: Rollouts, generation: int, sample: _Sample) -> _Live:
-    """The first token is sampled with the prompt's last forward pass: nothing is drafted for it."""
+    """Open a request with its first token, which comes with the prompt and is never drafted."""
     prompt = rollouts.prompts[sample.problem]
     live = _Live(drafter.open(str(sample.problem), generation, prompt), sample.tokens, 1)
     drafter.sampled(live.request, sample.tokens[:1])

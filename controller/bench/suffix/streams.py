@@ -19,7 +19,7 @@ VOCABULARY = 32_000
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What was sampled: ``tokens[generation][problem]`` are the samples of one group, int32.
+    """Samples: ``tokens[generation][problem]`` are those of one group, int32 [C] each.
 
     Every generation samples every problem. ``prompts`` are the problems' own tokens. The first
     ``num_known`` generations are what drafters know, the others what they draft for.
@@ -43,7 +43,7 @@ class Rollouts:
 def synthetic(
     num_problems: int, num_generations: int, num_samples: int, length: int, seed: int = 0
 ) -> Rollouts:
-    """Samples of ``length`` tokens each, about 60% of them copied from the same problem's past.
+    """Draw samples of ``length`` tokens, about 60% of them copied from their problem's past.
 
     A sample is made of pieces of 40 tokens on average. A piece is copied from a place in what the
     problem has got so far (earlier generations, siblings before it, the sample itself), any place
@@ -78,7 +78,7 @@ def _one_problem(random: np.random.Generator, num_tokens: int) -> Tokens:
 
 
 def recorded() -> Rollouts:
-    """What a run of Paceline sampled: 8 epochs of 24 problems in groups of 8, a version each.
+    """Load what a run of Paceline sampled: 8 epochs of 24 problems in groups of 8, a version each.
 
     The quick start's small model of characters, after a warm start on the labelled digits of
     ``bench e2e`` (``transcripts.py``) and 40 steps of reinforcement learning on these problems, at

@@ -36,7 +36,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Size:
-    """Of the synthetic rollouts; the last generation is drafted for, the others are known."""
+    """Size of synthetic rollouts; the last generation is drafted for, the others are known."""
 
     num_problems: int
     num_generations: int
@@ -131,7 +131,7 @@ def measure(side: str, size: Size | None) -> Figures:
 
 
 def _learn(drafter: Drafter, rollouts: Rollouts) -> tuple[int, float]:
-    """Tokens of the generations that are known, and the seconds it took to learn them."""
+    """Learn the generations that are known; return their tokens and the seconds it took."""
     num_tokens, seconds = 0, 0.0
     for generation, problems in enumerate(rollouts.tokens[: rollouts.num_known]):
         for problem, (prompt, group) in enumerate(zip(rollouts.prompts, problems, strict=True)):

@@ -1,4 +1,4 @@
-"""Coupled sampling: a sample is fixed by its seed and the weights, whoever drafts.
+"""Coupled sampling: a sample is fixed by its seed and the weights, whatever is drafted.
 
 The strongest of all checks, for it needs no statistics: drafted and undrafted runs are the same
 token for token at any temperature. That what they sample is the model's too, is held as before.
@@ -20,7 +20,7 @@ logits, which decide where two tokens are as good as equal. None of 5,184 did on
 
 
 def coupled_tokens(subject: Subject) -> Iterator[CheckResult]:
-    """Samples of the same seeds are the same tokens, drafted and undrafted."""
+    """Check that samples of the same seeds are the same tokens, drafted and undrafted."""
     plain = Drafter("none", subject.engine(coupled_sampling=True), drafts=False)
     scripted = subject.engine(coupled_sampling=True, speculative_config=SCRIPTED)
     anything = Drafter("anything", scripted, ModelDrafter(subject.reference, mixed))
@@ -31,7 +31,7 @@ def coupled_tokens(subject: Subject) -> Iterator[CheckResult]:
 
 
 def coupled_distribution(subject: Subject) -> Iterator[CheckResult]:
-    """Coupled samples are distributed as the model says, like any others."""
+    """Check that coupled samples are distributed as the model says, like any others."""
     yield from sampled_by(subject, _ours(subject))
 
 
@@ -41,7 +41,7 @@ def _ours(subject: Subject) -> Drafter:
 
 
 def _compared(run: Run, expected: Run) -> CheckResult:
-    """Token by token, sample by sample."""
+    """Compare token by token, sample by sample."""
     parted = sum(
         found.completion.token_ids.tolist() != right.completion.token_ids.tolist()
         for found, right in zip(run.samples, expected.samples, strict=True)

@@ -47,12 +47,12 @@ class ChiSquare:
 
     @property
     def is_suspicious(self) -> bool:
-        """Whether a right sampler would hardly ever be this far off."""
+        """True where a right sampler would hardly ever be this far off."""
         return self.probability < SUSPICIOUS
 
 
 def constrained(logits: Tensor, sampling: SamplingParameters, slack: float = 0.0) -> Tensor:
-    """The distribution that is sampled from: float64 [N, V] of logits [N, V].
+    """Return the distribution that is sampled from: float64 [N, V] of logits [N, V].
 
     Temperature, then top-k, then top-p of what is left. ``slack`` keeps tokens that lie so little
     beyond the edge; less than 0, it drops those that lie so little within that of top-p. At
@@ -75,7 +75,7 @@ def constrained(logits: Tensor, sampling: SamplingParameters, slack: float = 0.0
 def evened(
     probabilities: Tensor, tokens: Tensor, draws: Tensor, rival: Tensor | None = None
 ) -> Tensor:
-    """The even numbers of tokens int64 [N] under probabilities [N, V]; ``draws`` [N] in [0, 1).
+    """Return even numbers [N] of tokens int64 [N] by probabilities [N, V]; ``draws`` [N] in [0, 1).
 
     With the probabilities [N, V] of a ``rival``, tokens that it likes better come first, in place
     of likelier ones: the numbers are tilted where tokens are the rival's.
@@ -89,7 +89,7 @@ def evened(
 
 
 def chi_square(what: str, cells: Tensor, num_cells: int) -> ChiSquare:
-    """Whether cell numbers int64 [N] fall evenly on ``num_cells``."""
+    """Test whether cell numbers int64 [N] fall evenly on ``num_cells``."""
     counts = torch.bincount(cells, minlength=num_cells).double()
     expected = len(cells) / num_cells
     statistic = float(((counts - expected) ** 2 / expected).sum()) if len(cells) else 0.0
@@ -97,12 +97,12 @@ def chi_square(what: str, cells: Tensor, num_cells: int) -> ChiSquare:
 
 
 def even_each(what: str, numbers: Tensor) -> ChiSquare:
-    """Whether numbers [N] are even on [0, 1)."""
+    """Test whether numbers [N] are even on [0, 1)."""
     return chi_square(what, (numbers * NUM_CELLS).long(), NUM_CELLS)
 
 
 def as_often_as(what: str, hits: Tensor, probabilities: Tensor) -> ChiSquare | None:
-    """Whether events bool [N] happen as often as their probabilities [N] say.
+    """Test whether events bool [N] happen as often as their probabilities [N] say.
 
     None where too few are to be expected for the approximation.
     """
@@ -114,7 +114,7 @@ def as_often_as(what: str, hits: Tensor, probabilities: Tensor) -> ChiSquare | N
 
 
 def even_in_pairs(what: str, numbers: Tensor) -> ChiSquare:
-    """Whether neighbours are independent: numbers [samples, L], taken two by two.
+    """Test whether neighbours are independent: numbers [samples, L], taken two by two.
 
     Finds randomness that is used twice. All samples must have the same length: where a sample may
     end at a drafted token, whether a pair is whole would depend on its first number.
@@ -124,6 +124,6 @@ def even_in_pairs(what: str, numbers: Tensor) -> ChiSquare:
 
 
 def beyond(statistic: float, degrees: int) -> float:
-    """Probability of a larger chi-square."""
+    """Return the probability of a larger chi-square."""
     halves = torch.tensor([degrees / 2.0, statistic / 2.0], dtype=torch.float64)
     return float(torch.special.gammaincc(halves[0], halves[1]))

@@ -30,7 +30,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Evidence:
-    """Of the N tokens of one sample, in order.
+    """Evidence on the N tokens of one sample, in order; every field is [N].
 
     ``numbers`` float64 are even on [0, 1) if the sampler is right; ``errors`` float64 are distances
     between reported and true log-probabilities, 0 where a token at the edge of top-k or top-p makes
@@ -49,7 +49,7 @@ class Evidence:
 
     @classmethod
     def empty(cls, size: int) -> Evidence:
-        """Of so many tokens nobody has looked at; to be written in place."""
+        """Allocate evidence on ``size`` tokens, still NaN; to be written in place."""
         numbers, errors, gaps, probabilities = torch.full((4, size), torch.nan).double()
         impossible, hits = torch.zeros(2, size, dtype=torch.bool)
         return cls(numbers, errors, gaps, impossible, probabilities, hits)
@@ -113,7 +113,7 @@ def _examine_alike(
     generator: torch.Generator,
     found: Sequence[Evidence],
 ) -> None:
-    """Pieces of one version and one way of sampling; writes into ``found``."""
+    """Examine pieces of one version and one way of sampling; write into ``found``."""
     for piece, rival, (logits, tokens, reported) in zip(
         pieces, rivals, _places(reference, samples, pieces), strict=True
     ):
@@ -138,7 +138,7 @@ def _examine_alike(
 def _places(
     reference: Reference, samples: Sequence[Sample], pieces: Sequence[Piece]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Logits [n, V], tokens int64 [n] and reported log-probabilities float64 [n] of each piece."""
+    """Yield logits [n, V], tokens int64 [n] and reported log-probabilities float64 [n] by piece."""
     chosen = [samples[piece.index] for piece in pieces]
     texts = [
         (sample.request.prompt_token_ids, sample.completion.token_ids.tolist()) for sample in chosen

@@ -1,4 +1,4 @@
-"""At temperature 0 there is one right text: it comes out whoever drafts, and ends where asked."""
+"""At temperature 0 one text is right: it comes out whatever is drafted, and ends where asked."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Texts = Mapping[tuple[int, ...], list[int]]
 
 
 def greedy_tokens(subject: Subject) -> Iterator[CheckResult]:
-    """Greedy texts are the undrafted engine's, and the model's own, up to the context's end."""
+    """Check that greedy texts are the undrafted engine's and the model's to the context's end."""
     plain, texts = undrafted_texts(subject)
     yield _judged(subject, plain, texts, ())
     _run_greedy(subject, subject.ours)  # what ours drafts from
@@ -46,7 +46,7 @@ def greedy_tokens(subject: Subject) -> Iterator[CheckResult]:
 
 
 def stops(subject: Subject) -> Iterator[CheckResult]:
-    """Nothing comes out after a stop token or past the budget, wherever in a draft they are."""
+    """Check that texts end at stop token and budget, wherever in a draft these are."""
     _, texts = undrafted_texts(subject)
     knowing = subject.scripted("told beyond", Told(texts, subject.reference.vocabulary))
     _run_greedy(subject, subject.ours)
@@ -75,7 +75,7 @@ def stops(subject: Subject) -> Iterator[CheckResult]:
 
 
 def undrafted_texts(subject: Subject) -> tuple[Run, Texts]:
-    """The greedy completion of every prompt by the engine that nobody drafts for."""
+    """Return the greedy completion of every prompt by the engine without drafts."""
     run = _run_greedy(subject, subject.undrafted)
     return run, {
         sample.request.prompt_token_ids: sample.completion.token_ids.tolist()
@@ -113,7 +113,7 @@ def _judged(subject: Subject, run: Run, texts: Texts, faults: Sequence[str]) -> 
 
 
 def _gap(sample: Sample, evidence: Evidence, texts: Texts) -> float:
-    """How far a sample's first token that is not the right text's is below the likeliest.
+    """Return how far below the likeliest logit a sample's first wrong token is.
 
     0 where there is none; infinite where only the lengths differ, which no tie excuses.
     """
@@ -125,7 +125,7 @@ def _gap(sample: Sample, evidence: Evidence, texts: Texts) -> float:
 
 
 def _ended_early(subject: Subject, texts: Texts) -> Iterator[tuple[RolloutRequest, list[int]]]:
-    """Requests that end at each place of two rounds of drafts, and what must come out.
+    """Yield requests that end at each place of two rounds of drafts, and what must come out.
 
     Half of them end at a stop token, half for their budget.
     """

@@ -25,7 +25,7 @@ TIED_LOGITS = 1e-3
 
 
 def describe(sampling: SamplingParameters) -> str:
-    """Sampling settings in a few characters, for example ``T=0.8 k=5``."""
+    """Write sampling settings in a few characters, for example ``T=0.8 k=5``."""
     parts = [f"T={sampling.temperature:g}"]
     if sampling.top_k:
         parts.append(f"k={sampling.top_k}")
@@ -35,12 +35,12 @@ def describe(sampling: SamplingParameters) -> str:
 
 
 def joined(evidence: Sequence[Evidence], what: str) -> Tensor:
-    """One field of all evidence, end to end."""
+    """Join one field of all evidence, end to end."""
     return torch.cat([getattr(each, what) for each in evidence])
 
 
 def sampled_evenly(what: str, evidence: Sequence[Evidence]) -> list[ChiSquare]:
-    """Are tokens distributed as the model says; and neighbours, where samples are equally long?"""
+    """Test tokens against the model; and neighbours, where samples are equally long."""
     comparisons = [even_each(what, joined(evidence, "numbers"))]
     if len({len(each.numbers) for each in evidence}) == 1:
         numbers = torch.stack([each.numbers for each in evidence])
@@ -49,7 +49,7 @@ def sampled_evenly(what: str, evidence: Sequence[Evidence]) -> list[ChiSquare]:
 
 
 def drafts_accepted(evidence: Sequence[Evidence]) -> list[ChiSquare]:
-    """Do drafted tokens come out as often as the model says? Nothing where none is known."""
+    """Test whether drafted tokens come out as often as the model says; empty where unknown."""
     probabilities = joined(evidence, "draft_probabilities")
     known = ~probabilities.isnan()
     found = as_often_as("drafts", joined(evidence, "hits")[known], probabilities[known])
@@ -59,7 +59,7 @@ def drafts_accepted(evidence: Sequence[Evidence]) -> list[ChiSquare]:
 def distribution_faults(
     evidence: Sequence[Evidence], comparisons: Sequence[ChiSquare]
 ) -> list[str]:
-    """What is wrong with how tokens are distributed."""
+    """Return what is wrong with how tokens are distributed."""
     faults = [
         f"{found.what}: chi-square {found.statistic:.1f} at {found.degrees} degrees of freedom, "
         f"probability {found.probability:.1e}"
@@ -73,7 +73,7 @@ def distribution_faults(
 
 
 def logprob_faults(evidence: Sequence[Evidence]) -> list[str]:
-    """Log-probabilities that are not the model's; those of impossible tokens are not looked at."""
+    """Report log-probabilities that are not the model's, but for those of impossible tokens."""
     errors = joined(evidence, "errors")[~joined(evidence, "impossible")]
     wrong = int((~(errors <= LOGPROB_TOLERANCE)).sum())
     if not wrong:
@@ -85,6 +85,6 @@ def logprob_faults(evidence: Sequence[Evidence]) -> list[str]:
 
 
 def largest_error(evidence: Sequence[Evidence]) -> float:
-    """Largest distance of a reported log-probability from the model's."""
+    """Return the largest distance of a reported log-probability from the model's."""
     errors = joined(evidence, "errors")
     return float(errors[errors.isfinite()].max())

@@ -54,13 +54,13 @@ samples that cannot be over by then, were every draft accepted."""
 
 
 def sampled_distribution(subject: Subject) -> Iterator[CheckResult]:
-    """Sampled tokens are distributed as the model says, whoever drafts."""
+    """Check that tokens are distributed as the model says, whatever is drafted."""
     for drafter in (subject.undrafted, subject.ours, *adversaries(subject)):
         yield from sampled_by(subject, drafter)
 
 
 def stopped_distribution(subject: Subject) -> Iterator[CheckResult]:
-    """So they are where samples end at stop tokens that drafts go beyond; and nothing follows."""
+    """Check the same where samples end at stop tokens that drafts go beyond, and that they end."""
     for drafter in (subject.ours, adversaries(subject)[0]):
         sampling = SamplingParameters(
             1.0, max_tokens=subject.size.num_tokens, stop_token_ids=_frequent(subject)
@@ -77,7 +77,7 @@ def stopped_distribution(subject: Subject) -> Iterator[CheckResult]:
 
 
 def weight_swap(subject: Subject) -> Iterator[CheckResult]:
-    """After other weights came in the middle of samples, tokens are distributed as those say."""
+    """Check that tokens follow the weights that came in the middle of their samples."""
     for drafter in (subject.ours, adversaries(subject)[-1]):
         swaps = {step: version for version, step in enumerate(SWAPS, start=1)}
 
@@ -101,7 +101,7 @@ def weight_swap(subject: Subject) -> Iterator[CheckResult]:
 
 
 def adversaries(subject: Subject) -> list[Drafter]:
-    """Drafters that know the model: as right as can be, as wrong as can be, and everything."""
+    """Return drafters that know the model: as right, as wrong as can be, and of all kinds."""
     kinds = {"likeliest": likeliest, "least likely": least_likely, "anything": mixed}
     return [
         subject.scripted(name, ModelDrafter(subject.reference, ranks))
@@ -110,7 +110,7 @@ def adversaries(subject: Subject) -> list[Drafter]:
 
 
 def sampled_by(subject: Subject, drafter: Drafter) -> Iterator[CheckResult]:
-    """Every way of sampling, first alone and then together; at last all their tokens as one."""
+    """Check every way of sampling alone, then together, and at last all their tokens as one."""
     batches = [(f"sampled {describe(sampling)}", [sampling]) for sampling in ALONE]
     runs: list[Run] = []
     everything: list[Evidence] = []
@@ -125,7 +125,7 @@ def sampled_by(subject: Subject, drafter: Drafter) -> Iterator[CheckResult]:
 
 
 def _in_ways(title: str, run: Run, evidence: Sequence[Evidence]) -> CheckResult:
-    """A batch, each way of sampling for itself."""
+    """Judge a batch, each way of sampling for itself."""
     groups: dict[SamplingParameters, list[Evidence]] = {}
     for sample, each in zip(run.samples, evidence, strict=True):
         groups.setdefault(sample.request.sampling, []).append(each)
@@ -141,7 +141,7 @@ def _in_ways(title: str, run: Run, evidence: Sequence[Evidence]) -> CheckResult:
 
 
 def _as_one(run: Run, evidence: Sequence[Evidence]) -> CheckResult:
-    """All tokens above temperature 0: a sampler that is a little wrong shows in many of them."""
+    """Judge all tokens above temperature 0: what is a little wrong shows in many of them."""
     drawn = [
         each
         for sample, each in zip(run.samples, evidence, strict=True)
@@ -153,7 +153,7 @@ def _as_one(run: Run, evidence: Sequence[Evidence]) -> CheckResult:
 
 
 def _by_version(samples: Sequence[Sample], evidence: Sequence[Evidence]) -> dict[int, Tensor]:
-    """The even numbers of each version's tokens."""
+    """Group the even numbers of all tokens by version."""
     numbers: dict[int, list[Tensor]] = {}
     for sample, each in zip(samples, evidence, strict=True):
         for span in sample.completion.versions:
@@ -162,13 +162,13 @@ def _by_version(samples: Sequence[Sample], evidence: Sequence[Evidence]) -> dict
 
 
 def _after_first(spans: dict[int, Tensor]) -> list[ChiSquare]:
-    """All tokens of versions that came later, as one."""
+    """Judge all tokens of versions that came later, as one."""
     later = [spans[version] for version in spans if version]
     return [even_each("after swaps", torch.cat(later))] if later else []
 
 
 def requests_for(subject: Subject, sampling: SamplingParameters) -> list[RolloutRequest]:
-    """All prompts, sampled in one way."""
+    """Request samples of all prompts in one way."""
     sampling = replace(sampling, max_tokens=subject.size.num_tokens)
     return [
         subject.request(prompt, sampling, subject.size.num_samples) for prompt in subject.prompts
@@ -176,14 +176,14 @@ def requests_for(subject: Subject, sampling: SamplingParameters) -> list[Rollout
 
 
 def _frequent(subject: Subject) -> tuple[int, ...]:
-    """Tokens that the model often says: of greedy texts, the likeliest to be drafted as well."""
+    """Choose stop tokens that the model often says in greedy texts, and so are often drafted."""
     _, texts = undrafted_texts(subject)
     counts = Counter(chain.from_iterable(texts.values()))
     return tuple(token for token, _ in counts.most_common(NUM_STOPS))
 
 
 def ends_rightly(sample: Sample) -> bool:
-    """A stop token is the last one and the reason, or there is none and the budget is used up."""
+    """Tell whether a stop token is last and the reason, or the budget is used up without one."""
     tokens, sampling = sample.completion.token_ids.tolist(), sample.request.sampling
     places = [place for place, token in enumerate(tokens) if token in sampling.stop_token_ids]
     if places:

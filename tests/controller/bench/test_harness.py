@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import statistics
@@ -126,7 +127,7 @@ def run(monkeypatch, tmp_path, capsys):
     def run(ratio: float):
         speeds = {"ours": ratio, "peer": 1.0}
         bench = lambda quick, output: fake(lambda _, variant, number: {"speed": speeds[variant]})  # noqa: E731
-        monkeypatch.setattr(registry, "BENCHES", {"fake": bench})
+        monkeypatch.setattr(registry, "find_bench", lambda name: bench)
         status = registry.run_bench("fake", True, tmp_path / "bench")
         return status, *capsys.readouterr()
 
@@ -167,6 +168,11 @@ def test_an_unknown_benchmark_names_those_there_are(tmp_path):
         ConfigError, match=r"no benchmark 'e2'; there are: e2e, .*; did you mean e2e\?"
     ):
         registry.run_bench("e2", False, tmp_path)
+
+
+@pytest.mark.parametrize("name", registry.BENCHES)
+def test_every_benchmark_is_found_and_takes_what_the_command_gives(name):
+    assert list(inspect.signature(registry.find_bench(name)).parameters) == ["quick", "output"]
 
 
 def test_a_process_runs_with_as_many_threads_as_asked_for(tmp_path):

@@ -132,6 +132,18 @@ def test_rewards_are_compared_at_the_time_when_the_first_run_was_over() -> None:
     assert told.endswith("by 2 s of training: lag 0: 0.5; lag 2: 0.5.")
 
 
+def test_quick_says_which_variants_it_leaves_out_and_asks_nothing_of_them() -> None:
+    (quick,), full = e2e.QUICK, e2e.FULL[0]
+    assert e2e.notes_of(quick)[1].endswith("with their targets: asynchronous, defaults")
+    assert len(e2e.notes_of(full)) == 1
+    asked, all_asked = (e2e.targets_of("short", plan.variants) for plan in (quick, full))
+    assert [target.what.split(": ")[1] for target in asked] == [
+        "synchronous over TRL, samples/s, equal settings",
+        "overhead of a synchronous step",
+    ]
+    assert len(all_asked) == 4
+
+
 def test_without_trl_there_is_one_clear_line(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BenchError, match=r"TRL, which is not installed: pip install"):
