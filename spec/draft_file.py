@@ -1,4 +1,4 @@
-"""Draft texts as bytes: on their way to engines, and on disk, so that a resumed run is warm.
+"""Draft texts as bytes: for transport to engines and on disk, so that a resumed run is warm.
 
 Tokens are kept, not automata: four bytes each, and a file cannot hold an inconsistent structure.
 The bytes are a line of JSON (format, how much follows, checksum of these numbers and of the rest),
