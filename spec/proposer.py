@@ -20,7 +20,7 @@ from paceline.configs.schema.rollout import DraftingConfig
 from paceline.configs.vocabulary import DRAFTED_FROM_HISTORY, DRAFTED_FROM_SIBLINGS, DraftText
 from paceline.spec.budget.budget import within_batch
 from paceline.spec.budget.draft_counters import DraftCounters
-from paceline.spec.budget.planner import DraftPlanner, Running, Verified
+from paceline.spec.budget.planner import DraftPlanner, RunningRequest, Verification
 from paceline.spec.draft_text import OVERLAP_TOKENS, problem_name
 from paceline.spec.history import Drafts, History
 
@@ -85,7 +85,7 @@ class _Step:
     num_drafted: int = 0
     num_accepted: int = 0
     only_decoded: bool = False
-    look_seconds: float = 0.0
+    proposal_seconds: float = 0.0
 
 
 class SuffixProposer:
@@ -180,7 +180,7 @@ class SuffixProposer:
         self._totals.num_drafting_steps += step.num_drafted > 0
         if self._planner is None:
             return
-        self._planner.took(seconds, step.look_seconds)
+        self._planner.took(seconds, step.proposal_seconds)
         if not step.only_decoded:
             return
         if step.num_drafted:
@@ -233,7 +233,7 @@ class SuffixProposer:
                     proposed = [[] for _ in names]
                 for index in np.flatnonzero(allowed).tolist():
                     proposed[growing[index][0]] = drafts.tokens[index, : allowed[index]].tolist()
-            self._step.look_seconds = time.perf_counter() - started
+            self._step.proposal_seconds = time.perf_counter() - started
         self._totals.seconds_proposing += time.perf_counter() - started
         return proposed
 
@@ -265,7 +265,7 @@ class SuffixProposer:
         if checked and self._planner is not None:
             assert self._drafts is not None
             columns = np.array(checked, dtype=np.int64).T
-            self._planner.observe(Verified(self._drafts, *columns))
+            self._planner.observe(Verification(self._drafts, *columns))
 
     def _pass_over(self) -> None:
         """Mark samples whose drafts had no step. Preempted ones lost them and will read their text
@@ -333,11 +333,11 @@ class SuffixProposer:
             self._totals.count_draft(live.num_drafted, live.from_siblings)
         return drafts, allowed
 
-    def _running(self, lives: Sequence[_Live]) -> list[Running]:
+    def _running(self, lives: Sequence[_Live]) -> list[RunningRequest]:
         """Return the samples as the planner takes them, with their completions' lengths."""
         running = []
         for live in lives:
             num_prompt = len(live.request.prompt_token_ids)
             num_tokens, limit = live.num_read - num_prompt, live.limit - num_prompt
-            running.append(Running(live.name, live.problem, num_tokens, limit))
+            running.append(RunningRequest(live.name, live.problem, num_tokens, limit))
         return running

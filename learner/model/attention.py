@@ -52,7 +52,7 @@ class Segment(NamedTuple):
     prefix: int = 0
 
 
-class Piece(NamedTuple):
+class SegmentSlice(NamedTuple):
     """``length`` tokens of a segment after its first ``skipped``."""
 
     segment: Segment
@@ -90,10 +90,10 @@ class PackedSegments:
     @classmethod
     def from_segments(cls, segments: Sequence[Segment], device: torch.device) -> PackedSegments:
         """Describe a row, which segments tile in order, sorted so that runs are few."""
-        return cls.from_pieces([Piece(s, 0, s.length) for s in segments], device)
+        return cls.from_pieces([SegmentSlice(s, 0, s.length) for s in segments], device)
 
     @classmethod
-    def from_pieces(cls, pieces: Sequence[Piece], device: torch.device) -> PackedSegments:
+    def from_pieces(cls, pieces: Sequence[SegmentSlice], device: torch.device) -> PackedSegments:
         """Describe neighbouring pieces of a row."""
         before = [piece.segment.prefix + piece.skipped for piece in pieces]
         lengths = [piece.length for piece in pieces]
@@ -129,7 +129,7 @@ class PackedSegments:
         return row.index_select(0, self.keys)
 
 
-def _key_places(pieces: Sequence[Piece]) -> Tensor:
+def _key_places(pieces: Sequence[SegmentSlice]) -> Tensor:
     places = []
     for (start, _, prefix_start, prefix), skipped, length in pieces:
         places += [
@@ -152,12 +152,12 @@ def chunks_of(
     return tuple(chunks)
 
 
-def _pieces(segments: Sequence[Segment], start: int, stop: int) -> Iterator[Piece]:
+def _pieces(segments: Sequence[Segment], start: int, stop: int) -> Iterator[SegmentSlice]:
     for segment in segments:
         first = max(start, segment.start)
         length = min(stop, segment.start + segment.length) - first
         if length > 0:
-            yield Piece(segment, first - segment.start, length)
+            yield SegmentSlice(segment, first - segment.start, length)
 
 
 def register_packed_attention() -> None:

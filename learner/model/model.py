@@ -216,7 +216,7 @@ def write_initial_model(
             RuntimeError,
         ) as error:
             raise ModelError(
-                f"model.architecture cannot be built: {_one_line(error)}; check its numbers"
+                f"model.architecture cannot be built: {_first_line(error)}; check its numbers"
             ) from error
     _check_fits(model_config, config, vocab_size)
     # Saving lets accelerate import deepspeed, which warns on every machine without a GPU.
@@ -281,7 +281,9 @@ def load_policy(
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"the weights in {folder} cannot be loaded: {_one_line(error)}") from error
+        raise ModelError(
+            f"the weights in {folder} cannot be loaded: {_first_line(error)}"
+        ) from error
     if missing := sorted(found["missing_keys"]):  # transformers would begin with random ones
         raise ModelError(
             f"{folder} lacks {len(missing)} weights of a {causal_lm.config.model_type}, such as "
@@ -368,6 +370,6 @@ def _check_architecture_keys(architecture: Mapping[str, Any]) -> None:
         )
 
 
-def _one_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error, StrictDataclassError) else error
     return str(cause).strip().split("\n")[0] or type(error).__name__

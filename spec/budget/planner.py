@@ -26,12 +26,12 @@ from paceline.spec.budget.budget import (
 from paceline.spec.budget.confidence import DraftConfidence
 from paceline.spec.budget.cost_model import CostModel, StepCosts
 from paceline.spec.budget.lengths import LengthClass, LengthHistory
-from paceline.spec.budget.switch import Decision, DraftSwitch, LookBudget
+from paceline.spec.budget.switch import Decision, DraftSwitch, ProposalBudget
 from paceline.spec.history import Drafts
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-Objective = Literal["makespan", "throughput"]
+DraftObjective = Literal["makespan", "throughput"]
 
 REPLAN_ROUNDS = 16
 GAIN_RATE = 0.25
@@ -44,7 +44,7 @@ cost more than the step does; a probe of all requests would take as long as thre
 
 
 @dataclass(frozen=True)
-class Running:
+class RunningRequest:
     """A running request, with ``num_tokens`` of at most ``max_tokens`` generated."""
 
     request: Hashable
@@ -54,7 +54,7 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Verified:
+class Verification:
     """Verification of a step's drafts; arrays int64 [m].
 
     Of each of ``rows`` of ``drafts`` the engine verified the first ``drafted`` tokens, and accepted
@@ -91,7 +91,7 @@ class DraftPlanner:
     """
 
     max_draft: int
-    objective: Objective = "makespan"
+    objective: DraftObjective = "makespan"
     batch_limit: int = 1 << 30
     switch: DraftSwitch = field(default_factory=DraftSwitch)
 
@@ -104,7 +104,7 @@ class DraftPlanner:
         self.predicted_gain = 0.0
         self._throughput_gain = 0.0
         self._decision = Decision(draft=False, probe=False)
-        self._looks = LookBudget()
+        self._proposals = ProposalBudget()
         self._plan: _MakespanPlan | None = None
         self._rounds = 0
         self._num_probes = 0
@@ -112,18 +112,20 @@ class DraftPlanner:
     def wants_drafts(self) -> bool:
         """Begin a round and tell whether to call the drafter at all, which costs time too.
 
-        While drafting is off, it is called for probes, and as often as ``LOOK_SHARE`` of the time
-        allows, to see whether drafting would pay by now.
+        While drafting is off, it is called for probes, and as often as ``PROPOSAL_SHARE`` of the
+        time allows, to see whether drafting would pay by now.
         """
         self._decision = self.switch.decide(self.predicted_gain)
-        return self._decision.draft or self._looks.are_due
+        return self._decision.draft or self._proposals.are_due
 
-    def took(self, step_seconds: float, look_seconds: float) -> None:
-        """Account for the round's step, of which ``look_seconds`` went into calling the drafter; 0
-        if it was not called."""
-        self._looks.spend(step_seconds, 0.0 if self._decision.draft else look_seconds)
+    def took(self, step_seconds: float, proposal_seconds: float) -> None:
+        """Account for the round's step, of which the drafter took ``proposal_seconds``; 0 if it was
+        not called."""
+        self._proposals.spend(step_seconds, 0.0 if self._decision.draft else proposal_seconds)
 
-    def plan(self, running: Sequence[Running], drafts: Drafts, num_waiting: int = 0) -> Integers:
+    def plan(
+        self, running: Sequence[RunningRequest], drafts: Drafts, num_waiting: int = 0
+    ) -> Integers:
         """Return how many tokens of each request's draft are to be verified, int64 [m].
 
         ``drafts`` has a row for each of ``running``; ``num_waiting`` requests have no place in the
@@ -147,7 +149,7 @@ class DraftPlanner:
             wanted = self._probe(drafts.num_tokens)
         return within_batch(wanted, self.batch_limit)
 
-    def observe(self, step: Verified) -> None:
+    def observe(self, step: Verification) -> None:
         """Learn from the verification of drafts."""
         self.confidence.observe(step.drafts, step.rows, step.drafted, step.accepted)
 
@@ -182,7 +184,7 @@ class DraftPlanner:
         return np.where(chosen, np.minimum(offered, PROBE_DRAFT), 0).astype(np.int64)
 
     def _least_makespan(
-        self, running: Sequence[Running], survival: Floats
+        self, running: Sequence[RunningRequest], survival: Floats
     ) -> tuple[Integers, float]:
         """Return drafts of this round and the predicted gain of the whole plan."""
         self._rounds += 1
@@ -197,7 +199,7 @@ class DraftPlanner:
         least = np.array([self._plan.least[one.request] for one in running])
         return (survival >= least[:, None]).sum(axis=1), self._plan.gain
 
-    def _solve_makespan(self, running: Sequence[Running]) -> _MakespanPlan:
+    def _solve_makespan(self, running: Sequence[RunningRequest]) -> _MakespanPlan:
         names = [one.request for one in running]
         self.lengths.set_running((one.problem, one.num_tokens) for one in running)
         classes = [self.lengths.length_class(one.problem, one.num_tokens) for one in running]
@@ -222,7 +224,7 @@ class DraftPlanner:
         return _MakespanPlan(by_name, least, confidence * without / budget.seconds)
 
     def _most_throughput(
-        self, running: Sequence[Running], survival: Floats
+        self, running: Sequence[RunningRequest], survival: Floats
     ) -> tuple[Integers, float]:
         """Return drafts of this round and their predicted gain."""
         costs = self._step_costs(len(running))

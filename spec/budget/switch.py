@@ -13,7 +13,7 @@ from dataclasses import dataclass
 FIRST_INTERVAL = 8
 LONGEST_INTERVAL = 256
 INTERVAL_AFTER_UPDATE = 32
-LOOK_SHARE = 0.005
+PROPOSAL_SHARE = 0.005
 FIRST_CREDIT = 0.02
 """Seconds of calls to the drafter that an engine begins with, and can save up at most."""
 
@@ -59,8 +59,8 @@ class DraftSwitch:
 
 
 @dataclass
-class LookBudget:
-    """Budget of calls to the drafter while drafting is off: ``LOOK_SHARE`` of the time."""
+class ProposalBudget:
+    """Budget of calls to the drafter while drafting is off: ``PROPOSAL_SHARE`` of the time."""
 
     _credit: float = FIRST_CREDIT
 
@@ -69,7 +69,7 @@ class LookBudget:
         """True while there is time left for them."""
         return self._credit >= 0
 
-    def spend(self, step_seconds: float, look_seconds: float) -> None:
-        """Account for a step of which the drafter took ``look_seconds``, 0 if it was not called."""
-        self._credit += LOOK_SHARE * step_seconds - look_seconds
+    def spend(self, step_seconds: float, proposal_seconds: float) -> None:
+        """Account for a step of which the drafter took ``proposal_seconds``, 0 if not called."""
+        self._credit += PROPOSAL_SHARE * step_seconds - proposal_seconds
         self._credit = min(self._credit, FIRST_CREDIT)
