@@ -3,9 +3,9 @@
 ``log p(y_t) = z_t[y_t] - logsumexp(z_t)`` and ``H_t = logsumexp(z_t) - sum_v p_t[v] z_t[v]`` with
 ``z_t = (W h_t) / temperature``. Both are differentiable: ``d log p(y) / d z_v = [v = y] - p_v`` and
 ``d H / d z_v = -p_v (log p_v + H)``. Rows are worked on in chunks, and the backward pass computes
-each chunk's logits again, so at most one chunk of [rows, V] logits exists at a time
-(and one of probabilities, where a loss uses the entropy). The projection
-runs in the precision of its inputs (as an engine's does); softmax and sums are float32.
+each chunk's logits again. So at most one chunk of [rows, V] logits exists at a time, and one of
+probabilities where a loss uses the entropy. The projection runs in the precision of its inputs (as
+an engine's does); softmax and sums are float32.
 
 Shapes: T positions, V vocabulary entries, H hidden size.
 """
@@ -24,11 +24,11 @@ LOGITS_PER_CHUNK = 2**22
 """Elements of a chunk of logits: 16 MiB in float32."""
 
 MIN_ROWS_PER_CHUNK = 512
-"""Fewer rows starve the matrix units; with very large vocabularies this outgrows the above."""
+"""Least rows of a chunk: fewer starve the matrix units, even where the bound above asks for it."""
 
 
 class RowStatistics(NamedTuple):
-    """Of every row of logits, float32 [T]."""
+    """Numbers of every row of logits, float32 [T] each, in nats."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -38,7 +38,7 @@ class RowStatistics(NamedTuple):
 def token_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of ``targets`` and entropies of their distributions, chunked over T.
+    """Return log-probabilities of ``targets`` and entropies of their distributions, chunked over T.
 
     Args:
         hidden: final hidden states [T, H], float32 or bfloat16; T may be 0.
@@ -57,7 +57,7 @@ def token_logprobs(
 def token_logprobs_reference(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """The same by plain autograd over the whole [T, V] logits: what the op is tested against."""
+    """Return the same by plain autograd over all logits [T, V]; the op is tested against it."""
     logits_TV = (hidden @ weight.T).float() / temperature
     all_logprobs_TV = logits_TV.log_softmax(dim=-1)
     entropy = -(all_logprobs_TV.exp() * all_logprobs_TV).sum(dim=-1)
@@ -65,14 +65,14 @@ def token_logprobs_reference(
 
 
 def row_statistics(logits_TV: Tensor, targets: Tensor, temperature: float) -> RowStatistics:
-    """Statistics of rows of logits: the Triton kernel on a GPU, else eager."""
+    """Return statistics of rows of logits: by the Triton kernel on a GPU, else eagerly."""
     if logits_TV.is_cuda and HAS_TRITON:
         return row_statistics_triton(logits_TV, targets, temperature)
     return row_statistics_eager(logits_TV, targets, temperature)
 
 
 def row_statistics_eager(logits_TV: Tensor, targets: Tensor, temperature: float) -> RowStatistics:
-    """Reference of the Triton kernel."""
+    """Return what the Triton kernel computes, by torch operations on any device."""
     scaled_TV = logits_TV.float() / temperature
     logsumexp = scaled_TV.logsumexp(dim=-1)
     all_logprobs_TV = scaled_TV.sub_(logsumexp[:, None])
@@ -82,7 +82,7 @@ def row_statistics_eager(logits_TV: Tensor, targets: Tensor, temperature: float)
 
 
 def row_chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
-    """Consecutive slices that cover ``num_rows`` rows of logits, bounded in size."""
+    """Yield consecutive slices, bounded in size, that cover ``num_rows`` rows of logits."""
     step = max(MIN_ROWS_PER_CHUNK, LOGITS_PER_CHUNK // vocab_size)
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
@@ -128,7 +128,7 @@ def input_gradients(
     temperature: float,
     is_own: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden states [T, H] and output embedding [V, H], a chunk of logits at a time.
+    """Return the gradients of hidden states [T, H] and output embedding [V, H], chunk by chunk.
 
     Args:
         inputs: hidden states [T, H], embedding [V, H] and targets [T].
@@ -165,7 +165,7 @@ def logits_gradient(
     entropy_scale: Tensor | None,
     is_own: Tensor | None = None,
 ) -> Tensor:
-    """``scale_t d log p(y_t) / d z_t + entropy_scale_t d H_t / d z_t``, [T, V].
+    """Return ``scale_t d log p(y_t) / d z_t + entropy_scale_t d H_t / d z_t``, float32 [T, V].
 
     A scale [T] of None leaves its term out. Where ``is_own``, bool [T], is False, the target is
     none of these V. ``all_logprobs_TV`` is overwritten.
@@ -205,7 +205,10 @@ if HAS_TRITON:
         inverse_temperature: float,
         BLOCK: tl.constexpr,
     ) -> None:
-        """One program a row: an online softmax that also carries the sum of p times logit."""
+        """Reduce one row a program by an online softmax, with the sum of p times logit besides.
+
+        Online softmax: Milakov and Gimelshein 2018, arXiv 1805.02867, algorithm 3.
+        """
         row = tl.program_id(0).to(tl.int64)
         row_ptr = logits_ptr + row * row_stride
         maximum = -3e38  # finite: -inf times a total of 0 would be nan below
@@ -235,7 +238,7 @@ if HAS_TRITON:
     def row_statistics_triton(
         logits_TV: Tensor, targets: Tensor, temperature: float
     ) -> RowStatistics:
-        """One pass over contiguous rows of logits; float32 or bfloat16 in, float32 out."""
+        """Return statistics of contiguous rows, float32 or bfloat16, by one pass over them."""
         num_rows, vocab_size = logits_TV.shape
         assert logits_TV.stride(1) == 1, "rows of logits must be contiguous"
         output = torch.empty(3, num_rows, dtype=torch.float32, device=logits_TV.device)

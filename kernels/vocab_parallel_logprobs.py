@@ -5,8 +5,8 @@ share of the logits only. With ``L_r`` the logsumexp and ``H_r`` the entropy ove
 ``L = logsumexp_r L_r`` and ``s_r = exp(L_r - L)`` the probability that falls to rank r:
 ``log p(y) = log p_r(y) + log s_r`` for the rank that holds y, and
 ``H = sum_r s_r (H_r - log s_r)``, the chain rule of entropy. So the ranks exchange three numbers a
-position, once, and no logits. Otherwise as `token_logprobs`, chunked over rows and recomputed in
-the backward pass.
+position, once, and no logits. As in `token_logprobs`, rows are worked on in chunks and logits are
+recomputed in the backward pass.
 
 Shapes: T positions, V vocabulary entries, H hidden size, R ranks.
 """
@@ -31,7 +31,7 @@ from paceline.kernels.token_logprobs import (
 def vocab_parallel_logprobs(
     hidden: Tensor, weight: Tensor, targets: Tensor, group: ProcessGroup, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of ``targets`` and entropies of their distributions, on every rank.
+    """Return log-probabilities of ``targets`` and entropies of their distributions on every rank.
 
     Every rank of ``group`` calls it, with the same ``hidden``, ``targets`` and gradients of the
     outputs.
@@ -52,15 +52,17 @@ def vocab_parallel_logprobs(
 
 
 def own_targets(targets: Tensor, num_rows: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Targets [T] among this rank's ``num_rows`` rows of the vocabulary, and bool [T], whether they
-    are; 0 where they are not."""
+    """Return targets [T] as places in this rank's ``num_rows`` rows of the vocabulary.
+
+    Beside them bool [T]: False where this rank does not hold the target, whose place is then 0.
+    """
     local = targets - dist.get_rank(group) * num_rows
     is_own = (local >= 0) & (local < num_rows)
     return torch.where(is_own, local, 0), is_own
 
 
 def gather_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
-    """Every rank's ``values`` [...], as [R, ...]."""
+    """Return every rank's ``values`` [...], as [R, ...]."""
     values = values.contiguous()
     gathered = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
     if values.numel():
@@ -69,7 +71,7 @@ def gather_over_ranks(values: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def statistics_over_ranks(own: RowStatistics, is_own: Tensor, group: ProcessGroup) -> RowStatistics:
-    """Statistics of whole rows from those of this rank's share of each.
+    """Return statistics of whole rows from those of every rank's share of each.
 
     ``own.logprobs`` count where ``is_own``.
     """

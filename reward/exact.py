@@ -26,7 +26,7 @@ class ExactAnswerGrader:
         self._ignore_case = ignore_case
 
     def grade(self, prompt: Prompt, completions: Sequence[str]) -> list[float]:
-        """Rewards 0 or 1.
+        """Return rewards 0 or 1.
 
         Raises:
             DataError: the prompt has no reference.
@@ -50,7 +50,7 @@ class ExactAnswerGrader:
 
 
 def require_reference(prompt: Prompt, grader: str) -> str:
-    """The prompt's reference, for graders that compare with it.
+    """Return the prompt's reference; ``grader`` is the `reward.type` that needs it, for the error.
 
     Raises:
         DataError: there is none.

@@ -1,4 +1,4 @@
-"""What a grader is."""
+"""Interface of graders."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from paceline.configs.vocabulary import Prompt
 
 
 class Grader(Protocol):
-    """Scores the completions of one prompt; runs in a process of its own, under a time limit."""
+    """Scorer of one prompt's completions, run in a process of its own, under a time limit."""
 
     def grade(self, prompt: Prompt, completions: Sequence[str]) -> Sequence[float]:
-        """One finite reward for each completion, in their order."""
+        """Return one finite reward for each completion, in their order."""
         ...

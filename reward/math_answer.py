@@ -14,8 +14,8 @@ from paceline.reward.exact import require_reference
 class MathAnswerGrader:
     r"""Reward 1 where math-verify finds the completion's final answer equal to the reference.
 
-    In completions the last LaTeX expression (``\boxed`` first) or plain number is the answer;
-    a reference may be either, with or without dollar signs.
+    In completions the last LaTeX expression (``\boxed`` first) or plain number is the answer. A
+    reference may be either, with or without dollar signs.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class MathAnswerGrader:
         self._math_verify = math_verify
 
     def grade(self, prompt: Prompt, completions: Sequence[str]) -> list[float]:
-        """Rewards 0 or 1; a completion without a recognisable answer gets 0.
+        """Return rewards 0 or 1; a completion without a recognisable answer gets 0.
 
         Raises:
             DataError: the prompt's reference is missing or holds no expression.

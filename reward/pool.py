@@ -1,6 +1,6 @@
-"""Graders in processes of their own: one that hangs is killed, one that dies takes nothing along.
+"""Graders in processes of their own: one that hangs is killed, one that dies harms no other.
 
-Processes are spawned, not forked: the process they grade for is full of threads (Ray's, asyncio's),
+Processes are spawned, not forked: the process they grade for has many threads (Ray's, asyncio's),
 whose locks a fork would copy in whatever state they are.
 """
 
@@ -28,10 +28,10 @@ _PARENT_CHECK_SECONDS = 1.0
 
 
 class GraderPool:
-    """Grades groups side by side in ``num_processes`` processes, each with a grader of its own.
+    """Pool of ``num_processes`` processes, each with a grader of its own, that grade side by side.
 
     ``factory`` builds a grader; it must pickle, and runs once in each process, outside the time
-    limit. The limit holds for one group and counts from when a process takes it up.
+    limit. The limit is for one group and counts from when a process takes it up.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class GraderPool:
             raise GraderError(problem)
 
     async def grade(self, prompt: Prompt, completions: Sequence[str]) -> list[float]:
-        """One finite reward for each completion.
+        """Return one finite reward for each completion.
 
         Raises:
-            GraderError: it raised, hung, died, or returned something else; names the prompt.
+            GraderError: the grader raised, hung, died or returned something else.
         """
         future = self._schedule(_grade, (prompt, tuple(completions)), self._time_limit)
         try:
@@ -138,7 +138,7 @@ def _initialise(factory: Callable[[], Grader], parent: int) -> None:
 
 
 def _exit_with(parent: int) -> None:
-    """A parent that was killed cannot stop a grader that hangs, so the grader's process watches."""
+    """Watch the parent: one that was killed cannot stop a grader that hangs."""
     while os.getppid() == parent:
         time.sleep(_PARENT_CHECK_SECONDS)
     os._exit(1)

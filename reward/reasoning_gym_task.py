@@ -1,7 +1,7 @@
 """reasoning-gym tasks: one object generates the problems and scores the answers.
 
-reasoning-gym takes seconds to import, so that it is imported where a task is first built: in the
-process that draws prompts and in those that grade.
+reasoning-gym takes seconds to import. So it is imported where a task is first built: in the process
+that draws prompts and in those that grade.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _CHUNK = 1_000
 
 
 class ReasoningGymTaskSource:
-    """The problems of one task, by an index without end.
+    """Source of one task's problems, by index, without end.
 
     A record's fields are the task's own metadata (such as ``word``), ``question`` and ``answer``,
-    and ``metadata``, which the task's scorer wants. Sources with different ``seed`` share no items
+    and ``metadata``, which the task's scorer needs. Sources with different ``seed`` share no items
     in their first million.
     """
 
@@ -36,7 +36,7 @@ class ReasoningGymTaskSource:
         self._chunk, self._items = 0, self._build(0)
 
     def record(self, index: int) -> Record:
-        """The problem with this index, the same at every call."""
+        """Return the problem with this index, the same at every call."""
         chunk, position = divmod(index, _CHUNK)
         if chunk != self._chunk:
             self._chunk, self._items = chunk, self._build(chunk)
@@ -63,7 +63,7 @@ class ReasoningGymTaskGrader:
         self._threshold = threshold
 
     def grade(self, prompt: Prompt, completions: Sequence[str]) -> list[float]:
-        """Rewards 0 or 1 for answers to a problem of :class:`ReasoningGymTaskSource`."""
+        """Return rewards 0 or 1 for answers to a problem of :class:`ReasoningGymTaskSource`."""
         entry = {
             "question": prompt.metadata["question"],
             "answer": prompt.reference,
@@ -76,7 +76,7 @@ class ReasoningGymTaskGrader:
 
 
 def build_task(task: str, parameters: Mapping[str, Any], seed: int, size: int) -> Any:
-    """The reasoning-gym dataset of ``size`` items from ``seed``.
+    """Return the reasoning-gym dataset of ``size`` items from ``seed``.
 
     Raises:
         ConfigError: there is no such task, or it does not take these parameters.

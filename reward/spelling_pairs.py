@@ -14,8 +14,8 @@ from paceline.reward.reasoning_gym_task import ReasoningGymTaskSource
 class SpellingPairs:
     """``spell_backward`` with a ``chosen`` answer, the right one, and a ``rejected`` one.
 
-    The latter has two neighbouring letters of different kind swapped, or its last letter doubled
-    where there are none. A prompt source for ``data.source.type: import``.
+    The latter has two different neighbouring letters swapped, or its last letter doubled where
+    there are none. A prompt source for ``data.source.type: import``.
     """
 
     num_records: int | None = None
@@ -25,7 +25,7 @@ class SpellingPairs:
         self._seed = seed
 
     def record(self, index: int) -> Record:
-        """The problem of this index with both answers."""
+        """Return the problem of this index with both answers."""
         record = self._source.record(index)
         answer = str(record.reference)
         random = np.random.default_rng([self._seed, index])
@@ -34,7 +34,7 @@ class SpellingPairs:
 
 
 def misspelt(answer: str, random: np.random.Generator) -> str:
-    """Another spelling of ``answer``."""
+    """Return a wrong spelling of ``answer``, by one swap or one doubled letter."""
     places = [i for i in range(len(answer) - 1) if answer[i] != answer[i + 1]]
     if not places:
         return answer + answer[-1]

@@ -1,5 +1,5 @@
-"""Speculative drafting: the suffix drafter and the proposer, later budgets and draft heads.
+"""Speculative decoding: the suffix drafter, its proposer for vLLM, and draft budgets.
 
-Must not know the controller or the learner. A drafter only proposes tokens: what is sampled stays
-the verifier's business, so nothing here can change the distribution of a rollout.
+This package must not import the controller or the learner. A drafter only proposes tokens and the
+verifier samples, so nothing here can change the distribution of a rollout.
 """

@@ -1,4 +1,4 @@
-"""Draft texts as bytes: on their way to engines, and on disk, so that a resumed run is warm.
+"""Draft texts as bytes: for transport to engines and on disk, so that a resumed run is warm.
 
 Tokens are kept, not automata: four bytes each, and a file cannot hold an inconsistent structure.
 Of each text, `packed_arrays` has its version (int64), its prompt's place (int32, counted from 0)

@@ -13,8 +13,8 @@ from paceline.configs.vocabulary import Completion, DraftText
 EXTERNAL_VERSION = -1
 """Version of a text that no weights of this run sampled."""
 OVERLAP_TOKENS = 8
-"""Tokens of context that a text begins with, so that its beginning can be matched: the end of the
-prompt, or what was sampled before the weights were switched."""
+"""Tokens of context that a text begins with, so that its first tokens can be matched: the end of
+the prompt, or of what older weights sampled."""
 
 
 def problem_name(prompt_token_ids: tuple[int, ...]) -> str:

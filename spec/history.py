@@ -1,4 +1,4 @@
-"""What was sampled so far, and drafts from it: suffix automata by problem and weight version.
+"""History of sampled text, and drafts from it: suffix automata by problem and weight version.
 
 Rollouts of one problem repeat each other: those of its group that are being sampled now, those of
 earlier epochs, and texts from files. A ``History`` keeps one suffix automaton for each
@@ -22,7 +22,7 @@ Tokens = NDArray[np.int32] | Sequence[int]
 
 @dataclass(frozen=True)
 class GenerationSummary:
-    """What is known of one problem from one weight version."""
+    """Size of one problem's text from one weight version."""
 
     problem: str
     generation: int
@@ -37,8 +37,8 @@ class Drafts:
 
     ``tokens`` int32 [B, K]; ``probabilities`` float32 [B, K], the estimated probability of each
     token given those before it; ``num_tokens`` int32 [B]; ``matches`` int32 [B], how many of the
-    last tokens were found; ``generations`` int64 [B], the newest that voted for the first token
-    (-1 where nothing is drafted).
+    last tokens matched; ``generations`` int64 [B], the newest that voted for the first token (-1
+    where nothing is drafted).
     """
 
     tokens: NDArray[np.int32]
@@ -48,24 +48,23 @@ class Drafts:
     generations: NDArray[np.int64]
 
     def of(self, row: int) -> list[int]:
-        """The draft of one request."""
+        """Return the draft of one request, without filling."""
         return self.tokens[row, : self.num_tokens[row]].tolist()
 
 
 class History:
-    """Learns what was sampled, within a window of generations and a cap on memory.
+    """Store of sampled text, within a window of generations and a cap on memory.
 
     A problem keeps its newest ``window`` generations. All memory for all problems stays within
-    ``max_bytes`` at any moment: what would exceed it drops the oldest generation of all, and a
-    generation that is the oldest itself makes way with all it holds. Generations leave whole, and
-    what was dropped does not come back while the problem still has others. A generation's number is
-    any int64, newer ones are larger.
+    ``max_bytes`` at any moment: to stay within it, the oldest generation of all is dropped, even
+    the one that is being added to. Generations are dropped whole. A dropped one does not come back
+    while the problem still has others. A generation's number is any int64; newer ones are larger.
 
     Token ids are int32; contiguous numpy int32 arrays are read in place, an array of another dtype
     raises ``TypeError``, a sequence of ints is copied. In a text that repeats itself for long, only
-    the longest of its suffixes are counted, so that learning stays linear. Calls release the GIL.
+    the longest of its suffixes are counted, so that adding stays linear. Calls release the GIL.
 
-    Any thread may call; writers queue up for each other, and readers wait for none of them.
+    Any thread may call. Writers wait for each other; readers never wait for a writer.
     """
 
     def __init__(self, window: int = 16, max_bytes: int = 1 << 30) -> None:
@@ -76,11 +75,11 @@ class History:
         self._native = _native.History(window, max_bytes)
 
     def add(self, problem: str, generation: int, sequence: Tokens) -> None:
-        """Learn one whole sequence; no match ever crosses into another."""
+        """Add one whole sequence; no match ever crosses into another."""
         self._native.add(problem, generation, as_tokens(sequence))
 
     def extend(self, problem: str, generation: int, sequence: str, tokens: Tokens) -> None:
-        """Learn the next tokens of an open sequence, named by the caller: one being sampled."""
+        """Add the next tokens of an open sequence, named by the caller: one being sampled."""
         self._native.extend(problem, generation, sequence, as_tokens(tokens))
 
     def end_sequence(self, problem: str, generation: int, sequence: str) -> None:
@@ -88,60 +87,60 @@ class History:
         self._native.end_sequence(problem, generation, sequence)
 
     def forget(self, before: int) -> None:
-        """Drop all generations before this one for good: the policy has drifted too far."""
+        """Drop all generations before this one for good, as too far off-policy."""
         self._native.forget(before)
 
     def reader(self, min_match: int = 1, max_match: int = 32, decay: float = 0.8) -> Reader:
-        """A reader, for one engine; see ``Reader`` for what the numbers mean."""
+        """Return a reader, for one engine; see ``Reader`` for what the numbers mean."""
         return Reader(self, min_match, max_match, decay)
 
     def summaries(self) -> list[GenerationSummary]:
-        """Every generation of every problem, the oldest first."""
+        """Return the size of every generation of every problem, the oldest first."""
         return [GenerationSummary(*each) for each in self._native.summaries()]
 
     def sequences(self, problem: str, generation: int) -> list[NDArray[np.int32]]:
-        """The sequences of a generation, those still open last; none if it is not known."""
+        """Return the sequences of a generation, open ones last; none if it is not stored."""
         return self._native.sequences(problem, generation)
 
     @property
     def num_problems(self) -> int:
-        """Problems of which something is known, or which a request is open for."""
+        """Number of problems with text, or with an open request."""
         return self._native.num_problems
 
     @property
     def num_tokens(self) -> int:
-        """Tokens known now."""
+        """Number of tokens stored now."""
         return self._native.num_tokens
 
     @property
     def num_refused_tokens(self) -> int:
-        """Tokens given and never learned, for lack of a place in the window or of memory."""
+        """Number of tokens refused so far, as outside the window or for lack of memory."""
         return self._native.num_refused_tokens
 
     @property
     def num_dropped_generations(self) -> int:
-        """Generations dropped so far, whatever the reason."""
+        """Number of generations dropped so far, whatever the reason."""
         return self._native.num_dropped_generations
 
     @property
     def memory_bytes(self) -> int:
-        """Heap bytes held for what is known; what readers keep of their requests is not in it."""
+        """Heap bytes of the stored text, without what readers keep of their requests."""
         return self._native.memory_bytes
 
 
 class Reader:
-    """Follows requests token by token and drafts for them. One thread at a time.
+    """Drafter for one engine's requests, followed token by token; one thread at a time.
 
     Each generation of the request's problem is matched with the last ``max_match`` tokens of the
     request: its longest suffix that something followed there. The generations with the longest
     match, of ``min_match`` tokens at least, vote for what most often followed (the smallest token
     on a tie), each with the number of times it did times ``decay`` to the power of the
     generation's age, counted in generations of that problem. The token with most votes is drafted
-    (the newer generation's on a tie), and those who voted for it go on to the next.
+    (the newer generation's on a tie), and the generations that voted for it vote for the next.
 
     A request costs two or three look-ups a token and generation, never a pass over its text:
-    ``propose`` takes only the tokens that are new. A draft is right about the history at some
-    moment of the call; nothing in the call waits for a writer.
+    ``propose`` takes only the tokens that are new. A draft is that of the history at some moment
+    during the call; nothing in the call waits for a writer.
     """
 
     def __init__(self, history: History, min_match: int, max_match: int, decay: float) -> None:
@@ -152,7 +151,7 @@ class Reader:
         self._native = _native.Reader(history._native, min_match, max_match, decay)
 
     def open(self, problem: str, seed: int | None = None, position: int = 0) -> int:
-        """A new request with no text yet; the problem may become known later.
+        """Open a request with no text yet, and return its id; the problem may get text later.
 
         A ``seed`` is for coupled sampling alone, see ``paceline.spec.noise``: every continuation
         counts, and what is drafted is argmax(log(votes) + noise of the seed, position and token).
@@ -163,7 +162,7 @@ class Reader:
         return self._native.open(problem, seed, position)
 
     def close(self, request: int) -> None:
-        """The request is over; raises ``ValueError`` if it is not open."""
+        """Close a request; raises ``ValueError`` if it is not open."""
         self._native.close(request)
 
     def propose(
@@ -173,7 +172,7 @@ class Reader:
         max_draft: int | Sequence[int] | NDArray[np.int32],
         min_probability: float = 0.0,
     ) -> Drafts:
-        """Take what each request grew by since the last call, and draft after it.
+        """Take each request's new tokens since the last call, and draft what follows them.
 
         The first call of a request brings its prompt. ``max_draft`` is one number for all or one
         for each; zero drafts nothing. A draft ends before the estimated probability that all of it
@@ -199,17 +198,17 @@ class Reader:
         max_draft: NDArray[np.int32],
         min_probability: float = 0.0,
     ) -> Drafts:
-        """The same on contiguous arrays [B], the new tokens of all requests in one."""
+        """Draft as ``propose`` from contiguous arrays [B], all new tokens in one array."""
         return Drafts(
             *self._native.propose(requests, new_tokens, num_new_tokens, max_draft, min_probability)
         )
 
     @property
     def num_requests(self) -> int:
-        """Requests that are open."""
+        """Number of open requests."""
         return self._native.num_requests
 
 
 def as_tokens(tokens: Tokens) -> NDArray[np.int32]:
-    """The tokens as native code reads them: an array as it is, a sequence of ints copied."""
+    """Return the tokens as native code reads them: an array as it is, a sequence of ints copied."""
     return tokens if isinstance(tokens, np.ndarray) else np.array(tokens, dtype=np.int32)

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Integers = TypeVar("Integers", NDArray[np.int64], "Tensor")
-"""An int64 array, not a scalar: both libraries wrap around in arrays, without a word."""
+"""An int64 array, not a scalar: in arrays both libraries wrap around silently."""
 
 UNIFORM_BITS = 52
-"""A float64 between 0 and 1 that never is either has room for so many random bits."""
+"""Random bits of a float64 strictly between 0 and 1."""
 
 
 def draw(stream: Integers, index: Integers) -> Integers:
-    """Number ``index`` of the stream that SplitMix64 makes from the state ``stream``; int64."""
+    """Draw number ``index``, int64, of SplitMix64's stream from the state ``stream``."""
     bits = stream + (index + 1) * signed(0x9E3779B97F4A7C15)
     bits = (bits ^ shifted(bits, 30)) * signed(0xBF58476D1CE4E5B9)
     bits = (bits ^ shifted(bits, 27)) * signed(0x94D049BB133111EB)
@@ -39,7 +39,7 @@ def draw(stream: Integers, index: Integers) -> Integers:
 
 
 def position_streams(seeds: Integers, positions: Integers) -> Integers:
-    """The stream of each pair's tokens: int64 [N] from int64 [N] and [N].
+    """Return the stream of each pair's tokens: int64 [N] from int64 [N] and [N].
 
     ``positions`` count a sample's tokens from the first one of its prompt.
     """
@@ -47,16 +47,16 @@ def position_streams(seeds: Integers, positions: Integers) -> Integers:
 
 
 def gumbel(streams: NDArray[np.int64], tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Standard Gumbel noise of tokens in the streams of their positions; arguments broadcast."""
+    """Return standard Gumbel noise of tokens in their positions' streams; arguments broadcast."""
     uniform = (shifted(draw(streams, tokens), 64 - UNIFORM_BITS) + 0.5) * 2.0**-UNIFORM_BITS
     return -np.log(-np.log(uniform))
 
 
 def shifted(bits: Integers, count: int) -> Integers:
-    """A logical shift to the right, which int64 does not have."""
+    """Shift to the right logically, which int64 does not have."""
     return (bits >> count) & ((1 << (64 - count)) - 1)
 
 
 def signed(bits: int) -> int:
-    """The int64 that has the bits of an unsigned number."""
+    """Return the int64 that has the bits of an unsigned number."""
     return bits - (1 << 64) if bits >= 1 << 63 else bits

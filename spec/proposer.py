@@ -1,9 +1,9 @@
-"""What vLLM asks for drafts: its ``custom_class`` proposer, without importing vLLM.
+"""Proposer of drafts to vLLM: its ``custom_class``, without importing vLLM.
 
-Samples of one prompt repeat each other. What they said is kept by prompt and weight version
-(``history.py``): those of older versions, and those being sampled now, token by token as they come.
-The longest match of a sample's end proposes what followed it there, and the budget (``planner.py``)
-cuts that to what pays. A draft only saves steps: what is sampled is the verifier's business.
+Samples of one prompt repeat each other. Their text is kept by prompt and weight version
+(``history.py``): that of older versions, and that being sampled now, token by token. The longest
+match of a sample's last tokens proposes what followed there, and the budget (``planner.py``) cuts
+the draft to what pays. A draft only saves steps: the verifier decides what is sampled.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from paceline.configs.schema.rollout import DraftingConfig
 from paceline.configs.vocabulary import DRAFTED_FROM_HISTORY, DRAFTED_FROM_SIBLINGS, DraftText
 from paceline.spec.budget.budget import within_batch
 from paceline.spec.budget.draft_counters import DraftCounters
-from paceline.spec.budget.planner import DraftPlanner, Running, Verified
+from paceline.spec.budget.planner import DraftPlanner, RunningRequest, Verification
 from paceline.spec.draft_text import OVERLAP_TOKENS, problem_name
 from paceline.spec.history import Drafts, History
 
 Integers = NDArray[np.int64]
 
 MAX_MATCH = 32
-"""How far back a match may reach: longer ones are not better guesses."""
+"""Most tokens of a match: longer ones do not draft better."""
 
 
 @dataclass(frozen=True)
 class DraftRequest:
     """A sample that begins or continues: its row holds ``context``, the prompt's tokens first.
 
-    ``max_tokens`` are the most tokens its row may get beyond them in this turn. ``coupled_seed`` is
-    the seed of its noise under coupled sampling, and under the ratio rule None: a draft that knew
-    the verifier's random numbers would bias it.
+    ``max_tokens`` are the most tokens its row may get beyond them in this segment. ``coupled_seed``
+    is the seed of its noise under coupled sampling. Under the ratio rule it is None: there a draft
+    that depends on the verifier's random numbers would bias it.
     """
 
     prompt_token_ids: tuple[int, ...]
@@ -50,9 +50,9 @@ class DraftRequest:
 class _Live:
     """A sample the engine works on.
 
-    Of its row the reader knows the first ``num_read`` tokens and the history the first
-    ``num_learned``, as a sequence of ``generation``, None where none is open. ``num_drafted``
-    tokens of row ``row`` of the last drafts are being verified.
+    The reader has the first ``num_read`` tokens of its row. The history has the first
+    ``num_learned``, as an open sequence of ``generation``; None if no sequence is open. The first
+    ``num_drafted`` tokens of row ``row`` of the last drafts are being verified.
     """
 
     name: str
@@ -73,23 +73,23 @@ class _Live:
 
     @property
     def limit(self) -> int:
-        """The most tokens its row may have."""
+        """Most tokens that its row may have."""
         return self.num_context + self.request.max_tokens
 
 
 @dataclass(slots=True)
 class _Step:
-    """One step of the engine: rows that got tokens, and the seconds spent on asking for drafts."""
+    """One step of the engine: rows that got tokens, and seconds that drafting took."""
 
     num_rows: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
     only_decoded: bool = False
-    look_seconds: float = 0.0
+    proposal_seconds: float = 0.0
 
 
 class SuffixProposer:
-    """Drafts from other samples of the same prompt, as far as that pays.
+    """Proposer of drafts from other samples of the same prompt, as far as they pay.
 
     vLLM builds it with its configuration and calls ``load_model`` and ``propose``; its owner calls
     ``attach`` before the first step, ``begin`` and ``finish`` for every sample, ``step_took`` after
@@ -100,7 +100,7 @@ class SuffixProposer:
     def __init__(self, vllm_config: Any) -> None:
         self._max_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
         scheduling = vllm_config.scheduler_config
-        # Every request's own token comes first: drafts must not keep any of them from its step.
+        # Every request's own token comes first: drafts must not displace any from its step.
         self._batch_limit = scheduling.max_num_batched_tokens - scheduling.max_num_seqs
         self._live: dict[str, _Live] = {}
         self._generation = -1
@@ -111,10 +111,10 @@ class SuffixProposer:
         self._totals = DraftCounters()
 
     def load_model(self, target_model: Any) -> None:
-        """There is none to load."""
+        """Load nothing: this drafter has no model."""
 
     def attach(self, settings: DraftingConfig, rows_of: Callable[[], Sequence[str]]) -> None:
-        """``rows_of`` says whose rows the engine's batch has, in its order."""
+        """Set up for an engine; ``rows_of`` returns its batch's samples by name, in row order."""
         self._rows_of = rows_of
         self.history = History(settings.window, settings.max_memory_mb << 20)
         self._reader = self.history.reader(max_match=MAX_MATCH)
@@ -124,7 +124,7 @@ class SuffixProposer:
             self._planner = DraftPlanner(self._max_tokens, objective, self._batch_limit)
 
     def begin(self, name: str, request: DraftRequest) -> None:
-        """A sample was queued under this name."""
+        """Begin a sample that was queued under this name."""
         problem = problem_name(request.prompt_token_ids)
         num_read = max(0, len(request.context) - MAX_MATCH)
         num_learned = max(0, len(request.context) - OVERLAP_TOKENS)
@@ -133,10 +133,10 @@ class SuffixProposer:
         self._unseen.add(name)
 
     def finish(self, name: str, token_ids: NDArray[np.int32], by_itself: bool) -> NDArray[np.uint8]:
-        """A sample got ``token_ids`` in its turn, which ended ``by_itself`` or was cut off.
+        """Finish a sample, which got ``token_ids`` and ended ``by_itself`` or was cut off.
 
         Returns:
-            Of each of them where it was drafted from, uint8 like ``token_ids``: 0 for none.
+            The draft source of each token, uint8 [len(token_ids)]; 0 where it was not drafted.
         """
         live = self._live.pop(name)
         self._unseen.discard(name)
@@ -155,7 +155,7 @@ class SuffixProposer:
         return sources
 
     def serve(self, version: int) -> None:
-        """From the next step on weights of this version sample."""
+        """Begin a generation: from the next step on, weights of this version sample."""
         self._generation = version
         for live in self._live.values():
             self._close_sequence(live)
@@ -172,7 +172,7 @@ class SuffixProposer:
             self.history.add(problem, text.version, text.token_ids)
 
     def step_took(self, seconds: float) -> None:
-        """The engine made a step, proposing included; its costs are learned from that."""
+        """Account for a step of the engine, proposing included, in the cost model."""
         step, self._step = self._step, _Step()
         if not step.num_rows:
             return
@@ -180,7 +180,7 @@ class SuffixProposer:
         self._totals.num_drafting_steps += step.num_drafted > 0
         if self._planner is None:
             return
-        self._planner.took(seconds, step.look_seconds)
+        self._planner.took(seconds, step.proposal_seconds)
         if not step.only_decoded:
             return
         if step.num_drafted:
@@ -202,11 +202,11 @@ class SuffixProposer:
         token_ids_cpu: NDArray[np.int32],
         slot_mappings: Any = None,
     ) -> list[list[int]]:
-        """A draft of at most ``num_speculative_tokens`` for every row; none at all where nobody has
-        one, which spares vLLM a look at every row.
+        """Return a draft of at most ``num_speculative_tokens`` for every row; nothing at all if no
+        row has one, which spares vLLM a pass over the rows.
 
-        ``sampled_token_ids`` are what each row was just given (nothing while it reads its prompt),
-        ``token_ids_cpu`` [rows, L] all tokens of each, the first ``num_tokens_no_spec`` of them.
+        ``sampled_token_ids`` are each row's new tokens (none during prefill), ``token_ids_cpu``
+        int32 [rows, L] all its tokens, of which the first ``num_tokens_no_spec`` [rows] are set.
         """
         started = time.perf_counter()
         names = self._rows_of()
@@ -233,14 +233,14 @@ class SuffixProposer:
                     proposed = [[] for _ in names]
                 for index in np.flatnonzero(allowed).tolist():
                     proposed[growing[index][0]] = drafts.tokens[index, : allowed[index]].tolist()
-            self._step.look_seconds = time.perf_counter() - started
+            self._step.proposal_seconds = time.perf_counter() - started
         self._totals.seconds_proposing += time.perf_counter() - started
         return proposed
 
     def _verify(
         self, rows: Sequence[tuple[int, _Live]], sampled_token_ids: Sequence[Sequence[int]]
     ) -> None:
-        """See what became of the drafts: what a row got beyond one token it had accepted."""
+        """Count accepted drafts: those of a row are its new tokens but one."""
         step = self._step
         step.num_rows = len(rows)
         step.only_decoded = True
@@ -265,11 +265,11 @@ class SuffixProposer:
         if checked and self._planner is not None:
             assert self._drafts is not None
             columns = np.array(checked, dtype=np.int64).T
-            self._planner.observe(Verified(self._drafts, *columns))
+            self._planner.observe(Verification(self._drafts, *columns))
 
     def _pass_over(self) -> None:
-        """Samples whose drafts had no step: preempted ones lost them and will read their text
-        again, others have them verified later."""
+        """Mark samples whose drafts had no step. Preempted ones lost them and will read their text
+        again; others have them verified later."""
         for live in self._drafting:
             if live.num_drafted and self._live.get(live.name) is live:
                 live.row = -1
@@ -283,7 +283,7 @@ class SuffixProposer:
         num_tokens: NDArray[np.int32],
         token_ids: NDArray[np.int32],
     ) -> tuple[list[tuple[int, _Live]], list[NDArray[np.int32]]]:
-        """Learn what each row got since it was read last; those that go on, and their new text."""
+        """Add each row's new tokens to the history; return rows that go on, with these."""
         growing, texts = [], []
         for row, live in rows:
             sampled, end = sampled_token_ids[row], int(num_tokens[row])
@@ -300,7 +300,7 @@ class SuffixProposer:
         return growing, texts
 
     def _learn(self, live: _Live, tokens: NDArray[np.int32]) -> None:
-        """The next tokens of its row, as the weights now served have it."""
+        """Add the next tokens of its row to the history, under the weights now served."""
         if live.generation is None:
             live.generation = self._generation
         self.history.extend(live.problem, live.generation, live.name, tokens)
@@ -314,8 +314,8 @@ class SuffixProposer:
     def _draft(
         self, lives: Sequence[_Live], texts: Sequence[NDArray[np.int32]], num_waiting: int
     ) -> tuple[Drafts, Integers]:
-        """Drafts, and how much of each is worth verifying, [m]."""
-        # All that would be sampled if all of it were accepted: one token comes without a draft.
+        """Return drafts, and how many tokens of each to verify, int64 [m]."""
+        # One of the tokens still to come needs no draft.
         most = [min(live.limit - live.num_read - 1, self._max_tokens) for live in lives]
         drafts = self._reader.propose([live.reader_id for live in lives], texts, most)
         if self._planner is None:
@@ -333,11 +333,11 @@ class SuffixProposer:
             self._totals.count_draft(live.num_drafted, live.from_siblings)
         return drafts, allowed
 
-    def _running(self, lives: Sequence[_Live]) -> list[Running]:
-        """The samples as the planner knows them: their completions' lengths."""
+    def _running(self, lives: Sequence[_Live]) -> list[RunningRequest]:
+        """Return the samples as the planner takes them, with their completions' lengths."""
         running = []
         for live in lives:
             num_prompt = len(live.request.prompt_token_ids)
             num_tokens, limit = live.num_read - num_prompt, live.limit - num_prompt
-            running.append(Running(live.name, live.problem, num_tokens, limit))
+            running.append(RunningRequest(live.name, live.problem, num_tokens, limit))
         return running

@@ -36,7 +36,7 @@ class Microbatch:
     num_padding_tokens: int
 
 
-class Piece(NamedTuple):
+class SampleSlice(NamedTuple):
     """Tokens ``[start, stop)`` of a sample."""
 
     sample: int
@@ -45,7 +45,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Placement:
+class SamplePlacement:
     """Place of a sample in a row: its first ``prefix`` tokens, shared with siblings, from
     ``prefix_start`` on and the others from ``start`` on (prefix 0: all of them)."""
 
@@ -100,7 +100,7 @@ def build_microbatch(
 
 
 def _routed_experts(
-    pieces: Sequence[Piece], sequences: Sequence[TokenSequence], num_padding: int
+    pieces: Sequence[SampleSlice], sequences: Sequence[TokenSequence], num_padding: int
 ) -> Tensor | None:
     """Return the experts of every token of the row, int16 [T, layers, K]; None without any."""
     known = [sequences[piece.sample].routed_experts for piece in pieces]
@@ -117,7 +117,9 @@ def _routed_experts(
     return torch.from_numpy(np.concatenate([*parts, np.full((num_padding, *of_token), unknown)]))
 
 
-def _lay_out(bundles: Sequence[Bundle]) -> tuple[list[Segment], list[Piece], list[Placement]]:
+def _lay_out(
+    bundles: Sequence[Bundle],
+) -> tuple[list[Segment], list[SampleSlice], list[SamplePlacement]]:
     """Place whole samples and prompts, longest first; then what samples add to prompts, likewise.
 
     Equal shapes lie side by side. A sample may add nothing: its one trained token is predicted by
@@ -129,7 +131,7 @@ def _lay_out(bundles: Sequence[Bundle]) -> tuple[list[Segment], list[Piece], lis
     for bundle in sorted(bundles, key=lambda bundle: -bundle.first_length):
         roots.append((bundle, end))
         segments.append(Segment(end, bundle.first_length))
-        pieces.append(Piece(bundle.samples[0], 0, bundle.first_length))
+        pieces.append(SampleSlice(bundle.samples[0], 0, bundle.first_length))
         end += bundle.first_length
     continuations = [
         (bundle.prefix, length, root, sample)
@@ -139,11 +141,11 @@ def _lay_out(bundles: Sequence[Bundle]) -> tuple[list[Segment], list[Piece], lis
     placements = []
     for prefix, length, root, sample in sorted(continuations, reverse=True):
         if not prefix:
-            placements.append(Placement(sample, 0, root, root))
+            placements.append(SamplePlacement(sample, 0, root, root))
             continue
-        placements.append(Placement(sample, prefix, root, end))
+        placements.append(SamplePlacement(sample, prefix, root, end))
         if length:
             segments.append(Segment(end, length, root, prefix))
-            pieces.append(Piece(sample, prefix, prefix + length))
+            pieces.append(SampleSlice(sample, prefix, prefix + length))
             end += length
     return segments, pieces, placements

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from paceline.configs.errors import ConfigError
 
-Microbatch = tuple[int, ...]
-"""Indices of bundles; empty where a rank has nothing to do."""
+BundleIndices = tuple[int, ...]
+"""The bundles of a microbatch, by index; empty where a rank has nothing to do."""
 
 
 def plan_packing(
@@ -30,7 +30,7 @@ def plan_packing(
     *,
     fewest: int = 1,
     multiple_of: int = 1,
-) -> list[list[Microbatch]]:
+) -> list[list[BundleIndices]]:
     """Divide bundles over ranks and microbatches.
 
     Args:
@@ -63,7 +63,7 @@ def plan_packing(
     ]
 
 
-def imbalance(plan: Sequence[Sequence[Microbatch]], costs: Sequence[float]) -> float:
+def imbalance(plan: Sequence[Sequence[BundleIndices]], costs: Sequence[float]) -> float:
     """Share of the ranks' time that is spent waiting for the slowest in each microbatch, by cost.
 
     ``1 - mean over ranks of all costs / sum over microbatches of the largest``; 0 is perfect.
@@ -84,7 +84,9 @@ def _balance(costs: NDArray[np.float64], num_ranks: int) -> list[list[int]]:
     return shares
 
 
-def _first_fit(indices: Sequence[int], sizes: NDArray[np.int64], capacity: int) -> list[Microbatch]:
+def _first_fit(
+    indices: Sequence[int], sizes: NDArray[np.int64], capacity: int
+) -> list[BundleIndices]:
     """Put indices, largest first, into the first microbatch with room."""
     microbatches: list[list[int]] = []
     room = np.zeros(len(indices), dtype=np.int64)
@@ -105,7 +107,7 @@ def _balanced_fit(
     sizes: NDArray[np.int64],
     capacity: int,
     number: int,
-) -> list[Microbatch] | None:
+) -> list[BundleIndices] | None:
     """Put costliest first into the microbatch with the least cost that has room; None if one finds
     none, though there might be another way."""
     microbatches: list[list[int]] = [[] for _ in range(number)]
@@ -124,12 +126,12 @@ def _balanced_fit(
 
 
 def _costliest_first(
-    microbatches: Sequence[Microbatch], costs: NDArray[np.float64]
-) -> list[Microbatch]:
+    microbatches: Sequence[BundleIndices], costs: NDArray[np.float64]
+) -> list[BundleIndices]:
     return sorted(microbatches, key=lambda some: (-sum(costs[i] for i in some), not some))
 
 
-def _split_up_to(microbatches: list[Microbatch], number: int) -> list[Microbatch]:
+def _split_up_to(microbatches: list[BundleIndices], number: int) -> list[BundleIndices]:
     """Halve the most numerous microbatch until there are ``number``; then add empty ones."""
     parts = list(microbatches)
     while len(parts) < number:

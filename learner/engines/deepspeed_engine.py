@@ -29,7 +29,7 @@ from paceline.learner.checkpoints.shards import boxes
 from paceline.learner.engines.mesh import RankMesh
 from paceline.learner.engines.optimizer import parameter_groups, reset_state, set_hyperparameters
 from paceline.learner.engines.sharded import WholeModel
-from paceline.learner.engines.training_engine import LossOf, State
+from paceline.learner.engines.training_engine import LossOf, StateDict
 from paceline.learner.model.model import Head, PolicyModel
 from paceline.weights_sync.layout import Layout
 from paceline.weights_sync.shared_memory import Shard
@@ -152,7 +152,7 @@ class ZeroEngine:
             if self._mesh.is_first:
                 yield name, tensor.cpu()
 
-    def state(self) -> State:
+    def state(self) -> StateDict:
         """Return a copy of this rank's rows of every tensor; tensors are gathered one at a time."""
         step = next(iter(self._base.state.values()))["step"]
         model, optimizer = {}, {}
@@ -163,7 +163,7 @@ class ZeroEngine:
                 optimizer[name][key] = self._rows(safe_get_full_optimizer_state(parameter, key))
         return {"model": model, "optimizer": optimizer}
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: StateDict) -> None:
         """See `TrainingEngine`; DeepSpeed counts steps once for all parameters, so all continue
         from the largest count."""
         for name, parameter in self._policy.trained_parameters():

@@ -31,7 +31,7 @@ from paceline.learner.engines.parallel.pipeline import PipelinePasses
 from paceline.learner.engines.parallel.sequence import sequence_ranks
 from paceline.learner.engines.parallel.stages import divide_layers
 from paceline.learner.engines.parallel.tensor import divide_matrices
-from paceline.learner.engines.training_engine import LossOf, State
+from paceline.learner.engines.training_engine import LossOf, StateDict
 from paceline.learner.model.model import Head, PolicyModel
 from paceline.weights_sync.layout import Layout, TensorSpec
 from paceline.weights_sync.shared_memory import Shard
@@ -142,7 +142,7 @@ class ShardedEngine:
                     for piece in shards_on_disk(whole, tuple(tensor.shape)):
                         yield piece.name, piece.values
 
-    def state(self) -> State:
+    def state(self) -> StateDict:
         """Return live tensors: what is loaded into them is the engine's state at once."""
         named = dict(self._named_parameters())
         return {
@@ -150,7 +150,7 @@ class ShardedEngine:
             "optimizer": {name: self.optimizer.state[p] for name, p in named.items()},
         }
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: StateDict) -> None:
         """See `TrainingEngine`."""
 
     def to(self, device: torch.device | str) -> None:

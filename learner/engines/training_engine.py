@@ -24,7 +24,7 @@ from paceline.weights_sync.shared_memory import Shard
 LossOf = Callable[[Microbatch, tuple[Tensor, ...]], Tensor]
 """Maps a microbatch and the model's outputs for its trained tokens to the scalar loss."""
 
-State = dict[str, Any]
+StateDict = dict[str, Any]
 
 
 class TrainingEngine(Protocol):
@@ -83,9 +83,9 @@ class TrainingEngine(Protocol):
         """Yield every parameter of the causal language model whole, float32 on the CPU, each on
         one rank: for a folder that other programs load."""
 
-    def state(self) -> State:
+    def state(self) -> StateDict:
         """Return master weights and optimiser state by parameter name, as global tensors: the same
         for every engine and mesh, so that each loads what another wrote."""
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: StateDict) -> None:
         """Continue from what was loaded into ``state()``'s tensors."""

@@ -2,11 +2,11 @@
 
 A microbatch is one row [1, T] of segments. A segment is a sequence of its own, or it continues
 another segment, its prefix, which several may share: the completions of one prompt. Linear layers
-see the row as it is; only attention must know what belongs together, and learns it from a
-``PackedSegments`` that travels through the model's keyword arguments to every layer.
+see the row as it is. Attention alone depends on what belongs together: a ``PackedSegments`` in the
+model's keyword arguments says it to every layer.
 
-A row may also be gone through in chunks of its tokens (`chunks_of`): a chunk's queries look at keys
-that were computed with earlier chunks, which a ``RowKeys`` holds.
+A row may also be processed in chunks of its tokens (`chunks_of`). A chunk's queries attend to keys
+of earlier chunks too, which a ``RowKeys`` holds.
 
 On a GPU in half precision one variable-length flash-attention call does the whole row. Elsewhere
 segments of equal shape, side by side in the row, are attended to as dense batches
@@ -35,16 +35,16 @@ ATTENTION_NAME = "paceline_packed"
 
 
 class RowKeys(Protocol):
-    """Keys and values of a row that is gone through in chunks."""
+    """Keys and values of a row that is processed in chunks."""
 
     def extended(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """With those of the chunk at hand, [chunk, num_kv_heads, head_dim]: all up to its last
-        token, [tokens, num_kv_heads, head_dim]."""
+        """Add those of the next chunk, [chunk, num_kv_heads, head_dim], and return all so far,
+        [tokens up to its last one, num_kv_heads, head_dim]."""
 
 
 class Segment(NamedTuple):
     """``length`` tokens at ``start`` of the row, continuing the ``prefix`` tokens at
-    ``prefix_start`` (0 tokens: a sequence of its own)."""
+    ``prefix_start``; a sequence of its own has 0 of those."""
 
     start: int
     length: int
@@ -52,7 +52,7 @@ class Segment(NamedTuple):
     prefix: int = 0
 
 
-class Piece(NamedTuple):
+class SegmentSlice(NamedTuple):
     """``length`` tokens of a segment after its first ``skipped``."""
 
     segment: Segment
@@ -61,8 +61,8 @@ class Piece(NamedTuple):
 
 
 class Run(NamedTuple):
-    """``num_segments`` neighbours of equal shape: ``length`` queries, that see ``prefix`` keys and
-    then their own."""
+    """``num_segments`` neighbours of equal shape: ``length`` queries, which attend to ``prefix``
+    keys and to their own."""
 
     num_segments: int
     prefix: int
@@ -71,12 +71,12 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedSegments:
-    """Segments of a row of T tokens, or of a chunk of it: queries and the keys they see.
+    """Segments of a row of T tokens, or of a chunk of it: queries and the keys they attend to.
 
-    ``runs`` in row order. ``keys`` int64 [K] are the places in the row of every segment's keys,
-    what precedes its queries before their own; None where no prefix is shared, because then they
-    are the last ``num_keys`` up to the last query. ``query_boundaries`` and ``key_boundaries``
-    int32 [S + 1] are cumulative lengths over the queries and over the keys.
+    ``runs`` are in row order. ``keys`` int64 [K] are the places in the row of every segment's keys,
+    its prefix first. They are None where no prefix is shared: then the keys are the last
+    ``num_keys`` up to the last query. ``query_boundaries`` and ``key_boundaries`` int32 [S + 1]
+    are cumulative lengths over the queries and over the keys.
     """
 
     segments: tuple[Segment, ...]
@@ -89,11 +89,11 @@ class PackedSegments:
 
     @classmethod
     def from_segments(cls, segments: Sequence[Segment], device: torch.device) -> PackedSegments:
-        """Describe a row; segments tile it in order, sorted so that runs are few."""
-        return cls.from_pieces([Piece(s, 0, s.length) for s in segments], device)
+        """Describe a row, which segments tile in order, sorted so that runs are few."""
+        return cls.from_pieces([SegmentSlice(s, 0, s.length) for s in segments], device)
 
     @classmethod
-    def from_pieces(cls, pieces: Sequence[Piece], device: torch.device) -> PackedSegments:
+    def from_pieces(cls, pieces: Sequence[SegmentSlice], device: torch.device) -> PackedSegments:
         """Describe neighbouring pieces of a row."""
         before = [piece.segment.prefix + piece.skipped for piece in pieces]
         lengths = [piece.length for piece in pieces]
@@ -112,24 +112,24 @@ class PackedSegments:
 
     @property
     def num_keys(self) -> int:
-        """Keys that are read, a shared prefix once for each that continues it."""
+        """Number of keys that are read, a shared prefix once for each segment that continues it."""
         return sum(count * (prefix + length) for count, prefix, length in self.runs)
 
     def positions(self) -> Tensor:
-        """Position of every token in its sequence, prefix counted, int64 [T], on the CPU."""
+        """Return the position of every token in its sequence, prefix counted; int64 [T], CPU."""
         return torch.cat(
             [torch.arange(prefix, prefix + n).repeat(count) for count, prefix, n in self.runs]
         )
 
     def keys_among(self, row: Tensor) -> Tensor:
-        """Of all keys (or values) up to the last query's, [tokens, heads, head_dim], those that are
-        read, [num_keys, heads, head_dim]."""
+        """Select the keys (or values) that are read, [num_keys, heads, head_dim], from all up to
+        the last query's, [tokens, heads, head_dim]."""
         if self.keys is None:
             return row[len(row) - self.num_keys :]
         return row.index_select(0, self.keys)
 
 
-def _key_places(pieces: Sequence[Piece]) -> Tensor:
+def _key_places(pieces: Sequence[SegmentSlice]) -> Tensor:
     places = []
     for (start, _, prefix_start, prefix), skipped, length in pieces:
         places += [
@@ -143,7 +143,7 @@ def _key_places(pieces: Sequence[Piece]) -> Tensor:
 def chunks_of(
     segments: tuple[Segment, ...], num_tokens: int, device: torch.device
 ) -> tuple[PackedSegments, ...]:
-    """A row's chunks of ``num_tokens`` tokens, the last one of what is left; for all layers."""
+    """Return a row's chunks of ``num_tokens`` tokens, the last of what is left; for all layers."""
     last = segments[-1]
     chunks = []
     for start in range(0, last.start + last.length, num_tokens):
@@ -152,12 +152,12 @@ def chunks_of(
     return tuple(chunks)
 
 
-def _pieces(segments: Sequence[Segment], start: int, stop: int) -> Iterator[Piece]:
+def _pieces(segments: Sequence[Segment], start: int, stop: int) -> Iterator[SegmentSlice]:
     for segment in segments:
         first = max(start, segment.start)
         length = min(stop, segment.start + segment.length) - first
         if length > 0:
-            yield Piece(segment, first - segment.start, length)
+            yield SegmentSlice(segment, first - segment.start, length)
 
 
 def register_packed_attention() -> None:
@@ -186,14 +186,14 @@ def packed_attention(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of a transformers layer: a token sees its prefix and what precedes it in its
-    segment, nothing else. Dropout is never applied.
+    """Compute a transformers layer's attention: of a token to its prefix, to what precedes it in
+    its segment and to itself. Dropout is never applied.
 
     Args:
         query: [1, num_heads, T, head_dim]; key and value: [1, num_kv_heads, T, head_dim].
         packed_segments: how the T tokens divide; None where only ``row_keys`` are wanted.
-        row_keys: where the T tokens are a chunk of a row, the keys and values of earlier ones.
-        sequence_ranks: who has the other tokens, where these are a rank's share of the row.
+        row_keys: keys and values of earlier chunks, where the T tokens are a chunk of a row.
+        sequence_ranks: the ranks with the other tokens, where these are a rank's share of a row.
 
     Returns:
         The output [1, T, num_heads, head_dim], and None in place of attention weights.
@@ -221,8 +221,8 @@ def packed_attention(
         key, value = row_keys.extended(key, value)
     if packed_segments is None:
         return query[None], None
-    takes_flash = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
-    attend = flash_attention if takes_flash else run_by_run_attention
+    use_flash = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    attend = flash_attention if use_flash else run_by_run_attention
     output = attend(query, key, value, packed_segments, scaling)
     if sequence_ranks is not None:
         output = sequence_ranks.heads_to_tokens(output)
@@ -232,7 +232,7 @@ def packed_attention(
 def flash_attention(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments, scaling: float | None
 ) -> Tensor:
-    """One variable-length call, in half precision on a GPU.
+    """Compute it by one variable-length flash-attention call, in half precision on a GPU.
 
     Args:
         query: [T, num_heads, head_dim], as the output.
@@ -259,7 +259,7 @@ def flash_attention(
 def run_by_run_attention(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments, scaling: float | None
 ) -> Tensor:
-    """The same on any device, in any precision: a dense batch for every run."""
+    """Compute the same on any device, in any precision: a dense batch for every run."""
     key, value = packed.keys_among(key), packed.keys_among(value)
     num_queries = [count * length for count, _, length in packed.runs]
     num_keys = [count * (prefix + length) for count, prefix, length in packed.runs]
@@ -278,7 +278,7 @@ def run_by_run_attention(
 
 
 def _causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    """[n, heads, tokens, head_dim]: the last query is that of the last key."""
+    """Compute attention in [n, heads, tokens, head_dim]; the last query is the last key's."""
     num_queries, num_keys = query.shape[2], key.shape[2]
     mask = None
     if num_keys > num_queries:  # what torch calls causal aligns the first query to the first key

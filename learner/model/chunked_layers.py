@@ -1,15 +1,15 @@
-"""Decoder layers that go through a row in chunks: exact, in memory that hardly grows with the row.
+"""Decoder layers that process a row in chunks: exact, in memory that hardly grows with the row.
 
-A layer keeps nothing for the backward pass but its input. Forward, chunks of tokens follow each
-other through the whole layer and leave only their keys and values to later ones. Backward, keys and
-values of the row are computed once more; then chunks come last to first: each is computed again
-with a graph of its own, whose gradients are summed, those of the keys and values it looked at until
-their own chunk's turn, which no later chunk follows. This is the chain rule in another order
-(StreamBP, Luo et al. 2025, arXiv 2506.03077, section 3), so results are those of the whole row;
-what is alive at a time is a chunk's activations, and a few tensors [T, H].
+A layer saves nothing for the backward pass but its input. Forward, chunks of tokens pass through
+the whole layer one after the other; of each only keys and values are kept. Backward, keys and
+values of the row are computed once more. Then chunks are taken last to first. Each is recomputed
+with a graph of its own and its gradients are summed; a chunk's keys and values have their whole
+gradient when its turn comes, because only later chunks attend to them. This is the chain rule in
+another order (StreamBP, Luo et al. 2025, arXiv 2506.03077, section 3), so results are those of the
+whole row. Held at a time are one chunk's activations and a few tensors [T, H].
 
 The modelling code is transformers' own: it runs on a chunk as it would on a row, and
-`packed_attention` is told what came before.
+`packed_attention` is given the keys and values of earlier chunks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from paceline.learner.model.attention import PackedSegments, RowKeys, chunks_of
 
 
 def chunk_layers(causal_lm: PreTrainedModel, tokens_per_chunk: int) -> None:
-    """Let every decoder layer and the final norm work on ``tokens_per_chunk`` tokens at a time.
+    """Make every decoder layer and the final norm process ``tokens_per_chunk`` tokens at a time.
 
     Raises:
         ModelError: the architecture is not one whose layers are known.
@@ -47,7 +47,7 @@ def chunk_layers(causal_lm: PreTrainedModel, tokens_per_chunk: int) -> None:
 
 
 def _replace_forward(module: nn.Module, forward: Any) -> None:
-    # of the instance: names of parameters, and the hooks of whatever shards them, stay as they are
+    # of the instance: parameter names, and the hooks that shard parameters, stay as they are
     module.forward = MethodType(forward, module)
 
 
@@ -62,14 +62,14 @@ def _layer_forward(
 
 
 def _norm_forward(norm: nn.Module, hidden: Tensor, *, tokens_per_chunk: int) -> Tensor:
-    """Computed once more in the backward pass: it would keep several tensors [T, H]."""
+    """Recompute the norm in the backward pass: else it would save several tensors [T, H]."""
     whole = partial(type(norm).forward, norm)
     chunks = hidden.split(tokens_per_chunk, dim=1)
     return torch.cat([checkpoint(whole, chunk, use_reentrant=False) for chunk in chunks], dim=1)
 
 
 class _RowKeys:
-    """Keys and values of a row as its chunks come, each [T, num_kv_heads, head_dim] in the end."""
+    """Keys and values of a row, filled chunk by chunk; each [T, num_kv_heads, head_dim]."""
 
     def __init__(self, num_tokens: int) -> None:
         self._num_tokens = num_tokens
@@ -77,7 +77,7 @@ class _RowKeys:
         self.row: tuple[Tensor, ...] = ()
 
     def extended(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """See `RowKeys`; called without gradients."""
+        """Extend as `RowKeys` describes; called without gradients."""
         if not self.row:
             self.row = tuple(t.new_empty(self._num_tokens, *t.shape[1:]) for t in (key, value))
         chunk = slice(self._num_known, self._num_known + len(key))
@@ -89,8 +89,8 @@ class _RowKeys:
 
 
 class _KnownKeys:
-    """Those of a whole row, for a chunk that is differentiated by them: by ``earlier`` ones and by
-    its ``own``."""
+    """Known keys and values of a row, for a chunk that is differentiated by the ``earlier`` ones
+    and by its ``own``."""
 
     def __init__(self, row: tuple[Tensor, ...], chunk: slice) -> None:
         self._known = [tensor[: chunk.stop] for tensor in row]
@@ -98,7 +98,7 @@ class _KnownKeys:
         self.own: tuple[Tensor, ...] = ()
 
     def extended(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """See `RowKeys`."""
+        """Extend as `RowKeys` describes."""
         self.own = key, value
         both = zip(self.earlier, self.own, self._known, strict=True)
         known_key, known_value = (_Joined.apply(*tensors) for tensors in both)
@@ -106,7 +106,7 @@ class _KnownKeys:
 
 
 class _Joined(torch.autograd.Function):
-    """``earlier`` and ``own`` tokens' keys side by side, where they lie so already."""
+    """Concatenation of ``earlier`` and ``own`` keys without a copy: ``known`` holds it already."""
 
     @staticmethod
     def forward(ctx: Any, earlier: Tensor, own: Tensor, known: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class _Joined(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _ChunkedPass:
-    """A layer, and what it is called with besides the hidden states [1, T, H] of a row."""
+    """A layer and its other ``arguments`` beside the hidden states [1, T, H] of a row."""
 
     layer: nn.Module
     tokens_per_chunk: int
@@ -128,16 +128,16 @@ class _ChunkedPass:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained of the layer; under FSDP whole while the layer is at work."""
+        """Trained parameters of the layer; under FSDP they are whole while the layer runs."""
         return [p for p in self.layer.parameters() if p.requires_grad]
 
     def chunks(self, num_tokens: int) -> list[slice]:
-        """Where the chunks lie in the row."""
+        """Return the slices of the row's tokens."""
         step = self.tokens_per_chunk
         return [slice(i, min(i + step, num_tokens)) for i in range(0, num_tokens, step)]
 
     def output(self, hidden: Tensor, chunk: slice, keys: RowKeys) -> Tensor:
-        """The layer applied to a chunk [1, chunk, H] of the row."""
+        """Apply the layer to a chunk of the row; hidden states and result are [1, chunk, H]."""
         row: PackedSegments = self.arguments["packed_segments"]
         described = chunks_of(row.segments, self.tokens_per_chunk, hidden.device)
         output = type(self.layer).forward(
@@ -151,7 +151,7 @@ class _ChunkedPass:
         return output
 
     def add_keys(self, hidden: Tensor, chunk: slice, keys: RowKeys) -> None:
-        """Only the keys and values of a chunk."""
+        """Compute only the keys and values of a chunk, into ``keys``."""
         attention = self.layer.get_submodule("self_attn")
         attention(
             hidden_states=self.layer.get_submodule("input_layernorm")(hidden),

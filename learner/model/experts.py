@@ -1,7 +1,7 @@
 """Mixtures of experts: layers in which a router chooses, for each token, a few of many MLPs.
 
-What routers choose is counted on the way, or given to them: a `Routing` travels with a row through
-the model's keyword arguments, and every layer hands it to its router.
+A router's choices are counted, and may be given to it: a `Routing` goes with a row through the
+model's keyword arguments, and every layer hands it to its router.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from paceline.configs.vocabulary import NOT_ROUTED
 class Routing:
     """One pass of a row through the routers.
 
-    ``counted`` int64 [N] are the places in the row whose choices are counted; ``counts`` of them
-    int64 [E], by layer. A layer that is recomputed in the backward pass counts the same once more,
-    into the same place. ``given`` int64 [T, layers, K] are experts to be chosen in place of the
-    routers' own choice, ``NOT_ROUTED`` where it stands.
+    ``counted`` int64 [N] are the places in the row whose choices are counted. ``counts`` holds an
+    int64 [E] for each layer; a layer that is recomputed in the backward pass overwrites its own.
+    ``given`` int64 [T, layers, K] are experts to choose in place of the routers' own choice, which
+    stands where it is ``NOT_ROUTED``.
     """
 
-    # no dataclass: of those among a module's arguments FSDP hands on a copy
+    # not a dataclass: FSDP copies dataclasses among a module's arguments
 
     def __init__(self, counted: Tensor, given: Tensor | None = None) -> None:
         self.counted = counted
@@ -39,24 +39,24 @@ class Routing:
 
 
 class ExpertCounts:
-    """How many tokens each expert was chosen for, added up over rows."""
+    """Number of tokens that each expert was chosen for, summed over rows."""
 
     def __init__(self) -> None:
         self._counts: dict[int, Tensor] = {}
 
     def add(self, counts: Mapping[int, Tensor]) -> None:
-        """Take in a row's; nothing is read from the device."""
+        """Add a row's counts [E] by layer; nothing is read from the device."""
         for layer, found in counts.items():
             self._counts[layer] = self._counts[layer] + found if layer in self._counts else found
 
     def take(self) -> NDArray[np.int64] | None:
-        """Those since the last call, int64 [layers with experts, E]; None where there are none."""
+        """Return and reset the counts, int64 [layers with experts, E]; None without any."""
         counts, self._counts = self._counts, {}
         return torch.stack([*counts.values()]).cpu().numpy() if counts else None
 
 
 def has_experts(config: PreTrainedConfig) -> bool:
-    """Whether the model is of an architecture with experts that are known here."""
+    """Tell whether the architecture is one of ``EXPERT_FAMILIES``."""
     return config.model_type in EXPERT_FAMILIES
 
 
@@ -72,7 +72,7 @@ def require_whole_experts(config: PreTrainedConfig, learner: LearnerConfig) -> N
 
 
 def parameters_per_token(model: PreTrainedModel) -> int:
-    """Parameters that a token is multiplied with: of experts those it is sent to."""
+    """Return how many parameters a token is multiplied with: of experts those it is sent to."""
     total = sum(parameter.numel() for parameter in model.parameters())
     if not has_experts(model.config):
         return total
@@ -83,9 +83,9 @@ def parameters_per_token(model: PreTrainedModel) -> int:
 
 
 def attach_routers(layers: nn.ModuleList) -> None:
-    """Let every router take part in the ``routing`` that its layer is called with, if there is one.
+    """Make every router use the ``routing`` that its layer is called with, if there is one.
 
-    By hooks, which run again where a layer is recomputed; names of parameters stay as they are.
+    Hooks do it: they run again where a layer is recomputed, and parameters keep their names.
     """
     for index, layer in enumerate(layers):
         if (gate := getattr(layer.mlp, "gate", None)) is not None:
@@ -95,20 +95,21 @@ def attach_routers(layers: nn.ModuleList) -> None:
 
 
 class _Router:
-    """Beside the router of a layer: what it is told for the pass that is running."""
+    """Hooks of one layer and its router, with the routing of the pass that is running."""
 
     def __init__(self, layer: int) -> None:
         self._layer = layer
         self._routing: Routing | None = None
 
     def receive(self, _: nn.Module, __: tuple[Any, ...], arguments: dict[str, Any]) -> None:
-        """Called before the layer."""
+        """Keep the layer's ``routing`` argument; called before the layer."""
         self._routing = arguments.get("routing")
 
     def choose(
         self, gate: nn.Module, _: tuple[Any, ...], chosen: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Called after the router, with its logits [T, E], and weights and experts [T, K]."""
+        """Replace and count choices; called after the router, with its logits [T, E], and
+        weights and experts [T, K]."""
         if self._routing is None:
             return chosen
         if self._routing.given is not None:
@@ -123,10 +124,10 @@ class _Router:
 def _replayed(
     gate: nn.Module, chosen: tuple[Tensor, Tensor, Tensor], given: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The router's choice with ``given`` experts [T, K] where there are any.
+    """Return the router's choice with ``given`` experts [T, K] in place of its own.
 
-    Their weights are the router's own probabilities of them, so it learns from every token (Rollout
-    Routing Replay, Ma et al. 2025, arXiv 2510.11370).
+    Their weights are the router's own probabilities of them, so that it is trained on every token
+    (Rollout Routing Replay, Ma et al. 2025, arXiv 2510.11370).
     """
     logits, weights, experts = chosen
     experts = torch.where(given == NOT_ROUTED, experts, given)
@@ -137,7 +138,7 @@ def _replayed(
 
 
 def router_metrics(counts: NDArray[np.int64]) -> dict[str, float]:
-    """How evenly tokens were spread over experts, from counts [layers, E], each a mean over layers.
+    """Return how evenly tokens were spread over experts, as means over the layers of [layers, E].
 
     ``router_load_max``: the largest share of tokens, times E: 1 where all are equal, E / K at most;
     ``router_entropy``: of the shares, in nats, ln E where all are equal; ``router_dead_experts``:

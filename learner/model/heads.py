@@ -1,4 +1,4 @@
-"""What is wanted of the hidden states that predict tokens: heads of `PolicyModel.forward`.
+"""Heads of `PolicyModel.forward`: from hidden states and output embedding to numbers a token.
 
 The output embedding is a plain tensor [V, H], or a DTensor whose rows are divided evenly over
 tensor ranks; all of them then see the same hidden states and return the same.
@@ -21,7 +21,7 @@ from paceline.kernels.vocab_parallel_logprobs import (
 def logprobs_and_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """See `token_logprobs`."""
+    """Return what `token_logprobs` does, also for an embedding that is divided over ranks."""
     if not isinstance(weight, DTensor):
         return token_logprobs(hidden, weight, targets, temperature)
     group = weight.device_mesh.get_group()
@@ -29,7 +29,7 @@ def logprobs_and_entropy(
 
 
 def argmax_gaps(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor]:
-    """How far each target's logit is below the highest: float32 [N], 0 for the most likely token.
+    """Return how far each target's logit is below the highest: float32 [N], 0 for the argmax.
 
     ``hidden`` [N, H], ``weight`` [V, H], ``targets`` int64 [N].
     """

@@ -1,7 +1,7 @@
-"""The policy: a Hugging Face causal language model run on packed rows, and where its weights begin.
+"""The policy: a Hugging Face causal language model run on packed rows, and its initial weights.
 
-One folder in Hugging Face format is the origin of the initial weights: the engines serve it and
-the learner trains it.
+Initial weights come from one folder in Hugging Face format: the engines serve it and the learner
+trains it.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ from paceline.learner.model.experts import (
 )
 
 Head = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
-"""From hidden states [N, H], output embedding [V, H] and targets int64 [N] to what is wanted of
-each of them: tensors [N]."""
+"""Function of hidden states [N, H], output embedding [V, H] and targets int64 [N]; its tensors
+[N] have a number for each target."""
 
 UNDECLARED = {"qwen3_moe": {"head_dim"}}
-"""Keys that a model reads and its configuration class does not declare, by architecture."""
+"""Keys that a model reads although its configuration class does not declare them."""
 
 PACKING_TOLERANCE = 1e-3
-"""Largest relative error of logits that is taken for float32 rounding, over many layers."""
+"""Largest relative error of logits that passes for float32 rounding over many layers."""
 
 
 @dataclass(frozen=True)
 class PackedRow:
-    """A microbatch for the model: T tokens of S segments, N of whose places are looked at.
+    """A microbatch for the model: T tokens of S segments, N of which predict a trained token.
 
-    ``token_ids`` and ``positions`` int64 [1, T]; ``predictors`` int64 [N], the places in the row
-    whose hidden states predict a trained token, and ``targets`` int64 [N], those tokens.
-    ``routed_experts`` int64 [T, layers, K] are those that routers are to choose, ``NOT_ROUTED``
-    where they decide themselves.
+    ``token_ids`` and ``positions`` are int64 [1, T]. ``predictors`` int64 [N] are the places in the
+    row whose hidden states predict a trained token, ``targets`` int64 [N] those tokens.
+    ``routed_experts`` int64 [T, layers, K] are those that routers must choose; where they are
+    ``NOT_ROUTED`` the router's own choice stands.
     """
 
     token_ids: Tensor
@@ -70,9 +70,8 @@ class PolicyModel(nn.Module):
     """A causal language model whose vocabulary logits exist only inside the ``head`` it is handed.
 
     The head runs within ``forward`` because the output embedding, sharded over ranks, is whole
-    only there. ``has_values`` adds a scalar head: what the critic expects of a state.
-
-    ``expert_counts`` of a mixture of experts are over the predictors of rows it ran with gradients.
+    only there. ``has_values`` adds a scalar value head, for a critic. A mixture of experts has its
+    ``expert_counts`` over the predictors of rows that were run with gradients.
     """
 
     def __init__(self, causal_lm: PreTrainedModel, *, has_values: bool = False) -> None:
@@ -86,12 +85,12 @@ class PolicyModel(nn.Module):
         self.value_head: nn.Linear | None = None
         if has_values:
             self.value_head = nn.Linear(causal_lm.config.hidden_size, 1)
-            # it begins by expecting nothing of any state
+            # the value of every state begins at zero
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
     def divide_tokens(self, ranks: SequenceRanks | None) -> None:
-        """Give each of these ranks its share of a row's tokens, and all outputs; None: all to each.
+        """Give each of these ranks a share of a row's tokens, and all outputs; None: all to each.
 
         Called before the first row.
         """
@@ -105,7 +104,7 @@ class PolicyModel(nn.Module):
         return self.outputs(self.hidden_states(row), row, head)
 
     def hidden_states(self, row: PackedRow, before: Tensor | None = None) -> Tensor:
-        """What the layers make of a row, or of what earlier ones made of it: [1, T, H]."""
+        """Return the last hidden states [1, T, H], from those ``before`` or the embedding."""
         token_ids, positions = row.token_ids, row.positions
         if self._sequence_ranks is not None:
             token_ids, positions = map(self._sequence_ranks.share, (token_ids, positions))
@@ -125,7 +124,11 @@ class PolicyModel(nn.Module):
         return hidden
 
     def _routing(self, row: PackedRow) -> dict[str, Routing]:
-        """What the layers of a mixture of experts are told besides."""
+        """Return the further arguments of a mixture of experts.
+
+        Raises:
+            BatchError: samples come with experts of a model of another shape.
+        """
         config, given = self.causal_lm.config, row.routed_experts
         expected = (config.num_hidden_layers, config.num_experts_per_tok)
         if given is not None and given.shape[1:] != expected:
@@ -136,7 +139,7 @@ class PolicyModel(nn.Module):
         return {"routing": Routing(row.predictors, given)}
 
     def outputs(self, hidden: Tensor, row: PackedRow, head: Head) -> tuple[Tensor, ...]:
-        """What ``forward`` returns, from the last hidden states [1, T, H]."""
+        """Return what ``forward`` does, from the last hidden states [1, T, H]."""
         ranks = self._sequence_ranks
         if ranks is None:
             return self._outputs(hidden[0].index_select(0, row.predictors), row.targets, head)
@@ -145,14 +148,14 @@ class PolicyModel(nn.Module):
         return tuple(ranks.bring_together(output, which, len(row.targets)) for output in own)
 
     def _outputs(self, hidden: Tensor, targets: Tensor, head: Head) -> tuple[Tensor, ...]:
-        """Of hidden states [N, H] and their targets [N]."""
+        """Apply head and value head to hidden states [N, H] and their targets [N]."""
         outputs = head(hidden, self.causal_lm.get_output_embeddings().weight, targets)
         if self.value_head is None:
             return outputs
         return (*outputs, self.value_head(hidden)[:, 0].float())
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every parameter by its Hugging Face name; the value head's as ``value_head.*``."""
+        """Yield every parameter by its Hugging Face name; the value head's as ``value_head.*``."""
         yield from self.causal_lm.named_parameters()
         if self.value_head is not None:
             yield from self.value_head.named_parameters(prefix="value_head")
@@ -165,10 +168,10 @@ class PolicyModel(nn.Module):
         return layers
 
     def quadratic_cost(self) -> float:
-        """Cost of attention next to the rest: ``length + c * length ** 2`` for a sequence.
+        """Return c in the cost ``length + c * length ** 2`` of a sequence, in units of one token's.
 
-        Causal attention spends ``2 * query_width`` operations a layer and a pair of tokens (half of
-        all pairs), everything else 2 a token and a parameter that it meets.
+        Causal attention takes ``2 * query_width`` operations a layer and a pair of tokens (half of
+        all pairs), everything else 2 a token and a parameter that it is multiplied with.
         """
         config = self.causal_lm.config
         head_dim = getattr(config, "head_dim", None)
@@ -181,11 +184,11 @@ class PolicyModel(nn.Module):
 def write_initial_model(
     config: ModelConfig, vocab_size: int, eos_token_id: int, seed: int, folder: str
 ) -> str:
-    """Give the folder (or hub name) that engines and learner both start from.
+    """Return the folder (or hub name) that engines and learner both start from.
 
-    With ``config.architecture`` a randomly initialised float32 model is written to ``folder``; with
-    ``config.path`` nothing is written and the path itself is returned, once it was found to be
-    readable and to fit the tokenizer and ``config.max_length``.
+    With ``config.architecture`` a randomly initialised float32 model is written to ``folder``. With
+    ``config.path`` nothing is written: the path itself is returned, after a check that it is
+    readable and fits the tokenizer and ``config.max_length``.
 
     Raises:
         ModelError: the model cannot be read or built, or does not fit.
@@ -213,7 +216,7 @@ def write_initial_model(
             RuntimeError,
         ) as error:
             raise ModelError(
-                f"model.architecture cannot be built: {_one_line(error)}; check its numbers"
+                f"model.architecture cannot be built: {_first_line(error)}; check its numbers"
             ) from error
     _check_fits(model_config, config, vocab_size)
     # Saving lets accelerate import deepspeed, which warns on every machine without a GPU.
@@ -223,7 +226,7 @@ def write_initial_model(
 
 
 def empty_policy(folder: str, *, has_values: bool) -> PolicyModel:
-    """The model of a folder without its weights: names and shapes, on torch's meta device.
+    """Return a folder's model without its weights: names and shapes, on torch's meta device.
 
     Raises:
         ModelError: there is no such model.
@@ -249,7 +252,7 @@ def require_same_vocabulary(teacher: str, model_folder: str) -> None:
 
 
 def no_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-    """The head that wants nothing of the vocabulary: a critic's."""
+    """Return no outputs: the head of a critic, which needs no logits."""
     return ()
 
 
@@ -278,7 +281,9 @@ def load_policy(
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"the weights in {folder} cannot be loaded: {_one_line(error)}") from error
+        raise ModelError(
+            f"the weights in {folder} cannot be loaded: {_first_line(error)}"
+        ) from error
     if missing := sorted(found["missing_keys"]):  # transformers would begin with random ones
         raise ModelError(
             f"{folder} lacks {len(missing)} weights of a {causal_lm.config.model_type}, such as "
@@ -298,10 +303,10 @@ def load_policy(
 
 @torch.no_grad()
 def _check_packing(policy: PolicyModel) -> None:
-    """Two short sequences and a continuation in one row must give the model's own logits.
+    """Check that two short sequences and a continuation in one row give the model's own logits.
 
-    Some architectures look beyond their sequence outside attention (convolutions, recurrences) or
-    do more to logits than one matrix product. Trying tells them all apart, by three small passes.
+    Some architectures mix tokens of different sequences outside attention (convolutions,
+    recurrences) or do more to logits than one matrix product. Three small passes reveal both.
     """
     tokens = torch.arange(7)[None] % policy.causal_lm.config.vocab_size
     segments = [Segment(0, 3), Segment(3, 2), Segment(5, 2, prefix_start=0, prefix=3)]
@@ -349,7 +354,7 @@ def _check_fits(model_config: PreTrainedConfig, config: ModelConfig, vocab_size:
 
 
 def _check_architecture_keys(architecture: Mapping[str, Any]) -> None:
-    """Transformers keeps unknown keys without a word, so a misspelt size would go unnoticed."""
+    """Refuse unknown keys, which transformers silently keeps: a misspelt size must show."""
     model_type = architecture["model_type"]
     try:
         known = AutoConfig.for_model(model_type)
@@ -365,6 +370,6 @@ def _check_architecture_keys(architecture: Mapping[str, Any]) -> None:
         )
 
 
-def _one_line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error, StrictDataclassError) else error
     return str(cause).strip().split("\n")[0] or type(error).__name__

@@ -1,7 +1,9 @@
 """Advantages: how much better than expected each trained token turned out (pure, numpy only).
 
-An estimator is any picklable callable ``BatchTokens -> Estimate`` with ``passes``, what must have
-been computed for it. It sees the whole batch, on every rank the same. n samples, N tokens.
+An estimator is any picklable callable ``BatchTokens -> Estimate`` with ``passes``, the quantities
+that must have been computed for it. It sees the whole batch, on every rank the same.
+
+Shapes: n samples, N tokens.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ from paceline.learner.batch.tokens import BatchTokens
 
 Floats = NDArray[np.float64]
 Pass = Literal["proximal", "reference", "values", "teacher"]
-"""A quantity of every token that takes a forward pass to know, named as in ``BatchTokens``."""
+"""Quantity of every token that takes a forward pass to compute, named as in ``BatchTokens``."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """``advantages`` float64 [N]; for a critic the ``returns`` [N] it is to predict; ``metrics``
-    of the batch."""
+    """``advantages`` float64 [N]; ``returns`` float64 [N], a critic's targets; ``metrics`` of the
+    batch."""
 
     advantages: Floats
     returns: Floats | None = None
@@ -31,17 +33,17 @@ class Estimate:
 
 
 class Estimator(Protocol):
-    """Finds the advantages of a whole batch."""
+    """Function that computes the advantages of a whole batch."""
 
     @property
     def passes(self) -> frozenset[Pass]:
-        """What it reads of the tokens beside their behaviour log-probabilities."""
+        """Quantities that it reads beside behaviour log-probabilities."""
 
     def __call__(self, tokens: BatchTokens, token_rewards: Floats) -> Estimate:
-        """Advantages.
+        """Return advantages.
 
-        ``token_rewards`` [N] come on top of the samples' rewards: the negative penalty for leaving
-        the reference policy, where it is part of the reward, else zeros.
+        ``token_rewards`` float64 [N] are added to the samples' rewards. They are the negative KL
+        penalty against the reference policy where that is part of the reward, else zeros.
         """
 
 
@@ -59,7 +61,7 @@ class GroupRelative:
     passes: ClassVar[frozenset[Pass]] = frozenset()
 
     def __call__(self, tokens: BatchTokens, token_rewards: Floats) -> Estimate:
-        """The group-relative outcome of its sample for every token."""
+        """Return for every token the group-relative outcome of its sample."""
         centred = centred_in_group(tokens, outcomes(tokens, token_rewards))
         if self.normalize_std:
             counts = np.bincount(tokens.groups)
@@ -80,7 +82,7 @@ class LeaveOneOut:
     passes: ClassVar[frozenset[Pass]] = frozenset()
 
     def __call__(self, tokens: BatchTokens, token_rewards: Floats) -> Estimate:
-        """The leave-one-out outcome of its sample for every token."""
+        """Return for every token the leave-one-out outcome of its sample."""
         counts = np.bincount(tokens.groups)[tokens.groups]
         centred = centred_in_group(tokens, outcomes(tokens, token_rewards))
         return Estimate(tokens.of_tokens(centred * counts / np.maximum(counts - 1, 1)))
@@ -101,7 +103,7 @@ class BatchNormalized:
     passes: ClassVar[frozenset[Pass]] = frozenset()
 
     def __call__(self, tokens: BatchTokens, token_rewards: Floats) -> Estimate:
-        """The normalised return of every token."""
+        """Return the normalised return of every token."""
         if self.baseline == "group":
             centred = centred_in_group(tokens, outcomes(tokens, token_rewards))
             returns = tokens.of_tokens(centred)
@@ -117,7 +119,7 @@ class Outcome:
     passes: ClassVar[frozenset[Pass]] = frozenset()
 
     def __call__(self, tokens: BatchTokens, token_rewards: Floats) -> Estimate:
-        """The outcome of its sample for every token."""
+        """Return for every token the outcome of its sample."""
         return Estimate(tokens.of_tokens(outcomes(tokens, token_rewards)))
 
 
@@ -126,8 +128,8 @@ class GeneralizedAdvantage:
     """GAE with a critic.
 
     Schulman et al. 2016 (arXiv 1506.02438, eq. 16): ``delta_t = r_t + gamma V_{t+1} - V_t`` and
-    ``A_t = delta_t + gamma lambda A_{t+1}``. The reward arrives with the last token and the state
-    after it is worth 0, also where the token limit ended the sample. The critic is to predict
+    ``A_t = delta_t + gamma lambda A_{t+1}``. The reward arrives with the last token. The state
+    after it has value 0, also where the token limit ended the sample. The critic's targets are
     ``A_t + V_t``; ``normalize`` then whitens advantages over the batch.
     """
 
@@ -137,7 +139,7 @@ class GeneralizedAdvantage:
     passes: ClassVar[frozenset[Pass]] = frozenset({"values"})
 
     def __call__(self, tokens: BatchTokens, token_rewards: Floats) -> Estimate:
-        """Advantages, and returns for the critic."""
+        """Return advantages, and returns as the critic's targets."""
         assert tokens.values is not None, "the critic's values come first"
         values = tokens.values.astype(np.float64)
         rewards = token_rewards.copy()
@@ -154,17 +156,17 @@ class GeneralizedAdvantage:
 
 @dataclass(frozen=True)
 class TeacherGap:
-    """On-policy distillation: how much more likely a teacher finds each token.
+    """On-policy distillation: the log-ratio of teacher and student as every token's advantage.
 
     ``A_t = log pi_teacher - log pi_student`` is minus the single-sample estimate of the reverse KL
     (Lu and Thinking Machines Lab 2025, "On-Policy Distillation"; Agarwal et al. 2024, arXiv
-    2306.13649). The student is the policy that sampled; what came of the sample does not matter.
+    2306.13649). The student is the behaviour policy; the samples' rewards are not used.
     """
 
     passes: ClassVar[frozenset[Pass]] = frozenset({"teacher"})
 
     def __call__(self, tokens: BatchTokens, token_rewards: Floats) -> Estimate:
-        """The gap of every token, passed through."""
+        """Return for every token the teacher's log-probability less the student's."""
         assert tokens.teacher_logprobs is not None, "the teacher's log-probabilities come first"
         gap = tokens.teacher_logprobs.astype(np.float64) - tokens.behaviour_logprobs
         return Estimate(gap + token_rewards, metrics={"teacher_reverse_kl": -gap.mean()})
@@ -172,7 +174,7 @@ class TeacherGap:
 
 @dataclass(frozen=True)
 class PreferredPair:
-    """DPO as a weighted likelihood: the better sample of a pair up, the other one down.
+    """DPO as a weighted likelihood: of a pair, the preferred sample up, the other one down.
 
     Rafailov et al. 2023 (arXiv 2305.18290, eq. 7): the gradient of
     ``-log sigmoid(m)``, ``m = beta ((s_w - ref_w) - (s_l - ref_l))`` with sums s of a sample's
@@ -185,7 +187,7 @@ class PreferredPair:
     passes: ClassVar[frozenset[Pass]] = frozenset({"proximal", "reference"})
 
     def __call__(self, tokens: BatchTokens, token_rewards: Floats) -> Estimate:
-        """Weights of the tokens; ``preference_loss`` is the value of the objective itself."""
+        """Return advantages; the metric ``preference_loss`` is the value of DPO's objective."""
         assert tokens.proximal_logprobs is not None, "log-probabilities come first"
         assert tokens.reference_logprobs is not None, "the reference's come first"
         assert (np.bincount(tokens.groups) == 2).all(), "preferences are pairs"
@@ -204,12 +206,12 @@ class PreferredPair:
 
 
 def outcomes(tokens: BatchTokens, token_rewards: Floats) -> Floats:
-    """What a whole sample earned, [n]: its reward and what its tokens got on top."""
+    """Return the total reward of each sample, float64 [n]: its own and those of its tokens."""
     return tokens.rewards + tokens.sums(token_rewards)
 
 
 def centred_in_group(tokens: BatchTokens, of_samples: Floats) -> Floats:
-    """Values [n] less the mean of their group; exactly zero where a group's are all equal."""
+    """Return values [n] less their group's mean; exactly zero where a group's are all equal."""
     counts = np.bincount(tokens.groups)
     first = np.zeros(len(counts))
     first[tokens.groups[::-1]] = of_samples[::-1]
@@ -220,14 +222,14 @@ def centred_in_group(tokens: BatchTokens, of_samples: Floats) -> Floats:
 
 
 def sums_from_here(tokens: BatchTokens, of_tokens: Floats) -> Floats:
-    """Sum over a token and those after it in its sample, [N]."""
+    """Return for every token the sum over it and those after it in its sample, [N]."""
     before = np.cumsum(of_tokens) - of_tokens
     totals = tokens.sums(of_tokens)
     return tokens.of_tokens(totals + before[tokens.starts]) - before
 
 
 def whitened(values: Floats, epsilon: float = 1e-8) -> Floats:
-    """Values with mean 0 and standard deviation 1; zeros where they are all equal."""
+    """Return values with mean 0 and standard deviation 1; zeros where they are all equal."""
     centred = values - values.mean()
     return centred / (values.std() + epsilon)
 
@@ -235,14 +237,14 @@ def whitened(values: Floats, epsilon: float = 1e-8) -> Floats:
 def generalized_advantages(
     rewards: Floats, values: Floats, lengths: NDArray[np.int64], discount: float, trace_decay: float
 ) -> Floats:
-    """GAE of samples that lie one after the other, ``rewards`` and ``values`` [N]."""
+    """Return GAE, float64 [N], of samples one after the other; ``rewards``, ``values`` [N]."""
     inside = np.arange(lengths.max()) < lengths[:, None]
     rewards_nT, values_nT, found_nT = (np.zeros(inside.shape) for _ in range(3))
     rewards_nT[inside], values_nT[inside] = rewards, values
     advantage, next_value = np.zeros(len(lengths)), np.zeros(len(lengths))
     for t in reversed(range(inside.shape[1])):
-        surprise = rewards_nT[:, t] + discount * next_value - values_nT[:, t]
-        # beyond its end everything of a sample is zero, and so is what comes of it
-        advantage = surprise + discount * trace_decay * advantage
+        td_error = rewards_nT[:, t] + discount * next_value - values_nT[:, t]
+        # beyond a sample's end rewards and values are zero, and so is its advantage
+        advantage = td_error + discount * trace_decay * advantage
         found_nT[:, t], next_value = advantage, values_nT[:, t]
     return found_nT[inside]

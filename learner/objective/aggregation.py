@@ -1,4 +1,4 @@
-"""What each token of an update counts: how a loss is averaged (pure, numpy only)."""
+"""Aggregation: the weight of each token in an update's loss (pure, numpy only)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Aggregation = Literal["token_mean", "sequence_mean", "fixed_length", "group_sum"
 def token_weights(
     aggregation: Aggregation, lengths: NDArray[np.int64], max_tokens: int, num_groups: int
 ) -> NDArray[np.float64]:
-    """Weights [N] of the tokens of n samples of ``lengths`` [n].
+    """Return weights float64 [N] of the tokens of n samples of ``lengths`` [n].
 
     * ``token_mean``: ``1 / N``: every token counts the same (DAPO, arXiv 2503.14476, eq. 12).
     * ``sequence_mean``: ``1 / (n length)``: every sample counts the same (GRPO, arXiv 2402.03300,

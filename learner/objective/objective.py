@@ -1,9 +1,10 @@
-"""What one step optimises: an advantage estimator, a policy loss, and what stands around them.
+"""Objective of a step: advantage estimator, policy loss, corrections, penalties, aggregation.
 
 An algorithm is a choice of these parts (`configs/schema/algorithm.py` names the usual ones). A step
-goes through an objective twice: ``prepare`` sees the whole batch, once, as numbers, and says what
-each token is worth; ``loss`` sees one microbatch at a time, with gradients. Whatever couples tokens
-of different samples happens in ``prepare``, so no result depends on how a batch is split.
+calls an objective in two ways. ``prepare`` sees the whole batch once, without gradients, and
+computes advantages and weights. ``loss`` sees one microbatch at a time, with gradients. Whatever
+couples tokens of different samples happens in ``prepare``, so no result depends on how a batch is
+split.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from paceline.learner.objective.losses.inputs import LossInputs, LossOutputs
 from paceline.learner.objective.losses.policy import PolicyLoss, PolicyTerms
 
 OldPolicy = Literal["behaviour", "recomputed", "interpolated"]
-"""What the loss's ratio is relative to.
+"""The policy pi_old in the loss's importance ratio pi / pi_old.
 
-* ``behaviour``: the log-probabilities recorded when the token was sampled.
+* ``behaviour``: the policy that sampled, by the log-probabilities recorded with each token.
 * ``recomputed``: decoupled PPO's proximal policy, the weights at the start of the step (Hilton et
   al. 2022, arXiv 2110.00641; AReaL, Fu et al. 2025, arXiv 2505.24298, eq. 5).
 * ``interpolated``: A-3PO's stand-in for it (2025, arXiv 2512.06547): ``log pi_prox = (1/d) log
@@ -39,8 +40,8 @@ OldPolicy = Literal["behaviour", "recomputed", "interpolated"]
 
 @dataclass(frozen=True)
 class Prepared:
-    """``columns``: float32 [N] of what the loss reads of every token, by the field's name;
-    ``returns`` [N] for a critic; ``updates``: the samples of each optimiser update, in order."""
+    """A batch ready for its losses: ``columns`` float32 [N] are fields of ``LossInputs`` by name,
+    ``returns`` float32 [N] a critic's targets, ``updates`` each optimiser update's samples."""
 
     columns: Mapping[str, NDArray[np.float32]]
     returns: NDArray[np.float32] | None
@@ -49,22 +50,22 @@ class Prepared:
 
 
 class Algorithm(Protocol):
-    """What the learner asks of an algorithm; it must pickle."""
+    """Interface that the learner needs of an algorithm; it must pickle."""
 
     @property
     def passes(self) -> frozenset[Pass]:
         """Quantities to be computed for the whole batch before ``prepare``."""
 
     def prepare(self, tokens: BatchTokens) -> Prepared:
-        """What each token is worth."""
+        """Return every token's advantage and weight, for the whole batch."""
 
     def loss(self, inputs: LossInputs) -> LossOutputs:
-        """Loss and metrics of a microbatch."""
+        """Return loss and metrics of a microbatch."""
 
 
 @dataclass(frozen=True)
 class ReferencePenalty:
-    """``coefficient`` times the divergence from a frozen reference policy, in loss or reward."""
+    """``coefficient`` times the estimated KL divergence from a frozen reference policy."""
 
     coefficient: float
     estimator: DivergenceEstimator = "k3"
@@ -75,7 +76,7 @@ class ReferencePenalty:
 class OverlongPenalty:
     """DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13).
 
-    Nothing up to ``max_tokens - buffer_tokens``, falling linearly to ``-penalty`` at
+    It is 0 up to ``max_tokens - buffer_tokens`` and falls linearly to ``-penalty`` at
     ``max_tokens``.
     """
 
@@ -84,18 +85,18 @@ class OverlongPenalty:
     penalty: float = 1.0
 
     def __call__(self, lengths: NDArray[np.int64]) -> NDArray[np.float64]:
-        """What samples of these lengths [n] get on top of their reward."""
+        """Return what is added to the rewards of samples of these lengths [n], float64 [n]."""
         excess = lengths - (self.max_tokens - self.buffer_tokens)
         return -self.penalty * np.clip(excess / self.buffer_tokens, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Policy optimisation, put together of parts.
+    """Policy optimisation, composed of parts.
 
     ``max_tokens`` is the token limit of a completion, for ``fixed_length``. ``num_updates``
     optimiser updates share a batch, each on its own groups. ``is_sampled`` is False where samples
-    are demonstrations, whose behaviour log-probabilities say nothing.
+    are demonstrations, which have no behaviour policy.
     """
 
     advantage: Estimator
@@ -113,7 +114,7 @@ class Objective:
 
     @property
     def passes(self) -> frozenset[Pass]:
-        """What the parts need to know of every token."""
+        """Quantities that the parts need of every token."""
         needed = set(self.advantage.passes)
         # the first update's current weights are those of the start of the step
         if self.second_moment or (self.old_policy == "recomputed" and self.num_updates > 1):
@@ -123,7 +124,7 @@ class Objective:
         return frozenset(needed)
 
     def prepare(self, tokens: BatchTokens) -> Prepared:
-        """Advantages and weights of every token, and which samples make up each update."""
+        """Return advantages and weights of every token, and the samples of each update."""
         penalties = self._token_rewards(tokens)
         if self.overlong is not None:
             shaped = tokens.rewards + self.overlong(tokens.lengths)
@@ -150,7 +151,7 @@ class Objective:
         return Prepared(columns, returns, updates, metrics)
 
     def loss(self, inputs: LossInputs) -> LossOutputs:
-        """Weighted sum over a microbatch, with what it says of the policies' distance."""
+        """Return the weighted sum over a microbatch, with off-policy metrics."""
         old_T = self._old_logprobs(inputs)
         terms = PolicyTerms(
             inputs.logprobs, inputs.logprobs - old_T, inputs.advantages, inputs.sequences
@@ -166,7 +167,7 @@ class Objective:
         return LossOutputs((inputs.weights * loss_T).sum(), metrics, maxima)
 
     def _penalty(self, inputs: LossInputs) -> Tensor | float:
-        """What each token costs beside the policy loss: leaving the reference, losing entropy."""
+        """Return KL penalty less entropy bonus of each token, [T]; 0 where there is neither."""
         penalty: Tensor | float = 0.0
         if self.reference is not None and self.reference.place == "loss":
             assert inputs.reference_logprobs is not None, "the reference's come first"
@@ -180,7 +181,7 @@ class Objective:
     def _metrics(
         self, inputs: LossInputs, is_clipped_T: Tensor, correction_T: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Sums over tokens, and maxima."""
+        """Return metrics to be summed over tokens, and maxima."""
         sums = {"entropy": inputs.entropy.sum()}
         if inputs.reference_logprobs is not None:
             away_T = inputs.reference_logprobs - inputs.logprobs
@@ -211,7 +212,7 @@ class Objective:
         return weight_T
 
     def _token_rewards(self, tokens: BatchTokens) -> NDArray[np.float64]:
-        """The reference penalty of each token, where it is part of the reward."""
+        """Return minus the KL penalty of each token, [N]; zeros where it is part of the loss."""
         if self.reference is None or self.reference.place == "loss":
             return np.zeros(len(tokens.behaviour_logprobs))
         assert tokens.reference_logprobs is not None, "the reference's come first"
@@ -223,7 +224,7 @@ class Objective:
     def _weights(
         self, tokens: BatchTokens, updates: tuple[NDArray[np.int64], ...]
     ) -> NDArray[np.float64]:
-        """What each token counts in the update that trains it."""
+        """Return each token's weight in the update that trains on it, [N]."""
         weights = np.zeros(len(tokens.behaviour_logprobs))
         for samples in updates:
             of_update = np.isin(np.arange(len(tokens.lengths)), samples)
@@ -237,11 +238,11 @@ class Objective:
 
 
 def off_policy_metrics(inputs: LossInputs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Sums and maxima of how far the current policy is from the one that sampled.
+    """Return sums and maxima of the current policy's distance from the behaviour policy.
 
-    ``ratio`` r = pi / pi_behaviour and ``ratio_square`` (for the effective sample size), ``kl``
-    (k3 of KL(behaviour || current)), ``mismatch`` ``|log r|``, and the same over tokens of age 0
-    alone, where it shows what engine and learner disagree about.
+    Sums of the importance ratio ``ratio`` r = pi / pi_behaviour and ``ratio_square`` (for the
+    effective sample size), ``kl`` (k3 of KL(behaviour || current)) and ``mismatch`` ``|log r|``.
+    ``fresh_mismatch`` is over tokens of age 0 alone, where engine and learner have equal weights.
     """
     log_ratio_T = inputs.logprobs - inputs.behaviour_logprobs
     ratio_T, mismatch_T = log_ratio_T.exp(), log_ratio_T.abs()
@@ -258,10 +259,10 @@ def off_policy_metrics(inputs: LossInputs) -> tuple[dict[str, Tensor], dict[str,
 
 
 def derived_metrics(means: Mapping[str, float]) -> dict[str, float]:
-    """From means over all tokens to what is recorded.
+    """Return the metrics that are recorded, from means over all tokens.
 
     ``ess`` is Kish's effective sample size of the importance weights as a share of all tokens,
-    ``mean(r)^2 / mean(r^2)``; ``mismatch_fresh`` the mismatch of tokens of age 0, where there are
+    ``mean(r)^2 / mean(r^2)``. ``mismatch_fresh`` is the mismatch of tokens of age 0, if there are
     any.
     """
     derived = dict(means)
@@ -275,7 +276,7 @@ def derived_metrics(means: Mapping[str, float]) -> dict[str, float]:
 
 
 def split_by_group(groups: NDArray[np.int64], num_updates: int) -> tuple[NDArray[np.int64], ...]:
-    """Samples [n] of each of ``num_updates`` updates: groups stay whole, shares are even.
+    """Return the samples of each of ``num_updates`` updates: groups whole, shares even.
 
     With fewer groups than updates there are as many updates as groups.
     """

@@ -1,1 +1,1 @@
-"""How much is drafted, and whether it pays: costs, chances, lengths, budgets."""
+"""Draft budgets: step costs, acceptance rates, lengths, and how much to draft."""

@@ -1,13 +1,13 @@
-"""What drafts of a problem gain and cost, per problem and length class, learned online (pure).
+"""Gains and costs of drafts by problem and length class, learned online (pure).
 
-Each round the drafter offers a request tokens, and of each it is estimated how likely it holds with
-all before it (``confidence.py``). Whoever drafts all tokens that are likelier than a threshold
-spends as many tokens a round as are above it, and gains the sum of their probabilities. Counted by
-probability, from the offers of every round, drafted or not, this is the curve E of a budget
-(``RoundCurves``): gains a round by drafts a round, from the surest tokens to all that are offered.
+Each round the drafter proposes tokens for a request. The probability of each to be accepted, with
+all before it, is estimated (``confidence.py``). Drafting all tokens above a threshold spends their
+number a round, and gains the sum of their probabilities. Counted by probability over the proposals
+of every round, verified or not, this is the curve E of a budget (``RoundCurves``): gains a round by
+drafts a round, from the likeliest tokens to all that are proposed.
 
 A problem's counts are shrunk towards its class's, those towards all rounds', those towards the
-prior: an unknown problem is its class.
+prior. So a new problem has its class's curve.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from paceline.spec.budget.curves import RoundCurves
 Floats = NDArray[np.float64]
 
 THRESHOLDS = np.array([0.98, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
-"""A token belongs to the first of these that its probability reaches."""
+"""Lower bounds of bins: a token is in the first whose bound its probability reaches."""
 _ASCENDING = THRESHOLDS[::-1]
 _NUM_BINS = len(THRESHOLDS)
 
 
 @dataclass(frozen=True)
 class AcceptancePrior:
-    """What is assumed of a round before any: ``length`` tokens are offered, S_j = ``rate``^j.
+    """Assumption before any round: ``length`` tokens are proposed, S_j = ``rate``^j.
 
     ``strength`` is how many rounds the prior counts as: for all rounds together, for a length
     class against all, and for a problem against its class.
@@ -43,7 +43,7 @@ class AcceptancePrior:
 
 @dataclass
 class _Counts:
-    """Rounds, and by threshold [2, 12] the tokens they were offered and their probabilities."""
+    """Rounds, and by threshold [2, 12] proposed tokens and sums of their probabilities."""
 
     rounds: float
     tokens: Floats
@@ -54,19 +54,19 @@ class _Counts:
 
 
 def _by_threshold(survival: Floats) -> Floats:
-    """Offered tokens and their probabilities by threshold, [m, 2, 12]; 0 is a token not offered."""
-    offered = survival > 0
+    """Count proposed tokens and sum their probabilities by threshold, [m, 2, 12]; 0 is no token."""
+    proposed = survival > 0
     bins = _NUM_BINS - np.searchsorted(_ASCENDING, survival, side="right")
-    cells = (np.arange(len(survival))[:, None] * _NUM_BINS + bins)[offered]
+    cells = (np.arange(len(survival))[:, None] * _NUM_BINS + bins)[proposed]
     size = len(survival) * _NUM_BINS
     counts = np.empty((2, size))
     counts[0] = np.bincount(cells, minlength=size)
-    counts[1] = np.bincount(cells, survival[offered], size)
+    counts[1] = np.bincount(cells, survival[proposed], size)
     return counts.reshape(2, len(survival), _NUM_BINS).swapaxes(0, 1)
 
 
 class AcceptanceHistory:
-    """Offers by problem, by length class and of all together."""
+    """Proposals by problem, by length class and of all together."""
 
     def __init__(self, prior: AcceptancePrior | None = None) -> None:
         self._prior = prior or AcceptancePrior()
@@ -83,24 +83,27 @@ class AcceptanceHistory:
         return len(self._problems)
 
     def observe(self, requests: Sequence[tuple[Hashable, Hashable]], survival: Floats) -> None:
-        """Take in a round's offers to each (problem, length class): ``survival`` [m, d] is the
-        probability that the first j tokens hold, 0 where the offer ended."""
-        offers = _by_threshold(survival)
-        self._all.add(len(requests), offers.sum(axis=0))
-        for (problem, length_class), offer in zip(requests, offers, strict=True):
-            _counts(self._classes, length_class).add(1, offer)
-            _counts(self._problems, problem).add(1, offer)
+        """Count a round's proposals for each (problem, length class).
+
+        ``survival`` [m, d] is the probability that the first j tokens are accepted, 0 beyond the
+        end of a proposal.
+        """
+        proposals = _by_threshold(survival)
+        self._all.add(len(requests), proposals.sum(axis=0))
+        for (problem, length_class), proposal in zip(requests, proposals, strict=True):
+            _counts(self._classes, length_class).add(1, proposal)
+            _counts(self._problems, problem).add(1, proposal)
 
     def age(self, factor: float) -> None:
-        """Let what was seen count ``factor`` as much: the weights changed. A problem of which less
-        than half a round is left is forgotten."""
+        """Scale all counts by ``factor``, since the weights changed. A problem with less than half
+        a round left is forgotten."""
         for counts in (self._all, *self._classes.values(), *self._problems.values()):
             counts.rounds *= factor
             counts.tokens *= factor
         self._problems = {key: c for key, c in self._problems.items() if c.rounds >= 0.5}
 
     def curves(self, requests: Sequence[tuple[Hashable, Hashable]]) -> RoundCurves:
-        """What rounds of each (problem, length class) spend and gain, for budgets."""
+        """Return what rounds of each (problem, length class) spend and gain, for budgets."""
         known: dict[tuple[Hashable, Hashable], Floats] = {}
         for request in requests:
             if request not in known:
@@ -110,7 +113,7 @@ class AcceptanceHistory:
         return RoundCurves(spent=points[:, 0], gained=points[:, 1])
 
     def _a_round(self, problem: Hashable, length_class: Hashable) -> Floats:
-        """Tokens offered a round and their probabilities by threshold, [2, 12]."""
+        """Return proposed tokens a round and their probabilities by threshold, [2, 12]."""
         strength, mean = self._prior.strength, self._assumed
         for counts in (
             self._all,

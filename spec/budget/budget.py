@@ -1,4 +1,4 @@
-"""How much to draft for each request: two objectives, both solved exactly (pure).
+"""Budgets: how much to draft for each request, by two objectives, solved exactly (pure).
 
 A step of n tokens takes c_base + c_tok·n seconds (``cost_model.py``); n is one token for each live
 request, and the drafts. To take N rounds, a request of l_i tokens must draft p_i*(N) in total
@@ -26,13 +26,13 @@ more tokens than it has.
 
 **Throughput**, where requests keep coming (``throughput_drafts``). In asynchronous mode nothing
 waits for a batch of rollouts as a whole: as one request ends, another takes its place, and what
-counts is tokens a second. With S_ij the probability that the first j tokens of i's draft hold,
+counts is tokens a second. With S_ij the probability that i's first j tokens are accepted,
 
     maximise   R(d) = Σ_i (1 + Σ_{j <= d_i} S_ij) / (c_base + c_tok (m + Σ_i d_i))
 
-A token is worth drafting iff S_ij > R* c_tok: more than the time it takes would earn elsewhere
+A token is worth drafting iff S_ij > R* c_tok: more than its time would yield at the best rate
 (Dinkelbach 1967, *On nonlinear fractional programming*). Freshness needs no objective of its own:
-the ledger bounds it whatever is drafted, and what is done sooner is trained younger.
+the ledger bounds it whatever is drafted, and faster samples are younger when trained on.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 PRECISION = 1e-6
-"""Relative precision of N; drafting costs are flat around the optimum."""
+"""Relative precision of N; costs are flat around the optimum."""
 
 
 @dataclass(frozen=True)
 class RoundLimits:
-    """Most tokens that one round may draft: for a request, and for the batch together."""
+    """Most tokens that one round may draft: for a request, and for the whole batch."""
 
     request: float = np.inf
     batch: float = np.inf
@@ -64,8 +64,8 @@ class RoundLimits:
 class MakespanBudget:
     """``drafts`` [m] in total over the ``rounds`` that the batch takes; seconds with and without.
 
-    A request is live, and drafts, in ``rounds`` of them or until its own end. A token is worth
-    drafting for it iff it holds with a probability of ``least`` [m] or more.
+    A request drafts in all ``rounds``, or until its own end. A token is worth drafting for it iff
+    it is accepted with a probability of ``least`` [m] or more.
     """
 
     rounds: float
@@ -76,14 +76,14 @@ class MakespanBudget:
 
     @property
     def per_round(self) -> Floats:
-        """Drafts a round, [m], fractions."""
+        """Drafted tokens a round, float64 [m], fractions."""
         return self.drafts / self.rounds
 
 
 def makespan_seconds(
     lengths: Floats, drafts: Floats, rounds: float, costs: StepCosts, count_own_tokens: bool = True
 ) -> float:
-    """Seconds until the last request is done, by the model."""
+    """Return seconds until the last request is done, by the cost model."""
     own = np.minimum(lengths, rounds).sum() if count_own_tokens else 0.0
     return float(costs.base * rounds + costs.token * (drafts.sum() + own))
 
@@ -95,19 +95,19 @@ def makespan_budget(
     limits: RoundLimits | None = None,
     count_own_tokens: bool = True,
 ) -> MakespanBudget:
-    """The drafts that end the batch soonest; ``lengths`` > 0, [m >= 1], still to be generated."""
+    """Return the drafts that end the batch soonest; ``lengths`` [m >= 1] > 0 are still to come."""
     limits = limits or RoundLimits()
     longest = float(lengths.max())
 
     def falls_short(rounds: float) -> bool:
-        """Whether more rounds are needed, or fewer seconds would be spent by more rounds."""
+        """Tell whether more rounds are needed, or would take fewer seconds."""
         if not _within(limits, curves.drafts_needed(lengths, rounds) / rounds):
             return True
         own = np.count_nonzero(lengths > rounds) if count_own_tokens else 0
         saved = curves.saved_by_a_round(lengths, rounds).sum()
         return bool(costs.base + costs.token * (own - saved) < 0)
 
-    low, high = 0.0, longest  # high is always feasible: without drafts, at first
+    low, high = 0.0, longest  # high is always feasible, at first without drafts
     while high - low > PRECISION * longest:
         middle = (low + high) / 2
         low, high = (middle, high) if falls_short(middle) else (low, middle)
@@ -143,10 +143,10 @@ def throughput_drafts(
     costs: StepCosts,
     batch_limit: int | None = None,
 ) -> ThroughputBudget:
-    """The drafts of one round that make the most tokens a second.
+    """Return the drafts of one round that make the most tokens a second.
 
-    ``survival`` [m, d] holds S_ij, not rising in j, 0 where the drafter has no token;
-    ``batch_limit`` is how many the round may draft together.
+    ``survival`` [m, d] holds S_ij, not rising in j, 0 where the drafter has no token.
+    ``batch_limit`` is the most tokens that the round may draft for all.
     """
     num_requests, longest = survival.shape
     assert num_requests, "a round has requests"
@@ -164,7 +164,7 @@ def throughput_drafts(
 
 
 def within_batch(drafts: Integers, limit: int) -> Integers:
-    """``drafts`` [m] without the last tokens of the longest, so that at most ``limit`` are left."""
+    """Cut last tokens off the longest ``drafts`` [m], so that at most ``limit`` are left."""
     if drafts.sum() <= limit:
         return drafts
     positions = np.concatenate([np.arange(count) for count in drafts])

@@ -1,4 +1,4 @@
-"""What an engine step costs, fitted while the engine runs: t = c_base + c_tok·n (pure).
+"""Cost model of engine steps, fitted while the engine runs: t = c_base + c_tok·n (pure).
 
 n is the number of tokens that a decoding step forwards: one for each live request, and its draft.
 DAS (arXiv 2511.13841) models its steps so; measured on vLLM (56.6M parameters, CPU, batches of 4
@@ -28,17 +28,17 @@ import statistics
 from dataclasses import dataclass, field
 
 WARM_UP_STEPS = 8
-"""Steps that a line collects before it is started, by a fit that outliers cannot move."""
+"""Steps that a line collects for its first fit, which is robust to outliers."""
 MEMORY_STEPS = 256
-"""Steps after which an observation counts 1/e."""
+"""Steps after which an observation has a weight of 1/e."""
 POOL_WEIGHT = 1.0
-"""Observations of a bucket that the pooled line counts as."""
+"""Number of a bucket's observations that the pooled line counts as."""
 HUBER_BOUND = 1.5
-"""Residuals beyond so many standard deviations count less."""
+"""Standard deviations beyond which a residual counts less."""
 SCALE_RATE = 0.05
 """Share by which one residual moves the estimate of their spread."""
 LEAST_SCALE = 0.005
-"""Relative noise that is assumed at least; 0 would make every other residual an outlier."""
+"""Least relative noise; with 0 every other residual would be an outlier."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class StepCosts:
     token: float
 
     def seconds(self, num_tokens: float) -> float:
-        """Of a step that forwards ``num_tokens`` tokens."""
+        """Return the seconds of a step that forwards ``num_tokens`` tokens."""
         return self.base + self.token * num_tokens
 
 
@@ -62,13 +62,13 @@ class Prediction:
 
     @property
     def confidence(self) -> float:
-        """Between 0 (unknown) and 1 (exact): 1 / (1 + relative standard error)."""
+        """1 / (1 + relative standard error): from 0 (unknown) to 1 (exact)."""
         return self.seconds / (self.seconds + self.standard_error)
 
 
 @dataclass
 class _Moments:
-    """Weighted sums over steps of 1, n, n², t and n·t: all that least squares needs."""
+    """Weighted sums over steps of 1, n, n², t and n·t, which determine the least-squares line."""
 
     one: float = 0.0
     n: float = 0.0
@@ -91,14 +91,14 @@ class _Moments:
 
     @property
     def is_singular(self) -> bool:
-        """Whether only one n was seen, to rounding."""
+        """True if only one n was seen, to rounding."""
         return self.determinant <= 1e-9 * self.one * self.nn
 
     def solve(self) -> StepCosts:
-        """The non-negative least-squares line.
+        """Return the non-negative least-squares line.
 
-        Where one n alone was seen, everything is laid on the tokens: drafting then looks as
-        expensive as it can be, until probes have shown what tokens cost.
+        Where only one n was seen, the whole time is attributed to the tokens. Drafting then looks
+        as expensive as it can be, until probes have shown what tokens cost.
         """
         if self.is_singular:
             return StepCosts(0.0, self.nt / self.nn)
@@ -111,7 +111,7 @@ class _Moments:
         return StepCosts(base, token)
 
     def variance(self, num_tokens: float) -> float:
-        """(1, n) G^-1 (1, n)ᵀ with the information matrix G; infinite where G is singular."""
+        """Return (1, n) G^-1 (1, n)ᵀ with the information matrix G; infinite if G is singular."""
         if self.is_singular:
             at_seen_n = math.isclose(num_tokens * self.one, self.n, rel_tol=1e-6)
             return 1 / self.one if at_seen_n else math.inf
@@ -121,7 +121,7 @@ class _Moments:
 
 @dataclass
 class _Line:
-    """One robust line, and the relative spread of its residuals."""
+    """A robust line, and the relative spread of its residuals."""
 
     moments: _Moments = field(default_factory=_Moments)
     num_steps: float = 0.0
@@ -163,7 +163,10 @@ class _Line:
 
 
 def _theil_sen(steps: list[tuple[int, float]]) -> StepCosts:
-    """Medians of slopes and of intercepts: right while fewer than about a quarter are outliers."""
+    """Fit a line by medians of slopes and intercepts (Theil 1950; Sen 1968).
+
+    It is robust to outliers up to about a quarter of the steps.
+    """
     slopes = [(t - s) / (n - m) for n, t in steps for m, s in steps if n > m]
     slope = max(0.0, statistics.median(slopes)) if slopes else 0.0
     base = statistics.median(t - slope * n for n, t in steps)
@@ -173,7 +176,7 @@ def _theil_sen(steps: list[tuple[int, float]]) -> StepCosts:
 
 
 def batch_bucket(num_requests: int) -> int:
-    """Batches of 1, 2, 3-4, 5-8, … share a bucket, numbered from 0."""
+    """Return the bucket, from 0: batches of 1, of 2, of 3-4, of 5-8, … share one."""
     return (num_requests - 1).bit_length()
 
 
@@ -186,9 +189,9 @@ class CostModel:
     _lines: dict[tuple[int, bool], _Line] = field(default_factory=dict)
 
     def observe(self, num_tokens: int, num_requests: int, seconds: float) -> None:
-        """Take in one step that decoded only: prompts are not part of the model.
+        """Add one step that only decoded: prefills are not part of the model.
 
-        ``num_tokens`` are all tokens it forwarded, ``num_requests`` and the drafts.
+        ``num_tokens`` are all tokens it forwarded: one for each request, and the drafts.
         """
         assert num_tokens >= num_requests > 0 and seconds > 0, (num_tokens, num_requests, seconds)
         drafted = num_tokens > num_requests
@@ -200,15 +203,15 @@ class CostModel:
 
     @property
     def is_started(self) -> bool:
-        """Whether enough steps were seen for any prediction."""
+        """True once enough steps were seen for any prediction."""
         return self._all.is_started
 
     def costs(self, num_requests: int, drafted: bool) -> StepCosts | None:
-        """The line for steps of ``num_requests`` requests; None before the first steps."""
+        """Return the line for steps of ``num_requests`` requests; None before the first steps."""
         return self._moments(num_requests, drafted).solve() if self.is_started else None
 
     def predict(self, num_tokens: int, num_requests: int) -> Prediction | None:
-        """Seconds of a step that forwards ``num_tokens`` tokens for ``num_requests`` requests."""
+        """Predict the seconds of a step of ``num_tokens`` tokens for ``num_requests`` requests."""
         if not self.is_started:
             return None
         drafted = num_tokens > num_requests
@@ -220,7 +223,7 @@ class CostModel:
         return Prediction(moments.solve().seconds(num_tokens), error)
 
     def _moments(self, num_requests: int, drafted: bool) -> _Moments:
-        """Of a bucket's line together with the pooled one; of the pool where it has none."""
+        """Return the sums of a bucket's line and the pooled one; of the pool if it has no line."""
         pool = self._pool(drafted)
         line = self._lines.get((batch_bucket(num_requests), drafted))
         if line is None or not line.is_started:

@@ -1,4 +1,4 @@
-"""How drafts turn into accepted tokens over a whole request (pure).
+"""Curves of accepted tokens by drafted tokens, over a whole request (pure).
 
 A request that still has l tokens to go, drafts p tokens over them and has A(p) of them accepted
 takes l - A(p) rounds. Budgets need the inverse: the fewest drafts p*(N) with which it takes N
@@ -36,47 +36,47 @@ Floats = NDArray[np.float64]
 
 
 class Curves(Protocol):
-    """What m requests must draft; ``lengths`` [m] > 0 are the tokens they still have to go."""
+    """Drafts that m requests need; ``lengths`` [m] > 0 are the tokens they still have to go."""
 
     def drafts_needed(self, lengths: Floats, rounds: float) -> Floats:
-        """p*: fewest drafts in total, [m], to take at most ``rounds`` rounds; 0 where none are
-        needed, infinite where none suffice."""
+        """Return p*, the fewest drafts in total, [m], to take at most ``rounds`` rounds; 0 where
+        none are needed, infinite where none suffice."""
 
     def saved_by_a_round(self, lengths: Floats, rounds: float) -> Floats:
-        """-dp*/dN, [m]; 0 where none are needed, undefined where none suffice."""
+        """Return -dp*/dN, [m]; 0 where none are needed, undefined where none suffice."""
 
     def last_gain(self, lengths: Floats, rounds: float) -> Floats:
-        """Tokens gained by the last one drafted, [m]; infinite where none are needed."""
+        """Return tokens gained by the last one drafted, [m]; infinite where none are needed."""
 
 
 @dataclass(frozen=True)
 class RoundCurves:
     """E by points: rounds that draft ever more tokens spend ``spent`` and gain ``gained``.
 
-    Both [m, 1 + d] from 0, not falling; gains by what they cost not rising, and 1 at most.
+    Both are [m, 1 + d], from 0, not falling. Gain per token spent does not rise and is at most 1.
     """
 
     spent: Floats
     gained: Floats
 
     def drafts_needed(self, lengths: Floats, rounds: float) -> Floats:
-        """N · D(l/N - 1), [m]."""
+        """Return N · D(l/N - 1), [m]."""
         return rounds * self._per_round(lengths, rounds)[0]
 
     def saved_by_a_round(self, lengths: Floats, rounds: float) -> Floats:
-        """(l/N) D'(l/N - 1) - D(l/N - 1), [m]."""
+        """Return (l/N) D'(l/N - 1) - D(l/N - 1), [m]."""
         per_round, price = self._per_round(lengths, rounds)
         with np.errstate(invalid="ignore"):  # infinite where none suffice
             return np.where(lengths > rounds, lengths / rounds * price - per_round, 0.0)
 
     def last_gain(self, lengths: Floats, rounds: float) -> Floats:
-        """1 / D'(l/N - 1), [m]."""
+        """Return 1 / D'(l/N - 1), [m]."""
         with np.errstate(divide="ignore"):
             gain = 1 / self._per_round(lengths, rounds)[1]
         return np.where(lengths > rounds, gain, np.inf)
 
     def _per_round(self, lengths: Floats, rounds: float) -> tuple[Floats, Floats]:
-        """D and D' at l/N - 1, [m] each: drafts a round, and drafts for one more token gained."""
+        """Return D and D' at l/N - 1, [m]: drafts a round, and drafts for one more token gained."""
         needed = np.maximum(lengths / rounds - 1, 0.0)
         end = (self.gained < needed[:, None]).sum(axis=1)
         reachable = end < self.gained.shape[1]

@@ -1,4 +1,4 @@
-"""What drafting did, as running totals that an engine reports."""
+"""Running totals of drafting, which an engine reports."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass
 class DraftCounters:
-    """Running totals, but for ``drafter_bytes``, which is what the drafter's memory holds now.
+    """Running totals, except ``drafter_bytes``, the drafter's memory now.
 
-    A *round* is a request in a step that drafted for it; it is *cold* where nothing was known to
+    A *round* is a request in a step that drafted for it; it is *cold* where the drafter had no
     draft. *Siblings* are samples of the same prompt by the weights now served, finished or not;
-    *history* are those of older ones, and texts from files. ``num_accepted`` and what it
-    is made of count drafted tokens that the model sampled.
+    *history* are those of older weights, and texts from files. ``num_accepted_*`` count drafted
+    tokens that the model accepted.
     """
 
     num_draft_steps: int = 0
@@ -29,7 +29,7 @@ class DraftCounters:
     drafter_bytes: int = 0
 
     def count_draft(self, num_tokens: int, sibling: bool) -> None:
-        """A round that drafted ``num_tokens``."""
+        """Count a round that drafted ``num_tokens``."""
         self.num_rounds += 1
         if sibling:
             self.num_drafted_siblings += num_tokens
@@ -37,7 +37,7 @@ class DraftCounters:
             self.num_drafted_history += num_tokens
 
     def count_accepted(self, num_tokens: int, sibling: bool) -> None:
-        """What came of it."""
+        """Count ``num_tokens`` accepted tokens of a round."""
         if sibling:
             self.num_accepted_siblings += num_tokens
         else:

@@ -1,7 +1,7 @@
-"""How much longer a request will run: from similar requests' lengths and its own so far (pure).
+"""Remaining lengths of requests, from similar requests' lengths and their own so far (pure).
 
 For each key (a problem) the survival function S(t) = P(length > t) is estimated from the lengths
-seen, by Kaplan and Meier's product over bins:
+seen, by the product of Kaplan and Meier (1958) over bins:
 
     S(end of bin) = S(its start) · (1 - ended in the bin / reached the bin)
 
@@ -28,13 +28,13 @@ Floats = NDArray[np.float64]
 LengthClass = Literal["short", "medium", "long"]
 
 CLASS_QUANTILES = (0.5, 0.9)
-"""Of all lengths, half are short and a tenth long."""
+"""Quantiles of all lengths: up to the first are short, beyond the second long."""
 POOL_WEIGHT = 2.0
-"""Observations of a key that the pool counts as."""
+"""Number of a key's observations that the pool counts as."""
 
 
 def _bin_edges(longest: int = 1 << 24) -> Floats:
-    """Bin b holds lengths in (edges[b], edges[b + 1]]."""
+    """Return the edges of bins: bin b holds lengths in (edges[b], edges[b + 1]]."""
     geometric = np.rint(16 * 2 ** (np.arange(8 * 20 + 1) / 8))
     edges = np.concatenate([np.arange(16), geometric])
     return edges[edges <= longest]
@@ -54,7 +54,7 @@ def _bin(length: int) -> int:
 class Survival:
     """S(t) = P(length > t): ``survival`` at ``times``, linear in between, falling to 0 at the end.
 
-    Without observations it has one point, and requests are taken to end anywhere up to their limit.
+    Without observations it has one point, and lengths are assumed uniform up to the limit.
     """
 
     times: Floats
@@ -62,7 +62,7 @@ class Survival:
 
     @classmethod
     def from_counts(cls, counts: Floats) -> Survival:
-        """``counts`` [2, NUM_BINS], censored and ended; they may be fractions."""
+        """Estimate from ``counts`` [2, NUM_BINS], censored and ended, maybe fractions."""
         reached = counts.sum(axis=0)[::-1].cumsum()[::-1]
         num_bins = int(np.count_nonzero(reached > 0))
         hazard = counts[ENDED, :num_bins] / np.maximum(reached[:num_bins], 1e-300)
@@ -73,13 +73,13 @@ class Survival:
         return cls(times, survival)
 
     def at(self, time: float) -> float:
-        """P(length > time)."""
+        """Return P(length > time)."""
         return float(np.interp(time, self.times, self.survival))
 
     def expected_remaining(self, so_far: int, max_tokens: int) -> float:
-        """Mean of min(length, max_tokens) - so_far, given that length > so_far; at least 1.
+        """Return the mean of min(length, max_tokens) - so_far given length > so_far; at least 1.
 
-        The sum of S(t) / S(so_far) over t = so_far … max_tokens - 1.
+        It is the sum of S(t) / S(so_far) over t = so_far … max_tokens - 1.
         """
         most = max(1.0, float(max_tokens - so_far))
         if len(self.times) == 1:
@@ -96,8 +96,8 @@ class Survival:
         return min(max(1.0, float(total / alive)), most)
 
     def quantile(self, probability: float, so_far: int = 0) -> float:
-        """The length that is not exceeded with ``probability``, given that it exceeds ``so_far``;
-        ``so_far`` itself where nothing longer is known."""
+        """Return the quantile of lengths given that they exceed ``so_far``; ``so_far`` itself where
+        nothing longer was seen."""
         alive = self.at(so_far)
         falling = self.survival[::-1]
         length = float(np.interp((1 - probability) * alive, falling, self.times[::-1]))
@@ -105,7 +105,7 @@ class Survival:
 
 
 class LengthHistory:
-    """Lengths of finished and cut-off requests by key; asked for what remains of running ones."""
+    """Lengths of finished and cut-off requests by key, to predict those of running ones."""
 
     def __init__(self) -> None:
         self._pool = np.zeros((2, NUM_BINS))
@@ -120,15 +120,14 @@ class LengthHistory:
         return len(self._keys)
 
     def add(self, key: Hashable, length: int, finished: bool) -> None:
-        """Take in one request of ``length`` >= 1 tokens; not ``finished`` if it was cut off."""
+        """Add one request of ``length`` >= 1 tokens; not ``finished`` if it was cut off."""
         counts = self._keys.setdefault(key, np.zeros((2, NUM_BINS)))
         for table in (counts, self._pool):
             table[ENDED if finished else CENSORED, _bin(length)] += 1
         self._curves.clear()
 
     def set_running(self, lengths: Iterable[tuple[Hashable, int]]) -> None:
-        """Key and length so far of every running request, in place of those set before: censored
-        observations for as long as they run."""
+        """Replace key and length so far of all running requests; they count as censored."""
         self._running = {}
         self._running_pool = np.zeros((2, NUM_BINS))
         for key, length in lengths:
@@ -139,31 +138,31 @@ class LengthHistory:
         self._curves.clear()
 
     def age(self, factor: float) -> None:
-        """Let what was seen count ``factor`` as much: the weights changed. A key of which less than
-        a tenth of a request is left is forgotten."""
+        """Scale all counts by ``factor``, since the weights changed. A key with less than a tenth
+        of a request left is forgotten."""
         for counts in (self._pool, *self._keys.values()):
             counts *= factor
         self._keys = {key: counts for key, counts in self._keys.items() if counts.sum() >= 0.1}
         self._curves.clear()
 
     def survival(self, key: Hashable) -> Survival:
-        """Of requests of this key, the pool counting as ``POOL_WEIGHT`` of them."""
+        """Estimate the lengths of this key, the pool counting as ``POOL_WEIGHT`` requests."""
         if key not in self._curves:
             self._curves[key] = Survival.from_counts(self._counts(key))
         return self._curves[key]
 
     def pooled(self) -> Survival:
-        """Of requests of any key."""
+        """Estimate the lengths of any key."""
         if None not in self._curves:
             self._curves[None] = Survival.from_counts(self._pool + self._running_pool)
         return self._curves[None]
 
     def expected_remaining(self, key: Hashable, so_far: int, max_tokens: int) -> float:
-        """Tokens still to come of a request with ``so_far`` of at most ``max_tokens``."""
+        """Return expected tokens to come of a request with ``so_far`` of at most ``max_tokens``."""
         return self.survival(key).expected_remaining(so_far, max_tokens)
 
     def length_class(self, key: Hashable, so_far: int) -> LengthClass:
-        """The likeliest class of the whole length, given the length so far (as in DAS).
+        """Return the likeliest class of the whole length, given the length so far (as in DAS).
 
         Classes are cut at ``CLASS_QUANTILES`` of the pooled lengths.
         """

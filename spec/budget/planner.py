@@ -1,8 +1,8 @@
-"""How much of its draft each running request has verified: estimates and budgets together (pure).
+"""Planner: how much of each running request's draft is verified, by estimates and budgets (pure).
 
-An engine asks ``wants_drafts`` and, if so, ``plan`` before each decoding step, and tells what came
-of it. How likely each drafted token is to hold is estimated in every round; how likely it must be
-to be worth its cost is a matter of the objective. For the makespan that is solved when requests
+An engine calls ``wants_drafts`` and, if so, ``plan`` before each decoding step, and reports its
+results. The acceptance probability of each drafted token is estimated in every round. The least one
+that is worth its cost follows from the objective. For the makespan it is solved for when requests
 come and every ``REPLAN_ROUNDS`` rounds; in between a round costs a few array operations.
 """
 
@@ -26,26 +26,26 @@ from paceline.spec.budget.budget import (
 from paceline.spec.budget.confidence import DraftConfidence
 from paceline.spec.budget.cost_model import CostModel, StepCosts
 from paceline.spec.budget.lengths import LengthClass, LengthHistory
-from paceline.spec.budget.switch import Decision, DraftSwitch, LookBudget
+from paceline.spec.budget.switch import Decision, DraftSwitch, ProposalBudget
 from paceline.spec.history import Drafts
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-Objective = Literal["makespan", "throughput"]
+DraftObjective = Literal["makespan", "throughput"]
 
 REPLAN_ROUNDS = 16
 GAIN_RATE = 0.25
-"""Share by which a round moves the gain that throughput promises, once drafting is on."""
+"""Rate of the moving average of the gain in throughput, once drafting is on."""
 PROBE_DRAFT = 2
-"""Tokens that a request drafts in a probe: the second shows how acceptance falls."""
+"""Tokens that a request drafts in a probe; the second one shows how acceptance falls."""
 PROBE_SHARE = 8
-"""One in so many requests drafts in a probe, the next ones in the next: in a large batch tokens
-cost more than the step does, and a probe of all would take as long as three plain steps."""
+"""One in this many requests drafts in a probe, others in the next one. In a large batch tokens
+cost more than the step does; a probe of all requests would take as long as three plain steps."""
 
 
 @dataclass(frozen=True)
-class Running:
-    """A request as it stands: ``num_tokens`` of at most ``max_tokens`` are generated."""
+class RunningRequest:
+    """A running request, with ``num_tokens`` of at most ``max_tokens`` generated."""
 
     request: Hashable
     problem: Hashable
@@ -54,11 +54,11 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Verified:
-    """What came of drafts in a step; arrays [m].
+class Verification:
+    """Verification of a step's drafts; arrays int64 [m].
 
-    They are ``rows`` of the ``drafts`` that were planned with; the engine verified the first
-    ``drafted`` tokens of each, and ``accepted`` the first so many of those.
+    Of each of ``rows`` of ``drafts`` the engine verified the first ``drafted`` tokens, and accepted
+    the first ``accepted`` of those.
     """
 
     drafts: Drafts
@@ -69,8 +69,8 @@ class Verified:
 
 @dataclass(frozen=True)
 class _MakespanPlan:
-    """By request: its length class, and the least probability a token must hold with to be worth
-    drafting; and the gain that all of it promises."""
+    """Length class and least acceptance probability of a token worth drafting, by request; and the
+    predicted gain of the whole plan."""
 
     classes: dict[Hashable, LengthClass]
     least: dict[Hashable, float]
@@ -81,17 +81,17 @@ class _MakespanPlan:
 class DraftPlanner:
     """Budgets for one engine; remaining lengths are taken at their expectation.
 
-    A token is drafted where it makes more tokens a second. Where training waits for the batch
-    (``max_lag: 0``) the ``objective`` is ``makespan``: besides, the longest requests draft whatever
-    ends the batch sooner. While requests wait for a place in the engine, and in asynchronous mode
-    always, it is ``throughput`` alone: whatever ends is followed by something else, so that time is
-    lost by slow tokens only. Lengths are not known, only expected: a request that should have been
-    short may be the last, and what it drafts by throughput costs next to nothing if it is not.
+    ``throughput`` drafts a token where that makes more tokens a second. Where training waits for
+    the batch (``max_lag: 0``) the ``objective`` is ``makespan``: besides, the longest requests
+    draft all that ends the batch sooner. While requests wait for a place in the engine, and always
+    in asynchronous mode, throughput alone counts: a request that ends is followed by another, so
+    that only slow tokens lose time. Lengths are not known, only expected. A request that was
+    expected to be short may be the last; what it drafts by throughput costs little if it is not.
     A round drafts ``batch_limit`` tokens at most.
     """
 
     max_draft: int
-    objective: Objective = "makespan"
+    objective: DraftObjective = "makespan"
     batch_limit: int = 1 << 30
     switch: DraftSwitch = field(default_factory=DraftSwitch)
 
@@ -104,27 +104,29 @@ class DraftPlanner:
         self.predicted_gain = 0.0
         self._throughput_gain = 0.0
         self._decision = Decision(draft=False, probe=False)
-        self._looks = LookBudget()
+        self._proposals = ProposalBudget()
         self._plan: _MakespanPlan | None = None
         self._rounds = 0
         self._num_probes = 0
 
     def wants_drafts(self) -> bool:
-        """Begin a round: whether to ask the drafter at all, which costs time too.
+        """Begin a round and tell whether to call the drafter at all, which costs time too.
 
-        Where drafting is off that is done for probes, and as often as ``LOOK_SHARE`` of the time
-        allows: to see whether it would pay by now.
+        While drafting is off, it is called for probes, and as often as ``PROPOSAL_SHARE`` of the
+        time allows, to see whether drafting would pay by now.
         """
         self._decision = self.switch.decide(self.predicted_gain)
-        return self._decision.draft or self._looks.are_due
+        return self._decision.draft or self._proposals.are_due
 
-    def took(self, step_seconds: float, look_seconds: float) -> None:
-        """The round's step is over; ``look_seconds`` of it went into asking the drafter, 0 if it
-        was not asked."""
-        self._looks.spend(step_seconds, 0.0 if self._decision.draft else look_seconds)
+    def took(self, step_seconds: float, proposal_seconds: float) -> None:
+        """Account for the round's step, of which the drafter took ``proposal_seconds``; 0 if it was
+        not called."""
+        self._proposals.spend(step_seconds, 0.0 if self._decision.draft else proposal_seconds)
 
-    def plan(self, running: Sequence[Running], drafts: Drafts, num_waiting: int = 0) -> Integers:
-        """How many tokens of its draft each request is to have verified, [m].
+    def plan(
+        self, running: Sequence[RunningRequest], drafts: Drafts, num_waiting: int = 0
+    ) -> Integers:
+        """Return how many tokens of each request's draft are to be verified, int64 [m].
 
         ``drafts`` has a row for each of ``running``; ``num_waiting`` requests have no place in the
         engine yet.
@@ -133,7 +135,7 @@ class DraftPlanner:
             return np.zeros(0, dtype=np.int64)
         survival = self.confidence.survival(drafts)
         wanted, gain = self._most_throughput(running, survival)
-        # Once on, rounds that have nothing to draft do not say that drafting does not pay.
+        # Once on, rounds without drafts are no evidence that drafting does not pay.
         rate = GAIN_RATE if self.switch.is_on else 1.0
         self._throughput_gain += rate * (gain - self._throughput_gain)
         self.predicted_gain = self._throughput_gain
@@ -147,29 +149,29 @@ class DraftPlanner:
             wanted = self._probe(drafts.num_tokens)
         return within_batch(wanted, self.batch_limit)
 
-    def observe(self, step: Verified) -> None:
-        """Take in what came of drafts."""
+    def observe(self, step: Verification) -> None:
+        """Learn from the verification of drafts."""
         self.confidence.observe(step.drafts, step.rows, step.drafted, step.accepted)
 
     def observe_step(self, num_requests: int, num_drafted: int, seconds: float) -> None:
-        """Take in the seconds, proposing included, of a step that decoded ``num_requests`` requests
-        and nothing else, and verified ``num_drafted`` drafted tokens."""
+        """Learn the seconds, proposing included, of a step that only decoded ``num_requests``
+        requests and verified ``num_drafted`` drafted tokens."""
         self.costs.observe(num_requests + num_drafted, num_requests, seconds)
 
     def seconds_without(self, num_requests: int, num_accepted: int) -> float:
-        """What plain steps would have taken for the tokens of a step, by the fitted costs."""
+        """Return the seconds that plain steps would have taken for the tokens of a step."""
         costs = self.costs.costs(num_requests, drafted=False)
         if costs is None:
             return 0.0
         return costs.seconds(num_requests) * (1 + num_accepted / num_requests)
 
     def finish(self, problem: Hashable, num_tokens: int, finished: bool) -> None:
-        """A request ended by itself, or (not ``finished``) was cut off."""
+        """Record the length of a request that ended by itself or, not ``finished``, was cut off."""
         if num_tokens >= 1:
             self.lengths.add(problem, num_tokens, finished)
 
     def weights_changed(self, keep: float = 0.5) -> None:
-        """Let what was seen under older weights count ``keep`` as much."""
+        """Scale counts of older weights by ``keep``."""
         for history in (self.lengths, self.acceptance, self.confidence):
             history.age(keep)
         self.switch.weights_changed()
@@ -182,9 +184,9 @@ class DraftPlanner:
         return np.where(chosen, np.minimum(offered, PROBE_DRAFT), 0).astype(np.int64)
 
     def _least_makespan(
-        self, running: Sequence[Running], survival: Floats
+        self, running: Sequence[RunningRequest], survival: Floats
     ) -> tuple[Integers, float]:
-        """Drafts of this round and the gain that the whole plan promises."""
+        """Return drafts of this round and the predicted gain of the whole plan."""
         self._rounds += 1
         is_known = self._plan is not None and all(
             one.request in self._plan.least for one in running
@@ -197,7 +199,7 @@ class DraftPlanner:
         least = np.array([self._plan.least[one.request] for one in running])
         return (survival >= least[:, None]).sum(axis=1), self._plan.gain
 
-    def _solve_makespan(self, running: Sequence[Running]) -> _MakespanPlan:
+    def _solve_makespan(self, running: Sequence[RunningRequest]) -> _MakespanPlan:
         names = [one.request for one in running]
         self.lengths.set_running((one.problem, one.num_tokens) for one in running)
         classes = [self.lengths.length_class(one.problem, one.num_tokens) for one in running]
@@ -222,9 +224,9 @@ class DraftPlanner:
         return _MakespanPlan(by_name, least, confidence * without / budget.seconds)
 
     def _most_throughput(
-        self, running: Sequence[Running], survival: Floats
+        self, running: Sequence[RunningRequest], survival: Floats
     ) -> tuple[Integers, float]:
-        """Drafts of this round and the gain they promise."""
+        """Return drafts of this round and their predicted gain."""
         costs = self._step_costs(len(running))
         if costs is None:
             return np.zeros(len(running), dtype=np.int64), 0.0
@@ -235,12 +237,12 @@ class DraftPlanner:
         return budget.drafts, confidence * float(budget.rate / plain_rate)
 
     def _step_costs(self, num_requests: int) -> tuple[StepCosts, StepCosts] | None:
-        """Of drafted steps and of plain ones; None before the first steps were seen."""
+        """Return costs of drafted steps and of plain ones; None before the first steps."""
         drafted = self.costs.costs(num_requests, drafted=True)
         plain = self.costs.costs(num_requests, drafted=False)
         return None if drafted is None or plain is None else (drafted, plain)
 
     def _confidence(self, num_requests: int, drafts: float) -> float:
-        """In the seconds of a drafted step: what is not known well must promise more."""
+        """Return the confidence in a drafted step's seconds; gains are discounted by it."""
         prediction = self.costs.predict(num_requests + max(1, round(drafts)), num_requests)
         return 0.0 if prediction is None else prediction.confidence

@@ -1,9 +1,9 @@
-"""Whether to draft at all: off where the predicted gain is below a margin (pure).
+"""Switch of drafting: off where the predicted gain is below a margin (pure).
 
 A prediction errs, and both sides of it go stale: no draft is verified while drafting is off, no
-plain step is timed while it is on. So every so often one round is a *probe*, which does the other
-thing. Probes that change nothing become rarer, until 1 in ``LONGEST_INTERVAL`` rounds: what does
-not pay costs less than a hundredth from then on, if a probe takes less than three and a half steps.
+plain step is timed while it is on. So now and then one round is a *probe*, which does the opposite.
+Probes that change nothing become rarer, down to 1 in ``LONGEST_INTERVAL`` rounds. From then on they
+cost less than a hundredth of the time, if a probe takes less than three and a half steps.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 FIRST_INTERVAL = 8
 LONGEST_INTERVAL = 256
 INTERVAL_AFTER_UPDATE = 32
-LOOK_SHARE = 0.005
+PROPOSAL_SHARE = 0.005
 FIRST_CREDIT = 0.02
-"""Seconds of looking that an engine begins with, and can save up."""
+"""Seconds of calls to the drafter that an engine begins with, and can save up at most."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether this round drafts, and whether only to learn what drafting would do."""
+    """Decision for a round: to ``draft`` or not, and whether that is a ``probe``."""
 
     draft: bool
     probe: bool
@@ -28,9 +28,10 @@ class Decision:
 
 @dataclass
 class DraftSwitch:
-    """On above a gain of 1 + ``margin`` + ``hysteresis``, off below 1 + ``margin``; starts off.
+    """Switch, off at first: on above 1 + ``margin`` + ``hysteresis``, off below 1 + ``margin``.
 
-    The margin is for what the model leaves out, the hysteresis keeps noise from toggling it.
+    Both are bounds of the gain. The margin covers what the model leaves out; the hysteresis keeps
+    noise from toggling the switch.
     """
 
     margin: float = 0.02
@@ -40,8 +41,8 @@ class DraftSwitch:
     _rounds: int = 0
 
     def decide(self, gain: float) -> Decision:
-        """For one round; ``gain`` is the predicted speed with drafts over the speed without, 0 if
-        nothing is known."""
+        """Decide for one round; ``gain`` is the predicted speed with drafts over that without, 0 if
+        unknown."""
         bound = 1 + self.margin + (0.0 if self.is_on else self.hysteresis)
         if (gain >= bound) != self.is_on:
             self.is_on = not self.is_on
@@ -53,22 +54,22 @@ class DraftSwitch:
         return Decision(not self.is_on, probe=True)
 
     def weights_changed(self) -> None:
-        """What was tried is out of date: probe soon, but not as if nothing were known."""
+        """Probe soon, since earlier probes are out of date, though not as often as at first."""
         self._interval = min(self._interval, INTERVAL_AFTER_UPDATE)
 
 
 @dataclass
-class LookBudget:
-    """Asking the drafter although drafting is off may cost ``LOOK_SHARE`` of the time."""
+class ProposalBudget:
+    """Budget of calls to the drafter while drafting is off: ``PROPOSAL_SHARE`` of the time."""
 
     _credit: float = FIRST_CREDIT
 
     @property
     def are_due(self) -> bool:
-        """Whether there is time for it."""
+        """True while there is time left for them."""
         return self._credit >= 0
 
-    def spend(self, step_seconds: float, look_seconds: float) -> None:
-        """A step took so long, of which asking took ``look_seconds``, 0 if nobody asked."""
-        self._credit += LOOK_SHARE * step_seconds - look_seconds
+    def spend(self, step_seconds: float, proposal_seconds: float) -> None:
+        """Account for a step of which the drafter took ``proposal_seconds``, 0 if not called."""
+        self._credit += PROPOSAL_SHARE * step_seconds - proposal_seconds
         self._credit = min(self._credit, FIRST_CREDIT)

@@ -15,7 +15,7 @@ namespace paceline {
 
 using Token = std::int32_t;
 
-// A token and the state it leads to, in one word so that readers never see half of it. 0 is no edge:
+// A token and the state it leads to, in one word, so that reads are atomic. 0 is no edge:
 // none leads to the root, which is state 0.
 using Edge = std::uint64_t;
 constexpr Edge kNoEdge = 0;

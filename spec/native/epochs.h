@@ -1,9 +1,9 @@
-// Memory that lock-free readers may still be looking at: freed once nobody can (epoch-based
-// reclamation, Fraser 2004).
+// Memory that lock-free readers may still read: freed once none can (epoch-based reclamation,
+// Fraser 2004).
 //
-// Readers enter an epoch before they follow a pointer that a writer may take away, and leave it
-// when they let go. What a writer took away in epoch e can be freed once the epoch is e + 2: an
-// epoch ends only when everyone who entered the one before has left. Readers never wait.
+// A reader enters an epoch before it follows a pointer that a writer may replace, and leaves it
+// after the last access. Memory that was retired in epoch e can be freed once the epoch is e + 2:
+// an epoch ends only when all readers that entered the one before have left. Readers never wait.
 
 #pragma once
 
@@ -42,14 +42,14 @@ class Epochs {
 
   std::uint64_t now() const { return epoch_.load(); }
 
-  // Whether nobody can look any more at what was taken away in epoch `retired`. Never waits.
+  // Whether no reader can access any more what was retired in epoch `retired`. Never waits.
   bool is_over(std::uint64_t retired) {
     while (now() < retired + 2 && advance()) {
     }
     return now() >= retired + 2;
   }
 
-  // Calls `free` once nobody can look any more at what was just taken away.
+  // Calls `free` once no reader can access any more what was just retired.
   void retire(std::function<void()> free) { retired_.emplace_back(now(), std::move(free)); }
 
   // Frees what can be freed. Never waits.

@@ -11,7 +11,7 @@
 
 namespace paceline {
 
-// Who is asked before memory is allocated. `take` throws where there is none to be had.
+// Budget of memory that is asked before an allocation. `take` throws where it is exhausted.
 class Budget {
  public:
   virtual void take(std::size_t bytes) = 0;
@@ -21,7 +21,7 @@ class Budget {
   ~Budget() = default;
 };
 
-// Bytes taken from a budget (none: nobody counts), given back at the end.
+// Bytes taken from a budget (none: not counted), given back at the end.
 class Lease {
  public:
   explicit Lease(Budget* budget, std::size_t bytes = 0) : budget_(budget) { grow(bytes); }

@@ -224,7 +224,7 @@ std::shared_ptr<Problem> History::hold(const std::string& name) {
   return problem;
 }
 
-// Lets go of a problem; where nothing is known of it and nobody else holds it, it is forgotten.
+// Releases a problem; it is erased if it has no text and no other holder.
 void History::release(const std::string& name, std::shared_ptr<Problem> problem) {
   const std::lock_guard lock(looking_up_);
   const bool is_unknown = problem->published.load() == nullptr;

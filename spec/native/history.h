@@ -1,7 +1,7 @@
-// What was sampled so far: a suffix automaton for each problem and generation (weight version).
+// History of sampled text: a suffix automaton for each problem and generation (weight version).
 //
-// One writer learns and forgets (calls from several threads queue up); `Reader`s draft meanwhile
-// and never wait for it. Generations leave whole: those beyond the problem's window, and, whenever
+// One writer adds and drops (calls from several threads queue up); `Reader`s draft meanwhile and
+// never wait for it. Generations are dropped whole: those beyond the window and, whenever
 // memory for the next token would exceed the cap, the oldest of all.
 
 #pragma once
@@ -40,7 +40,7 @@ struct Generation {
   std::unordered_map<std::string, Open> open;
 };
 
-// What readers see of a problem: immutable, replaced as a whole.
+// Generations of a problem as readers see them: immutable, replaced as a whole.
 struct Generations {
   std::uint64_t serial;
   std::vector<const Generation*> newest_first;
@@ -60,11 +60,11 @@ class History final : private Budget {
   History(std::size_t window, std::size_t max_bytes);
   ~History();
 
-  // Learns a whole sequence. Tokens of a generation that was dropped, or would be at once, are not
-  // learned; a problem of which nothing is left may start anew.
+  // Adds a whole sequence. Tokens of a generation that was dropped, or would be at once, are
+  // refused; a problem of which nothing is left may start anew.
   void add(const std::string& problem, std::int64_t generation, TokenView tokens);
 
-  // Learns the next tokens of an open sequence, or opens it.
+  // Adds the next tokens of an open sequence, or opens it.
   void extend(const std::string& problem, std::int64_t generation, const std::string& sequence,
               TokenView tokens);
 

@@ -259,7 +259,7 @@ bool Reader::draft_token(std::size_t index, const Drafts& drafts, double min_pro
   return true;
 }
 
-// The newest voter for the token with most votes; nullptr if nobody has one to vote for.
+// The newest voter for the token with most votes; nullptr if none has a continuation.
 const Reader::Voter* Reader::count_votes(Voters voters, double& probability) {
   double all = 0.0;
   for (Voter& voter : voters) {
@@ -274,7 +274,7 @@ const Reader::Voter* Reader::count_votes(Voters voters, double& probability) {
   const Voter* winner = nullptr;
   double most = 0.0;
   for (Voter& candidate : voters) {
-    if (candidate.votes <= 0.0) continue;  // nobody's, or counted with a newer one's
+    if (candidate.votes <= 0.0) continue;  // no vote, or counted with a newer one's
     double votes = candidate.votes;
     for (Voter* other = &candidate + 1; other != voters.end(); ++other) {
       if (token_of(other->choice) != token_of(candidate.choice)) continue;

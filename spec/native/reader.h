@@ -1,4 +1,4 @@
-// Drafts for the requests of one engine, from a history that goes on growing meanwhile.
+// Drafts for the requests of one engine, from a history that may grow meanwhile.
 
 #pragma once
 
@@ -49,8 +49,8 @@ struct Drafts {
 // by the number of times that the voters' text occurred, equally weighted; the draft ends before
 // the product of these falls below `min_probability`, or where nothing ever followed.
 //
-// Of a request that was opened with a seed every continuation is voted for, and drafted is the token
-// with the most of log(votes) + noise: what the verifier's noise (`noise.h`) would make of votes.
+// For a request opened with a seed every continuation gets votes, and the token is drafted
+// that has the most of log(votes) + noise, the noise of the verifier (`noise.h`).
 //
 // Used by one thread at a time; any number of readers may share a history. Within `propose` nothing
 // waits for the writer.

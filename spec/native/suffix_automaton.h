@@ -7,8 +7,8 @@
 // grow side by side.
 //
 // One writer, readers without locks: states never move, links, counts and edges are atomic, and
-// whatever an edge leads to was complete before the edge was there. A reader sees the text up to
-// some token, and perhaps part of the token after it. Where a table of edges gives way to a larger
+// the state an edge leads to was complete before the edge was stored. A reader sees the text up to
+// some token, and perhaps part of the token after it. When a table of edges is replaced by a larger
 // one, the old one is kept until no reader is in it: readers hold an `Epochs::Guard`.
 
 #pragma once
@@ -113,7 +113,7 @@ class SuffixAutomaton {
     std::uint32_t length = 0;                // of the longest string of the class
     std::atomic<StateIndex> link{kRoot};     // class of the longest suffix with more occurrences
     std::atomic<std::uint32_t> count{0};     // occurrences of the strings of the class
-    std::atomic<EdgePool::Table> others{0};  // all edges, once there is more than the favourite
+    std::atomic<EdgePool::Table> others{0};  // all edges, once there is more than one
     std::atomic<Edge> favourite{kNoEdge};    // most states have this one only
   };
   static constexpr StateIndex kNone = 0xFFFFFFFF;  // the root's link

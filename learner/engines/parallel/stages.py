@@ -22,7 +22,7 @@ from paceline.learner.engines.mesh import RankMesh
 from paceline.learner.model.attention import PackedSegments, Segment
 from paceline.learner.model.model import PACKING_TOLERANCE, Head, PackedRow, PolicyModel
 
-Finish = Callable[[tuple[Tensor, ...]], Tensor]
+StageOutput = Callable[[tuple[Tensor, ...]], Tensor]
 """Maps a model's outputs for a microbatch to the one tensor that its last stage returns."""
 
 
@@ -66,7 +66,7 @@ class StageModel(PolicyModel):
         length: int,
         num_tokens: int,
         head: Head,
-        finish: Finish,
+        finish: StageOutput,
     ) -> Tensor:
         """Return hidden states [1, num_tokens, H] for the next stage; the last one, ``finish``'s.
 

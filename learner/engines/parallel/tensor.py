@@ -36,7 +36,7 @@ TOKENS = Shard(1)
 HEADS = Shard(2)
 """Dimension of features of [1, T, H] and of heads of [1, T, heads, head_dim]."""
 
-Plan = dict[str, ParallelStyle]
+ParallelPlan = dict[str, ParallelStyle]
 """Style by name of module."""
 
 
@@ -84,7 +84,7 @@ def require_divisible(config: PreTrainedConfig, num_ranks: int) -> None:
         raise ModelError(problem)
 
 
-def _layer_plan() -> Plan:
+def _layer_plan() -> ParallelPlan:
     """Return styles for both blocks of a layer: from a share of the tokens to all and back."""
     gathers_tokens = PrepareModuleInput(
         input_kwarg_layouts={"hidden_states": TOKENS},
@@ -108,7 +108,7 @@ def _layer_plan() -> Plan:
     }
 
 
-def _ends_plan() -> Plan:
+def _ends_plan() -> ParallelPlan:
     """Return styles around the layers: all tokens in, all hidden states out."""
     return {
         "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=TOKENS),
@@ -138,7 +138,7 @@ class _NormOfShares(ParallelStyle):
         return gathers._apply(SequenceParallel()._apply(module, device_mesh), device_mesh)
 
 
-def _divide(module: nn.Module, ranks: DeviceMesh, plan: Plan) -> None:
+def _divide(module: nn.Module, ranks: DeviceMesh, plan: ParallelPlan) -> None:
     """Apply the styles of modules that exist: families differ in norms, stages lack an end."""
     children = dict(module.named_modules())
     for name, style in plan.items():

@@ -1,4 +1,4 @@
-"""Estimates of a Kullback-Leibler divergence from samples of one of its two distributions."""
+"""KL estimators: of a Kullback-Leibler divergence from samples of its first distribution."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ DivergenceEstimator = Literal["k1", "k2", "k3"]
 def divergence(log_ratio: Tensor, estimator: DivergenceEstimator) -> Tensor:
     """Estimate KL(p || q) of every token sampled from p, any shape; ``log_ratio`` = log(q / p).
 
-    Schulman 2020, "Approximating KL divergence": ``k1 = -log r`` is unbiased and noisy,
-    ``k2 = (log r)^2 / 2`` biased and calm, ``k3 = (r - 1) - log r`` unbiased, calm and never
-    negative. As a loss differentiated through p, k1 has zero gradient in expectation and k2's
-    expected gradient is that of KL(p || q) itself; k3's is that of KL(q || p).
+    Schulman 2020, "Approximating KL divergence": ``k1 = -log r`` is unbiased, of high variance;
+    ``k2 = (log r)^2 / 2`` is biased, of low variance; ``k3 = (r - 1) - log r`` is unbiased, of low
+    variance and never negative. As a loss differentiated through p, k1 has zero gradient in
+    expectation and k2's expected gradient is that of KL(p || q) itself; k3's is that of KL(q || p).
     """
     if estimator == "k1":
         return -log_ratio

@@ -1,4 +1,4 @@
-"""What a loss sees of a microbatch and what it says about it. T trained tokens, at least 1."""
+"""Inputs and outputs of a loss over a microbatch of T trained tokens, at least 1."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sequences:
-    """Which sample each token belongs to; a sample is never split over microbatches.
+    """Samples of a microbatch's tokens; a sample is never split over microbatches.
 
     ``index`` int64 [T] counts the microbatch's samples from 0; ``lengths`` int64 [S].
     """
@@ -21,16 +21,16 @@ class Sequences:
 
     @classmethod
     def of_lengths(cls, lengths: Tensor) -> Sequences:
-        """Samples that lie one after the other."""
+        """Describe samples of these lengths [S] that lie one after the other."""
         index = torch.arange(len(lengths), device=lengths.device)
         return cls(index.repeat_interleave(lengths), lengths)
 
     def sum(self, values_T: Tensor) -> Tensor:
-        """For every token the sum over its sample, [T]; differentiable."""
+        """Return for every token the sum over its sample, [T]; differentiable."""
         return self._sums(values_T)[self.index]
 
     def mean(self, values_T: Tensor) -> Tensor:
-        """For every token the mean over its sample, [T]; differentiable."""
+        """Return for every token the mean over its sample, [T]; differentiable."""
         return (self._sums(values_T) / self.lengths)[self.index]
 
     def _sums(self, values_T: Tensor) -> Tensor:
@@ -40,14 +40,13 @@ class Sequences:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """Of every trained token, float32 [T]; ``logprobs`` and ``entropy`` carry gradients.
+    """Quantities of every trained token, float32 [T]; ``logprobs`` and ``entropy`` have gradients.
 
-    ``logprobs`` are under the current weights and ``behaviour_logprobs`` under those that sampled
-    the token, both at the sampling temperature; ``entropy`` is that of the current distribution at
-    the token's position, in nats. ``weights`` are what each token counts: they sum to the loss's
-    normalisation over all microbatches and ranks of an update. ``ages`` are in weight versions.
-    ``proximal_logprobs`` (weights at the start of the step) and ``reference_logprobs`` are there
-    where the objective asked for them.
+    ``logprobs`` are the current policy's and ``behaviour_logprobs`` the behaviour policy's, both at
+    the sampling temperature. ``entropy`` is the current distribution's at the token's position, in
+    nats. ``weights`` aggregate: over all microbatches and ranks of an update they sum to the loss's
+    normalisation. ``ages`` are in weight versions. ``proximal_logprobs`` (weights at the start of
+    the step) and ``reference_logprobs`` are None where no loss needs them.
     """
 
     logprobs: Tensor
@@ -63,8 +62,8 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class LossOutputs:
-    """``loss``: scalar to be differentiated; ``metrics``: scalars summed over the tokens, to become
-    means over all tokens of the step; ``maxima``: scalars."""
+    """``loss``: scalar to be differentiated; ``metrics``: scalars summed over the tokens, which
+    become means over all tokens of the step; ``maxima``: scalars."""
 
     loss: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)

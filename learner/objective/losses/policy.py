@@ -1,8 +1,7 @@
 """Policy losses: how a token's advantage moves its probability.
 
 A policy loss is any picklable callable ``PolicyTerms -> TokenLosses``: a loss of each of T tokens,
-without weighting. How tokens are averaged, which of them are masked and what is added to their loss
-is the objective's business, and works with every one of these.
+without weighting. The objective aggregates, masks and adds penalties, in the same way for each.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from paceline.learner.objective.losses.inputs import Sequences
 
 @dataclass(frozen=True)
 class PolicyTerms:
-    """Of each token, [T]: ``logprobs`` (with gradient), ``log_ratio`` = log(pi / pi_old) (with
-    gradient), ``advantages``."""
+    """Terms of each token, [T]: ``logprobs`` and the log importance ratio ``log_ratio`` =
+    log(pi / pi_old), both with gradient, and ``advantages``."""
 
     logprobs: Tensor
     log_ratio: Tensor
@@ -29,7 +28,7 @@ class PolicyTerms:
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """``loss`` [T]; ``is_clipped`` bool [T]: the bound was at work on this token."""
+    """``loss`` [T]; ``is_clipped`` bool [T]: the clip range bound this token."""
 
     loss: Tensor
     is_clipped: Tensor
@@ -42,9 +41,9 @@ PolicyLoss = Callable[[PolicyTerms], TokenLosses]
 class Clip:
     """PPO's clipped surrogate: ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)``.
 
-    Schulman et al. 2017 (arXiv 1707.06347, eq. 7); two bounds are DAPO's (Yu et al. 2025, arXiv
-    2503.14476, eq. 10). ``dual_clip`` c > 1 bounds what a bad token may cost, ``max(., c A)`` for
-    A < 0 (Ye et al. 2020, arXiv 1912.09729, eq. 2).
+    Schulman et al. 2017 (arXiv 1707.06347, eq. 7); a clip range of two bounds is DAPO's (Yu et
+    al. 2025, arXiv 2503.14476, eq. 10). ``dual_clip`` c > 1 bounds the objective from below where
+    A < 0, ``max(., c A)`` (Ye et al. 2020, arXiv 1912.09729, eq. 2).
     """
 
     clip_low: float = 0.2
@@ -52,7 +51,7 @@ class Clip:
     dual_clip: float | None = None
 
     def __call__(self, terms: PolicyTerms) -> TokenLosses:
-        """Loss of each token by its own ratio."""
+        """Return the loss of each token by its own ratio."""
         losses = clipped_surrogate(terms.log_ratio, terms.advantages, self.clip_low, self.clip_high)
         if self.dual_clip is None:
             return losses
@@ -65,7 +64,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class SequenceClip:
-    """GSPO: the clipped surrogate with the ratio of whole sequences.
+    """GSPO: the clipped surrogate with the importance ratio of whole sequences.
 
     Zheng et al. 2025 (arXiv 2507.18071, eq. 5-7): ``s = (pi(y) / pi_old(y))^(1/|y|)``, the same for
     every token of a sample. With the mean over each sequence this is the paper's loss. Without
@@ -77,7 +76,7 @@ class SequenceClip:
     length_normalized: bool = True
 
     def __call__(self, terms: PolicyTerms) -> TokenLosses:
-        """Loss of each token by its sample's ratio."""
+        """Return the loss of each token by its sample's ratio."""
         over_sample = terms.sequences.mean if self.length_normalized else terms.sequences.sum
         log_ratio_T = over_sample(terms.log_ratio)
         return clipped_surrogate(log_ratio_T, terms.advantages, self.clip_low, self.clip_high)
@@ -85,18 +84,18 @@ class SequenceClip:
 
 @dataclass(frozen=True)
 class ClippedWeight:
-    """REINFORCE with a bounded importance weight: ``-sg(clip(r, low, high)) A log pi``.
+    """REINFORCE with a clipped importance weight: ``-sg(clip(r, low, high)) A log pi``.
 
     CISPO (MiniMax 2025, arXiv 2506.13585, eq. 4-5) bounds ``1 - clip_low <= r <= 1 + clip_high``;
     AIPO (LlamaRL, Wu et al. 2025, arXiv 2505.24034, eq. 4) is ``min(r, rho)`` with rho in 2 to 10.
-    No token is ever without gradient, unlike under a clipped surrogate.
+    Every token has a gradient, unlike under a clipped surrogate.
     """
 
     low: float = 0.0
     high: float = 2.0
 
     def __call__(self, terms: PolicyTerms) -> TokenLosses:
-        """Loss of each token; the weight carries no gradient."""
+        """Return the loss of each token; the weight carries no gradient."""
         ratio_T = terms.log_ratio.detach().exp()
         weight_T = ratio_T.clamp(self.low, self.high)
         loss_T = -weight_T * terms.advantages * terms.logprobs
@@ -105,29 +104,29 @@ class ClippedWeight:
 
 @dataclass(frozen=True)
 class Reinforce:
-    """The plain policy gradient ``-A log pi`` (Williams 1992): it takes samples for on-policy."""
+    """The plain policy gradient ``-A log pi`` (Williams 1992), right for on-policy samples."""
 
     def __call__(self, terms: PolicyTerms) -> TokenLosses:
-        """Loss of each token."""
+        """Return the loss of each token."""
         loss_T = -terms.advantages * terms.logprobs
         return TokenLosses(loss_T, torch.zeros_like(loss_T, dtype=torch.bool))
 
 
 @dataclass(frozen=True)
 class NegativeLogLikelihood:
-    """Imitation: ``-log pi``, whatever the advantage."""
+    """Supervised fine-tuning: ``-log pi``, whatever the advantage."""
 
     def __call__(self, terms: PolicyTerms) -> TokenLosses:
-        """Loss of each token."""
+        """Return the loss of each token."""
         return TokenLosses(-terms.logprobs, torch.zeros_like(terms.logprobs, dtype=torch.bool))
 
 
 def clipped_surrogate(
     log_ratio_T: Tensor, advantages_T: Tensor, clip_low: float, clip_high: float
 ) -> TokenLosses:
-    """``-min(r A, clip(r) A)``; clipped is a token whose gradient the bound made zero."""
+    """Return ``-min(r A, clip(r) A)``; clipped is a token whose gradient is zero by the clip."""
     ratio_T = log_ratio_T.exp()
     bounded_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
-    free_T = ratio_T * advantages_T
-    held_T = bounded_T * advantages_T
-    return TokenLosses(-torch.minimum(free_T, held_T), (held_T < free_T).detach())
+    unclipped_T = ratio_T * advantages_T
+    clipped_T = bounded_T * advantages_T
+    return TokenLosses(-torch.minimum(unclipped_T, clipped_T), (clipped_T < unclipped_T).detach())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from paceline.spec.budget.planner import DraftPlanner, Objective, Running, Verified
+from paceline.spec.budget.planner import DraftObjective, DraftPlanner, RunningRequest, Verification
 from paceline.spec.history import Drafts
 
 MAX_DRAFT = 7
@@ -55,7 +55,9 @@ class SimulatedEngine:
         return seconds
 
     def _step(self, done: dict[int, int], num_waiting: int, planner: DraftPlanner | None) -> float:
-        running = [Running(i, int(i) % len(self.rates), n, MAX_TOKENS) for i, n in done.items()]
+        running = [
+            RunningRequest(i, int(i) % len(self.rates), n, MAX_TOKENS) for i, n in done.items()
+        ]
         drafts = offered(np.array([self.rates[int(str(one.problem))] for one in running]))
         allowed = np.zeros(len(done), np.int64)
         if planner:
@@ -67,7 +69,7 @@ class SimulatedEngine:
         seconds = 9e-3 + 0.55e-3 * (len(running) + allowed.sum()) + self.overhead * allowed.any()
         seconds *= 1 + 0.03 * self.random.standard_normal()
         if planner:
-            planner.observe(Verified(drafts, np.arange(len(running)), allowed, accepted))
+            planner.observe(Verification(drafts, np.arange(len(running)), allowed, accepted))
             planner.observe_step(len(running), int(allowed.sum()), float(seconds))
         for one, gained in zip(running, accepted, strict=True):
             i = int(str(one.request))
@@ -84,7 +86,7 @@ class SimulatedEngine:
 
 
 def planned(
-    planner: DraftPlanner, running: list[Running], drafts: Drafts, num_rounds: int
+    planner: DraftPlanner, running: list[RunningRequest], drafts: Drafts, num_rounds: int
 ) -> NDArray[np.int64]:
     """Tokens drafted for each request in so many rounds."""
     total = np.zeros(len(running), dtype=np.int64)
@@ -99,7 +101,7 @@ def long_tailed(num_requests: int, seed: int = 0) -> NDArray[np.int64]:
     return np.clip(lengths, 1, MAX_TOKENS).astype(np.int64)
 
 
-def speed_up(rate: float, places: int, objective: Objective) -> float:
+def speed_up(rate: float, places: int, objective: DraftObjective) -> float:
     """Of as many steps, more or less, whatever the number of places."""
     lengths = long_tailed(min(128, 32 * places))
     rates = np.full(16, rate)
@@ -114,20 +116,20 @@ PAYING = [(0.9, 1, 2.2), (0.9, 8, 1.4), (0.7, 1, 1.5), (0.9, 128, 1.15)]
 
 def with_objectives(cases: Sequence[tuple[float, ...]]) -> list[tuple[float | str, ...]]:
     """With one place the objectives differ while the last request runs: one of them is enough."""
-    objectives = get_args(Objective)
+    objectives = get_args(DraftObjective)
     return [(*case, one) for case in cases for one in objectives[: 1 if case[1] == 1 else None]]
 
 
 @pytest.mark.parametrize(("rate", "places", "objective"), with_objectives(HARMLESS))
 def test_drafting_is_never_slower_than_97_hundredths_of_none(
-    rate: float, places: int, objective: Objective
+    rate: float, places: int, objective: DraftObjective
 ) -> None:
     assert speed_up(rate, places, objective) > 0.97
 
 
 @pytest.mark.parametrize(("rate", "places", "least", "objective"), with_objectives(PAYING))
 def test_drafting_pays_where_drafts_hold(
-    rate: float, places: int, least: float, objective: Objective
+    rate: float, places: int, least: float, objective: DraftObjective
 ) -> None:
     assert speed_up(rate, places, objective) > least
 
@@ -139,8 +141,8 @@ def test_the_longest_requests_of_a_batch_draft_most_and_short_ones_nothing() -> 
     SimulatedEngine(rates, np.tile(lengths, 2), 128).run(planner)
     for problem, length in [("short", 30), ("long", 900)] * 8:
         planner.finish(problem, length, finished=True)
-    running = [Running(i, "short", 0, MAX_TOKENS) for i in range(60)]
-    running += [Running(60 + i, "long", 0, MAX_TOKENS) for i in range(4)]
+    running = [RunningRequest(i, "short", 0, MAX_TOKENS) for i in range(60)]
+    running += [RunningRequest(60 + i, "long", 0, MAX_TOKENS) for i in range(4)]
     offers = offered(np.full(len(running), 0.7))
     drafts = planned(planner, running, offers, 32)
     assert drafts[:60].max() <= 4  # probes alone
@@ -151,7 +153,7 @@ def test_problems_whose_drafts_hold_draft_more() -> None:
     planner = DraftPlanner(MAX_DRAFT, "throughput")
     rates = np.array([0.95, 0.05])
     SimulatedEngine(rates, np.full(64, 200), 4).run(planner)
-    running = [Running("a", 0, 50, MAX_TOKENS), Running("b", 1, 50, MAX_TOKENS)]
+    running = [RunningRequest("a", 0, 50, MAX_TOKENS), RunningRequest("b", 1, 50, MAX_TOKENS)]
     offers = offered(rates)
     drafts = planned(planner, running, offers, 8)
     assert drafts[0] > 3 * drafts[1]
@@ -161,7 +163,9 @@ def test_limits_hold_in_every_round() -> None:
     planner = DraftPlanner(MAX_DRAFT, "makespan", batch_limit=10)
 
     def check(plan: Callable[..., NDArray[np.int64]]) -> Callable[..., NDArray[np.int64]]:
-        def checked(running: list[Running], drafts: Drafts, waiting: int) -> NDArray[np.int64]:
+        def checked(
+            running: list[RunningRequest], drafts: Drafts, waiting: int
+        ) -> NDArray[np.int64]:
             drafts.num_tokens[:] = np.arange(len(running)) % 5
             chosen = plan(running, drafts, waiting)
             assert (chosen >= 0).all() and (chosen <= drafts.num_tokens).all()

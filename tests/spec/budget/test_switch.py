@@ -10,9 +10,9 @@ from paceline.spec.budget.switch import (
     FIRST_CREDIT,
     INTERVAL_AFTER_UPDATE,
     LONGEST_INTERVAL,
-    LOOK_SHARE,
+    PROPOSAL_SHARE,
     DraftSwitch,
-    LookBudget,
+    ProposalBudget,
 )
 
 
@@ -60,18 +60,18 @@ def test_new_weights_are_probed_soon() -> None:
 
 @given(st.floats(1e-4, 0.1), st.floats(1e-5, 0.1))
 def test_looking_costs_its_share_of_the_time_and_no_more(step: float, look: float) -> None:
-    looks = LookBudget()
+    proposals = ProposalBudget()
     num_rounds, spent = 2000, 0.0
     for _ in range(num_rounds):
-        cost = look if looks.are_due else 0.0
+        cost = look if proposals.are_due else 0.0
         spent += cost
-        looks.spend(step, cost)
-    assert spent <= LOOK_SHARE * num_rounds * step + FIRST_CREDIT + look + 1e-9
+        proposals.spend(step, cost)
+    assert spent <= PROPOSAL_SHARE * num_rounds * step + FIRST_CREDIT + look + 1e-9
     assert spent > 0
 
 
 def test_what_costs_next_to_nothing_is_looked_at_always() -> None:
-    looks = LookBudget()
+    proposals = ProposalBudget()
     for _ in range(100):
-        assert looks.are_due
-        looks.spend(0.1, 1e-5)
+        assert proposals.are_due
+        proposals.spend(0.1, 1e-5)
