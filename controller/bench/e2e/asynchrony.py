@@ -11,8 +11,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -33,6 +32,7 @@ SYNCHRONOUS, JUDGED = "lag 0", "lag 2"
 MACHINE, PROBE = "this machine", "two processes at a time"
 REWARD_STEPS = 5
 """Steps whose mean reward stands for what a run had learned by some time."""
+PROBE_SECONDS = 2.0
 BEYOND = "oldest age less the bound"
 
 Curve = Sequence[tuple[float, float]]
@@ -52,18 +52,16 @@ class Plan:
     num_steps: int
     num_warmup: int
     is_warm: bool = True
-    probe_seconds: float = 2.0
 
 
 FULL = Plan(LONG_WIDE, tuple(LAGS), num_rounds=3, num_steps=14, num_warmup=4)
 QUICK = Plan(
-    SHORT,
+    replace(SHORT, groups_per_step=16, description=f"{SHORT.description}; 16 prompts a step"),
     (SYNCHRONOUS, JUDGED),
     num_rounds=1,
     num_steps=6,
     num_warmup=2,
     is_warm=False,
-    probe_seconds=1.0,
 )
 
 
@@ -82,7 +80,7 @@ def bench_async(quick: bool, output: Path) -> BenchResult:
 
     def measure_either(case: str, variant: str, number: int) -> Figures:
         if case == MACHINE:
-            return {"times the work of one": parallel_capacity(plan.probe_seconds)}
+            return {"times the work of one": parallel_capacity()}
         figures, curve = measure(plan, variant, start, folder)
         curves[variant].append(curve)
         return figures
@@ -113,20 +111,20 @@ def targets_of(case: str, lags: Sequence[str]) -> list[Target]:
     ]
 
 
-def parallel_capacity(seconds: float) -> float:
+def parallel_capacity() -> float:
     """Return how many times the work of one process two do at a time, one thread each."""
-    work = partial(_work, seconds)
-    return sum(side_by_side([work] * 2)) / sum(side_by_side([work]))
+    alone = sum(side_by_side([_work]))
+    return sum(side_by_side([_work] * 2)) / alone
 
 
-def _work(seconds: float) -> float:
+def _work() -> float:
     """Return the mebibytes hashed a second: work of one core, in its own cache."""
     content = bytes(1 << 20)
     count, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
+    while time.perf_counter() - began < PROBE_SECONDS:
         hashlib.sha256(content).digest()
         count += 1
-    return count / seconds
+    return count / PROBE_SECONDS
 
 
 def start_of(plan: Plan, folder: Path) -> Mapping[str, str]:
