@@ -121,6 +121,6 @@ class _VocabParallelLogprobs(torch.autograd.Function):
             is_own,
         )
         if grad_hidden.numel():
-            # every rank's share of the vocabulary pulls at the same hidden states
+            # the gradient of hidden states is the sum over all ranks' shares of the vocabulary
             dist.all_reduce(grad_hidden, group=ctx.group)
         return grad_hidden, grad_weight, None, None, None

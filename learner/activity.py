@@ -1,4 +1,4 @@
-"""Where a rank stands, told while it works: read from another thread when nothing moves."""
+"""Activity of a rank, reported while it works, for a thread that reads it when a run hangs."""
 
 from __future__ import annotations
 

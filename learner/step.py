@@ -100,10 +100,10 @@ class TrainingStep:
         self._imbalances.append(share.imbalance)
         self.num_padding_tokens += sum(m.num_padding_tokens for m in microbatches)
         head = partial(logprobs_and_entropy, temperature=self._batch.temperature)
-        loss_of = self._told("policy", len(microbatches), partial(self._loss, chosen, metrics))
+        loss_of = self._reporting("policy", len(microbatches), partial(self._loss, chosen, metrics))
         models.policy.add_gradients(microbatches, head, loss_of)
         if "returns" in self._columns and models.critic is not None:
-            value_loss_of = self._told(
+            value_loss_of = self._reporting(
                 "critic", len(microbatches), partial(self._value_loss, chosen, metrics)
             )
             models.critic.add_gradients(microbatches, no_head, value_loss_of)
@@ -136,18 +136,18 @@ class TrainingStep:
         waiting = {"rank_imbalance": float(np.mean(self._imbalances))}
         return derived_metrics(means) | self._batch_metrics | routers | waiting
 
-    def _told(self, model: str, num_microbatches: int, loss_of: LossOf) -> LossOf:
-        """Return the same loss, which tells how far this rank has come."""
+    def _reporting(self, model: str, num_microbatches: int, loss_of: LossOf) -> LossOf:
+        """Return the same loss, which also reports this rank's progress as its activity."""
         update = f"update {self._next_update + 1} of {len(self._updates)}, {model}"
         counter = itertools.count(1)
 
-        def telling(microbatch: Microbatch, outputs: tuple[Tensor, ...]) -> Tensor:
+        def reporting(microbatch: Microbatch, outputs: tuple[Tensor, ...]) -> Tensor:
             number = next(counter)
             self._models.activity.tell(f"{update}, microbatch {number} of {num_microbatches}")
             return loss_of(microbatch, outputs)
 
         self._models.activity.tell(f"{update}, before its losses")
-        return telling
+        return reporting
 
     def _loss(
         self,

@@ -124,5 +124,5 @@ class BackgroundSave:
 
 
 def alone_is_fine() -> None:
-    """Silence torch's warning that it assumes a single process, in any thread: we told it so."""
+    """Silence torch's warning that it assumes a single process, in any thread: here it is one."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")

@@ -1,6 +1,6 @@
-"""What trains one model on one rank, whatever shards it: the seam between algorithms and engines.
+"""Interface of engines: training of one model on one rank, whatever shards it.
 
-The learner knows a model as a `TrainingEngine`: passes over microbatches, an optimiser step, and
+The learner sees a model as a `TrainingEngine`: passes over microbatches, an optimiser step, and
 the weights in global coordinates. `sharded.py` is torch's own (FSDP2 and the other dimensions of
 the mesh), `deepspeed_engine.py` is DeepSpeed's ZeRO. Every rank makes every call.
 """
