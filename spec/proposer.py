@@ -20,7 +20,7 @@ from paceline.configs.schema.rollout import DraftingConfig
 from paceline.configs.vocabulary import DRAFTED_FROM_HISTORY, DRAFTED_FROM_SIBLINGS, DraftText
 from paceline.spec.budget.budget import within_batch
 from paceline.spec.budget.draft_counters import DraftCounters
-from paceline.spec.budget.planner import DraftPlanner, RunningRequest, Verification
+from paceline.spec.budget.planner import DraftPlanner, DraftVerification, RunningRequest
 from paceline.spec.draft_text import OVERLAP_TOKENS, problem_name
 from paceline.spec.history import Drafts, History
 
@@ -265,7 +265,7 @@ class SuffixProposer:
         if checked and self._planner is not None:
             assert self._drafts is not None
             columns = np.array(checked, dtype=np.int64).T
-            self._planner.observe(Verification(self._drafts, *columns))
+            self._planner.observe(DraftVerification(self._drafts, *columns))
 
     def _pass_over(self) -> None:
         """Mark samples whose drafts had no step. Preempted ones lost them and will read their text

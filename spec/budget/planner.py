@@ -54,8 +54,8 @@ class RunningRequest:
 
 
 @dataclass(frozen=True)
-class Verification:
-    """Verification of a step's drafts; arrays int64 [m].
+class DraftVerification:
+    """DraftVerification of a step's drafts; arrays int64 [m].
 
     Of each of ``rows`` of ``drafts`` the engine verified the first ``drafted`` tokens, and accepted
     the first ``accepted`` of those.
@@ -149,7 +149,7 @@ class DraftPlanner:
             wanted = self._probe(drafts.num_tokens)
         return within_batch(wanted, self.batch_limit)
 
-    def observe(self, step: Verification) -> None:
+    def observe(self, step: DraftVerification) -> None:
         """Learn from the verification of drafts."""
         self.confidence.observe(step.drafts, step.rows, step.drafted, step.accepted)
 

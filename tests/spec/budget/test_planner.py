@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from paceline.spec.budget.planner import DraftObjective, DraftPlanner, RunningRequest, Verification
+from paceline.spec.budget.planner import (
+    DraftObjective,
+    DraftPlanner,
+    DraftVerification,
+    RunningRequest,
+)
 from paceline.spec.history import Drafts
 
 MAX_DRAFT = 7
@@ -69,7 +74,7 @@ class SimulatedEngine:
         seconds = 9e-3 + 0.55e-3 * (len(running) + allowed.sum()) + self.overhead * allowed.any()
         seconds *= 1 + 0.03 * self.random.standard_normal()
         if planner:
-            planner.observe(Verification(drafts, np.arange(len(running)), allowed, accepted))
+            planner.observe(DraftVerification(drafts, np.arange(len(running)), allowed, accepted))
             planner.observe_step(len(running), int(allowed.sum()), float(seconds))
         for one, gained in zip(running, accepted, strict=True):
             i = int(str(one.request))
