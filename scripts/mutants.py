@@ -56,6 +56,7 @@ class Copy:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._running: subprocess.Popen[str] | None = None
         tracked = subprocess.run(
             ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
             cwd=ROOT,
@@ -91,6 +92,12 @@ class Copy:
         ran = self._run([sys.executable, "-m", "pytest", *quiet, *options, *tests], seconds)
         return ran.returncode, ran.stdout
 
+    def stop(self) -> None:
+        """End what runs in the copy, if anything does."""
+        process = self._running
+        if process is not None and process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
     def _compiled(self) -> list[Path]:
         return list((self.folder / "spec").glob("_native*.so"))
 
@@ -113,13 +120,14 @@ class Copy:
             text=True,
             start_new_session=True,
         ) as process:
+            self._running = process
             try:
                 said, _ = process.communicate(timeout=seconds)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                self.stop()
                 said = f"{process.communicate()[0]}\nkilled after {seconds} s"
             except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)
+                self.stop()
                 raise
         return subprocess.CompletedProcess(command, process.returncode, said)
 
@@ -174,8 +182,10 @@ def run(mutations: Sequence[Mutation], num_copies: int) -> list[Outcome]:
                 for future in as_completed(running):
                     outcomes.append(future.result())
                     print(outcomes[-1], flush=True)
-            except KeyboardInterrupt:
+            except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
+                for copy in whole:
+                    copy.stop()
                 raise
     return outcomes
 
@@ -200,6 +210,7 @@ def main() -> None:
         sys.exit("\n".join(wrong))
     if not mutations:
         sys.exit(f"no mutation is named so: {', '.join(wanted)}; --list names all")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # copies and processes go first
     started = time.monotonic()
     outcomes = run(mutations, asked.copies)
     verdicts = [outcome.verdict for outcome in outcomes]
